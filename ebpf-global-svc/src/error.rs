@@ -1,0 +1,91 @@
+//! What can go wrong between the agent and the kernel, and what to do about it.
+
+use std::{io, path::PathBuf};
+
+/// An operation on the kernel's datapath failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DatapathError {
+    /// We lack privileges.
+    #[error("not permitted to {action}: run as root, or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
+    NotPermitted {
+        /// What was attempted.
+        action: String,
+    },
+
+    /// The kernel has no usable eBPF.
+    #[error(
+        "this kernel cannot run the eBPF datapath: {reason}; Linux 6.1 or later with CONFIG_BPF_SYSCALL is needed"
+    )]
+    NoBpf {
+        /// What is missing.
+        reason: String,
+    },
+
+    /// The operator's limit is reached; entries that did not fit are not installed.
+    #[error("map {map} is full at {capacity} entries: raise its size, which takes effect after `unload`")]
+    MapFull {
+        /// Map name.
+        map: String,
+        /// Its limit.
+        capacity: u64,
+    },
+
+    /// A pinned map of another version or size is in the way.
+    #[error(
+        "pinned map {path} does not fit: {reason}; start with the same sizes and version as before, \
+         or unload the datapath first (this interrupts mesh traffic until the agent has synced again)"
+    )]
+    PinMismatch {
+        /// Map name.
+        map: String,
+        /// Where it is pinned.
+        path: PathBuf,
+        /// Which property differs.
+        reason: String,
+    },
+
+    /// The kernel's verifier refused a program: a bug of ours, or a kernel that we do not know.
+    #[error(
+        "the kernel refused program {program}; please report this with the kernel version and the log:\n{log}"
+    )]
+    Verifier {
+        /// Program name.
+        program: String,
+        /// Tail of the verifier's log.
+        log: String,
+    },
+
+    /// A program did not get onto its hook.
+    #[error("cannot attach {program} to {target}: {reason}")]
+    Attach {
+        /// Program name.
+        program: String,
+        /// Cgroup path or interface.
+        target: String,
+        /// The kernel's reason.
+        reason: String,
+    },
+
+    /// A map operation failed in the kernel.
+    #[error("cannot {operation} map {map}: {source}")]
+    Map {
+        /// Map name.
+        map: String,
+        /// Verb, e.g. `update`.
+        operation: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+
+    /// The BPF file system or the cgroup file system failed.
+    #[error("cannot {operation} {path}: {source}")]
+    File {
+        /// Verb, e.g. `mount bpffs on`.
+        operation: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,38 @@
+//! What the operator decides about a node's datapath.
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use crate::MapSizes;
+
+/// How `Datapath::open` sets a node up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatapathOptions {
+    /// Folder of the pins, in a BPF file system that is mounted if it is missing. One per agent.
+    pub bpf_root: PathBuf,
+    /// Cgroup v2 folder whose processes reach services by their frontends; none: no service
+    /// translation at sockets.
+    pub cgroup: Option<PathBuf>,
+    /// Own cluster ID, 1..=511.
+    pub cluster: u16,
+    /// Bits of the cluster-local part of an identity: 16 (255 clusters) or 15 (511 clusters).
+    pub identity_shift: u16,
+    /// Own underlay address; unspecified: none.
+    pub node_ip: Ipv4Addr,
+    /// Entries per map.
+    pub sizes: MapSizes,
+}
+
+impl DatapathOptions {
+    /// Default sizes, 255 clusters, no service translation at sockets.
+    #[must_use]
+    pub fn new(bpf_root: impl Into<PathBuf>, cluster: u16) -> Self {
+        Self {
+            bpf_root: bpf_root.into(),
+            cgroup: None,
+            cluster,
+            identity_shift: 16,
+            node_ip: Ipv4Addr::UNSPECIFIED,
+            sizes: MapSizes::default(),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Typed tables over the maps that the agent writes.
+//!
+//! The agent computes desired state and writes differences through [`Table`]; it neither knows nor
+//! cares whether a kernel is behind. Order between tables (backends, slots, services; deletes the
+//! other way round) is the caller's business: see `docs/datapath.md`.
+
+mod memory;
+
+pub use memory::MemoryTable;
+
+use crate::{
+    DatapathError,
+    abi::{
+        BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, NodeKey, NodeValue,
+        PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+    },
+};
+
+/// A map with keys `K` and values `V`.
+///
+/// Each entry changes atomically; a batch does not. If a call fails, an unspecified part of its
+/// batch is installed, so callers read back ([`Table::dump`]) or repeat: both calls are idempotent.
+pub trait Table<K, V>: Send {
+    /// Inserts entries or replaces their values.
+    ///
+    /// # Errors
+    /// [`DatapathError::MapFull`] when an entry is new and the table has reached its capacity.
+    fn upsert(&mut self, entries: &[(K, V)]) -> Result<(), DatapathError>;
+
+    /// Removes entries. Keys that are not there are fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] when the kernel fails.
+    fn remove(&mut self, keys: &[K]) -> Result<(), DatapathError>;
+
+    /// All entries, in no particular order. While others write, an entry may be missed or be
+    /// returned although it is gone; with a single writer the result is exact.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] when the kernel fails.
+    fn dump(&self) -> Result<Vec<(K, V)>, DatapathError>;
+
+    /// Entries that fit.
+    fn capacity(&self) -> u64;
+
+    /// Name of the map, e.g. `cm_ipcache`.
+    fn name(&self) -> &'static str;
+}
+
+/// All tables of one node.
+pub struct Tables {
+    /// `cm_ipcache`: exact addresses of pods and nodes.
+    pub ipcache: Box<dyn Table<IpKey, IpValue>>,
+    /// `cm_prefix`: pod CIDRs.
+    pub prefix: Box<dyn Table<PrefixKey, PrefixValue>>,
+    /// `cm_endpoint`: pods of this node.
+    pub endpoint: Box<dyn Table<IpKey, EndpointValue>>,
+    /// `cm_node`: underlay addresses of all nodes.
+    pub node: Box<dyn Table<NodeKey, NodeValue>>,
+    /// `cm_service`: frontends of this cluster.
+    pub service: Box<dyn Table<ServiceKey, ServiceValue>>,
+    /// `cm_slot`: (service, cluster, n) to backend ID.
+    pub slot: Box<dyn Table<SlotKey, u32>>,
+    /// `cm_backend`: backend ID to address.
+    pub backend: Box<dyn Table<u32, BackendValue>>,
+    /// `cm_cluster`: health of every cluster. A cluster that is absent is healthy, and one that is
+    /// set to healthy counts as absent: the map is an array, which has no holes.
+    pub cluster: Box<dyn Table<u32, ClusterState>>,
+}
+
+impl Tables {
+    /// Tables in memory with the default sizes: for tests, and for nodes without eBPF.
+    #[must_use]
+    pub fn memory() -> Self {
+        let sizes = MapSizes::default();
+        Self {
+            ipcache: Box::new(MemoryTable::new("cm_ipcache", sizes.ipcache.into())),
+            prefix: Box::new(MemoryTable::new("cm_prefix", sizes.prefix.into())),
+            endpoint: Box::new(MemoryTable::new("cm_endpoint", sizes.endpoint.into())),
+            node: Box::new(MemoryTable::new("cm_node", sizes.node.into())),
+            service: Box::new(MemoryTable::new("cm_service", sizes.service.into())),
+            slot: Box::new(MemoryTable::new("cm_slot", sizes.slot.into())),
+            backend: Box::new(MemoryTable::new("cm_backend", sizes.backend.into())),
+            cluster: Box::new(MemoryTable::array("cm_cluster", MAX_CLUSTERS.into(), ClusterState::default())),
+        }
+    }
+}
+
+/// Entries per map. Hash maps are not preallocated: an unused entry costs one bucket pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSizes {
+    /// Pods and nodes of the whole mesh.
+    pub ipcache: u32,
+    /// Pod CIDRs of the whole mesh.
+    pub prefix: u32,
+    /// Pods of this node.
+    pub endpoint: u32,
+    /// Nodes of the whole mesh, times their addresses.
+    pub node: u32,
+    /// Service ports with a frontend in this cluster.
+    pub service: u32,
+    /// Sum over services of their backends.
+    pub slot: u32,
+    /// Backends of the whole mesh.
+    pub backend: u32,
+    /// Sockets that talk to a service (preallocated by the kernel: about 100 bytes each).
+    pub sock_rev: u32,
+    /// Recently seen (identity, node) pairs, per CPU (preallocated).
+    pub overlay_rx: u32,
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        Self {
+            ipcache: 524_288,
+            prefix: 65_536,
+            endpoint: 4_096,
+            node: 65_536,
+            service: 65_536,
+            slot: 524_288,
+            backend: 262_144,
+            sock_rev: 65_536,
+            overlay_rx: 8_192,
+        }
+    }
+}
