@@ -1,0 +1,82 @@
+//! What a client calls: `http://HOST[:PORT]/PATH` or `udp://HOST:PORT`.
+
+use anyhow::{Context as _, bail};
+use std::net::{SocketAddr, ToSocketAddrs as _};
+
+/// How a target is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Scheme {
+    /// One GET of this path over a new TCP connection.
+    Http { path: String },
+    /// One datagram from a new socket, answered by one.
+    Udp,
+}
+
+/// A parsed and resolved target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) scheme: Scheme,
+    /// As the caller wrote it; the `Host` header.
+    pub(crate) authority: String,
+    pub(crate) address: SocketAddr,
+}
+
+impl Target {
+    /// Parses a target and resolves its host once.
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
+        let (scheme, rest) = match text.split_once("://") {
+            Some((scheme, rest)) => (scheme, rest),
+            None => ("http", text),
+        };
+        let (authority, path) = match rest.find('/') {
+            Some(at) => rest.split_at(at),
+            None => (rest, "/"),
+        };
+        let (scheme, default_port) = match scheme {
+            "http" => (Scheme::Http { path: path.to_owned() }, Some(80)),
+            "udp" => (Scheme::Udp, None),
+            other => bail!("`{text}`: scheme `{other}` is not known; use http:// or udp://"),
+        };
+        let address = resolve(authority, default_port)?;
+        Ok(Self { scheme, authority: authority.to_owned(), address })
+    }
+}
+
+/// Resolves `HOST:PORT` (IPv6 in brackets); the port may be left out if there is a default.
+pub(crate) fn resolve(authority: &str, default_port: Option<u16>) -> anyhow::Result<SocketAddr> {
+    let bare = authority.ends_with(']') || !authority.contains(':');
+    let full = match default_port {
+        Some(port) if bare => format!("{authority}:{port}"),
+        None if bare => bail!("`{authority}` needs a port, as in 10.96.0.10:5353 or [fd00::10]:5353"),
+        _ => authority.to_owned(),
+    };
+    full.to_socket_addrs()
+        .with_context(|| format!("cannot resolve `{full}`"))?
+        .next()
+        .with_context(|| format!("`{full}` has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> String {
+        Target::parse(text).expect("valid target").address.to_string()
+    }
+
+    #[test]
+    fn accepts_both_families_and_default_port() {
+        assert_eq!(address("http://10.0.0.1/"), "10.0.0.1:80");
+        assert_eq!(address("http://10.0.0.1:8080/x"), "10.0.0.1:8080");
+        assert_eq!(address("http://[fd00::1]/"), "[fd00::1]:80");
+        assert_eq!(address("[fd00::1]:81"), "[fd00::1]:81");
+        assert_eq!(address("udp://[fd00::1]:53"), "[fd00::1]:53");
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_call() {
+        assert!(Target::parse("ftp://10.0.0.1/").is_err());
+        assert!(Target::parse("udp://10.0.0.1").is_err());
+        assert!(Target::parse("http://10.0.0.1:99999/").is_err());
+    }
+}
