@@ -1,4 +1,16 @@
-//! The wire of a cluster mesh.
+//! The wire of a cluster mesh: what stands in etcd, how to read it, how to write it.
+//!
+//! * [`cluster`], [`labels`], [`key`], [`record`]: names, numbers, keys and values. Byte-compatible
+//!   with Cilium ClusterMesh; whatever was decoded is checked.
+//! * [`etcd`]: configuration file and session. The only module that speaks gRPC.
+//! * [`reflector`]: follows prefixes of one etcd (in).
+//! * [`publisher`]: keeps owned keys of one etcd at their desired values (out).
+//!
+//! Reflector and publisher each have a `core` without I/O, clock or randomness of its own, and a thin
+//! `driver` that feeds it from etcd; see there for what goes in and what comes out.
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod key;
+pub mod labels;
+pub mod record;

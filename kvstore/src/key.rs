@@ -1,0 +1,142 @@
+//! Where things stand in etcd.
+
+use std::fmt;
+
+use crate::cluster::ClusterName;
+
+/// Rewritten every 60 s by the exporter of an etcd; a reader that sees it change knows that the etcd
+/// still takes writes. Its value is a wall clock and means nothing to others.
+pub const HEARTBEAT: &str = "cilium/.heartbeat";
+
+/// What a prefix holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Nodes with their addresses and pod CIDRs.
+    Nodes,
+    /// Security identities.
+    Identities,
+    /// Addresses with the identity and the node they belong to.
+    Ip,
+    /// Global services with their backends.
+    Services,
+    /// Services exported through the Multi-Cluster Services API.
+    ServiceExports,
+    /// All services of a cluster, for its own agents only: remote clusters have no right to read them.
+    LocalServices,
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 6] =
+        [Self::Nodes, Self::Identities, Self::Ip, Self::Services, Self::ServiceExports, Self::LocalServices];
+
+    /// The name used in keys, metrics and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Nodes => "nodes",
+            Self::Identities => "identities",
+            Self::Ip => "ip",
+            Self::Services => "services",
+            Self::ServiceExports => "serviceexports",
+            Self::LocalServices => "localservices",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Who filled an etcd.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Layout {
+    /// The exporter of the cluster itself: data of this one cluster.
+    #[default]
+    State,
+    /// A kvstoremesh: copies of other clusters' data, told apart by the cluster's name.
+    Cache,
+}
+
+impl Layout {
+    const fn root(self) -> &'static str {
+        match self {
+            Self::State => "cilium/state",
+            Self::Cache => "cilium/cache",
+        }
+    }
+}
+
+/// The prefix under which the keys of a kind stand. Ends in `/`.
+pub fn data_prefix(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
+    let root = layout.root();
+    match (kind, layout) {
+        (Kind::LocalServices, _) => format!("clustermesh/local/services/v1/{cluster}/"),
+        // These two do not name the cluster at home, so a mirror has to add it.
+        (Kind::Identities, Layout::State) => format!("{root}/identities/v1/id/"),
+        (Kind::Identities, Layout::Cache) => format!("{root}/identities/v1/{cluster}/id/"),
+        (Kind::Ip, Layout::State) => format!("{root}/ip/v1/default/"),
+        _ => format!("{root}/{kind}/v1/{cluster}/"),
+    }
+}
+
+/// The key that says: everything of this kind has been written since this etcd came up.
+pub fn canary_key(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
+    match kind {
+        Kind::LocalServices => format!("cilium/synced/{cluster}/clustermesh/local/services/v1"),
+        _ => format!("cilium/synced/{cluster}/{}/{kind}/v1", layout.root()),
+    }
+}
+
+/// Where a cluster says who it is and what it can do.
+pub fn cluster_config_key(cluster: &ClusterName) -> String {
+    format!("cilium/cluster-config/{cluster}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_cilium_wrote_has_its_place() {
+        let alpha: ClusterName = "alpha".parse().unwrap();
+        let dumps = [
+            (Layout::State, include_str!("../testdata/state-1.17.tsv")),
+            (Layout::Cache, include_str!("../testdata/cache-1.17.tsv")),
+        ];
+        for (layout, dump) in dumps {
+            let mut seen = std::collections::BTreeSet::new();
+            for key in dump.lines().filter(|line| !line.starts_with('#')).map(|line| line.split('\t').next())
+            {
+                let key = key.unwrap();
+                let place = Kind::ALL.into_iter().find_map(|kind| {
+                    let data = key.starts_with(&data_prefix(kind, &alpha, layout));
+                    let canary = key == canary_key(kind, &alpha, layout);
+                    (data || canary).then_some((kind, canary))
+                });
+                match place {
+                    Some(place) => drop(seen.insert(place)),
+                    None => assert!(key == HEARTBEAT || key == cluster_config_key(&alpha), "{key}"),
+                }
+            }
+            // Data and canary of everything but our own kind.
+            assert_eq!(seen.len(), 2 * (Kind::ALL.len() - 1), "{layout:?}: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn prefixes_end_where_a_name_ends() {
+        let name: ClusterName = "a".parse().unwrap();
+        for kind in Kind::ALL {
+            for layout in [Layout::State, Layout::Cache] {
+                assert!(data_prefix(kind, &name, layout).ends_with('/'));
+                assert!(!canary_key(kind, &name, layout).ends_with('/'));
+            }
+        }
+        assert_eq!(
+            data_prefix(Kind::LocalServices, &name, Layout::State),
+            "clustermesh/local/services/v1/a/"
+        );
+    }
+}
