@@ -1,1 +1,4 @@
 #![forbid(unsafe_code)]
+
+pub mod config_dir;
+pub mod netlink;

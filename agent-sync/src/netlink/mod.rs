@@ -1,0 +1,92 @@
+//! The agent's rtnetlink edge: the overlay device, the routes over it, and which veth leads to which pod.
+//!
+//! Comes in: what the mesh wants (device, pod CIDRs of other nodes). Goes out: a snapshot of the pods that
+//! this node routes to, again whenever the kernel says that a link, route or neighbour changed. Only
+//! routes with our own protocol number ([`ROUTE_PROTOCOL`]) are ever removed.
+
+mod overlay;
+mod pods;
+mod routes;
+
+pub use overlay::OverlaySpec;
+pub use pods::{PodLink, PodLinks};
+pub use routes::{ROUTE_PROTOCOL, RouteVia};
+
+use std::io;
+
+/// A netlink connection of this network namespace. Cheap to clone.
+#[derive(Clone)]
+pub struct Netlink {
+    handle: rtnetlink::Handle,
+}
+
+/// What went wrong between the agent and the kernel's network configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No netlink socket: a sandbox without it, or no file descriptors left.
+    #[error("cannot open a netlink socket: {0}; the agent needs the node's network namespace")]
+    Open(#[source] io::Error),
+    /// The kernel refused a request.
+    #[error("{what}: {source}{}", hint(source))]
+    Request {
+        /// What the agent was about to do.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// A device of the wanted name exists and is something else.
+    #[error(
+        "device {name} exists but is not a VXLAN device in external mode on UDP port {port}; remove it (`ip link del {name}`) or choose another --tunnel-device"
+    )]
+    ForeignDevice {
+        /// Name of the device.
+        name: String,
+        /// UDP port that the mesh uses.
+        port: u16,
+    },
+}
+
+impl Netlink {
+    /// Opens a connection; must run inside a tokio runtime, which drives it.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Open`].
+    pub fn open() -> Result<Self, NetlinkError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Open)?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+}
+
+fn hint(error: &rtnetlink::Error) -> &'static str {
+    match errno(error) {
+        Some(libc_errno::EPERM | libc_errno::EACCES) => {
+            " (needs root or CAP_NET_ADMIN in the node's network namespace)"
+        }
+        Some(libc_errno::EOPNOTSUPP) => " (this kernel lacks the VXLAN module?)",
+        _ => "",
+    }
+}
+
+/// The positive errno in a kernel reply, if it was one.
+fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => Some(-message.raw_code()),
+        _ => None,
+    }
+}
+
+fn request(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetlinkError {
+    move |source| NetlinkError::Request { what: what.into(), source }
+}
+
+/// The few errno values this room looks at (asm-generic/errno-base.h and errno.h).
+mod libc_errno {
+    pub(super) const EPERM: i32 = 1;
+    pub(super) const ESRCH: i32 = 3;
+    pub(super) const EACCES: i32 = 13;
+    pub(super) const EEXIST: i32 = 17;
+    pub(super) const ENODEV: i32 = 19;
+    pub(super) const EOPNOTSUPP: i32 = 95;
+}

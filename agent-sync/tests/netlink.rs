@@ -1,0 +1,137 @@
+//! The rtnetlink edge against the real kernel, in a network namespace of its own.
+//!
+//! Needs root, as the agent does; fails (rather than skips) without.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::IpAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use agent_sync::netlink::{Netlink, NetlinkError, OverlaySpec, RouteVia};
+
+/// A namespace that goes away with the test, also when it panics.
+struct Namespace(String);
+
+impl Namespace {
+    fn new(tag: &str) -> Self {
+        let name = format!("cm-test-netlink-{tag}-{}", std::process::id());
+        run(&format!("ip netns add {name}"));
+        Self(name)
+    }
+
+    /// Runs `test` on a thread inside the namespace.
+    fn run<F: Future<Output = ()>>(&self, test: impl FnOnce() -> F + Send) {
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let ns = File::open(format!("/run/netns/{}", self.0)).unwrap();
+                let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+                rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&ns), kind).unwrap();
+                let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                rt.block_on(async { tokio::time::timeout(Duration::from_secs(20), test()).await.unwrap() });
+            })
+            .join()
+            .unwrap();
+        });
+    }
+
+    fn ip(&self, args: &str) -> String {
+        run(&format!("ip -n {} {args}", self.0))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn run(command: &str) -> String {
+    let out = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(
+        out.status.success(),
+        "{command}: {} (this test needs root)",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn overlay() -> OverlaySpec {
+    OverlaySpec { name: "cm_vxlan".into(), port: 8472, mtu: 1450 }
+}
+
+#[test]
+fn overlay_is_created_once_and_a_foreign_device_is_refused() {
+    let ns = Namespace::new("overlay");
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        let index = netlink.ensure_overlay(&overlay()).await.unwrap();
+        assert_eq!(netlink.ensure_overlay(&overlay()).await.unwrap(), index, "kept, not re-created");
+        let error = netlink.ensure_overlay(&OverlaySpec { port: 4789, ..overlay() }).await.unwrap_err();
+        assert!(matches!(error, NetlinkError::ForeignDevice { .. }), "{error}");
+    });
+    let shown = ns.ip("-d link show cm_vxlan");
+    for word in ["external", "nolearning", "dstport 8472", "mtu 1450", "NOARP", "UP"] {
+        assert!(shown.contains(word), "{word} not in {shown}");
+    }
+}
+
+#[test]
+fn routes_become_what_is_desired_and_others_are_left_alone() {
+    let ns = Namespace::new("routes");
+    ns.ip("addr add 10.1.0.1/32 dev lo");
+    ns.ip("addr add fd00:1::1/128 dev lo nodad");
+    ns.ip("link set lo up");
+    ns.ip("route add 10.99.0.0/24 dev lo");
+    let via = |ip: &str| RouteVia { source: Some(ip.parse::<IpAddr>().unwrap()) };
+    let mut desired = BTreeMap::from([
+        ("10.1.1.0/24".parse().unwrap(), via("10.1.0.1")),
+        ("10.2.0.0/24".parse().unwrap(), RouteVia::default()),
+        ("fd00:1:1::/64".parse().unwrap(), via("fd00:1::1")),
+    ]);
+    let first = desired.clone();
+    ns.run(|| async move {
+        let netlink = Netlink::open().unwrap();
+        let index = netlink.ensure_overlay(&overlay()).await.unwrap();
+        netlink.sync_routes(index, &first).await.unwrap();
+        netlink.sync_routes(index, &first).await.unwrap();
+    });
+    assert!(ns.ip("route show proto 197").contains("10.1.1.0/24 dev cm_vxlan scope link src 10.1.0.1"));
+    assert!(ns.ip("-6 route show proto 197").contains("fd00:1:1::/64 dev cm_vxlan src fd00:1::1"));
+
+    desired.remove(&"10.2.0.0/24".parse().unwrap());
+    ns.run(|| async move {
+        let netlink = Netlink::open().unwrap();
+        let index = netlink.ensure_overlay(&overlay()).await.unwrap();
+        netlink.sync_routes(index, &desired).await.unwrap();
+    });
+    let shown = ns.ip("route show");
+    assert!(!shown.contains("10.2.0.0/24") && shown.contains("10.1.1.0/24"), "{shown}");
+    assert!(shown.contains("10.99.0.0/24"), "a route of somebody else was touched: {shown}");
+}
+
+#[test]
+fn pods_are_found_by_their_routes_and_followed() {
+    let ns = Namespace::new("pods");
+    ns.ip("link add pod1 type veth peer name pod1p");
+    ns.ip("link set pod1 address 02:00:00:00:00:01");
+    ns.ip("link set pod1 up");
+    ns.ip("link set pod1p up");
+    ns.ip("route add 10.1.0.7/32 dev pod1");
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        let mut pods = netlink.watch_pod_links().await.unwrap();
+        let (v4, v6): (IpAddr, IpAddr) = ("10.1.0.7".parse().unwrap(), "fd00:1::7".parse().unwrap());
+        let first = *pods.borrow_and_update().get(&v4).expect("the route that was there already");
+        assert_eq!((first.pod_mac, first.host_mac), (None, [2, 0, 0, 0, 0, 1]));
+
+        ns.ip("neigh add 10.1.0.7 lladdr 02:00:00:00:00:02 dev pod1 nud permanent");
+        ns.ip("-6 route add fd00:1::7/128 dev pod1");
+        let both = pods.wait_for(|p| p.contains_key(&v6) && p[&v4].pod_mac.is_some()).await.unwrap().clone();
+        assert_eq!(both[&v4].pod_mac, Some([2, 0, 0, 0, 0, 2]));
+        assert_eq!(both[&v4].ifindex, both[&v6].ifindex);
+
+        ns.ip("link del pod1");
+        assert!(pods.wait_for(|p| p.is_empty()).await.is_ok());
+    });
+}
