@@ -1,1 +1,13 @@
+//! Exports a cluster into its etcd, where the agents of all connected clusters read it.
+//!
+//! ```text
+//! source (edge)  ->  objects  ->  endpoints, identity  ->  export (keys)  ->  Publisher (edge)
+//! ```
+//!
+//! [`source`] turns a directory of manifests into checked [`objects`]; [`export`] keeps them and works
+//! out which keys follow, with the help of [`endpoints`] (which backends a service has) and
+//! [`identity`] (what number stands for a pod's labels); `server` connects both ends with etcd and
+//! serves metrics and health. Everything between the edges is plain code without I/O.
 #![forbid(unsafe_code)]
+
+pub mod objects;

@@ -1,0 +1,123 @@
+//! The facts: what the cluster looks like, as far as a mesh cares.
+//!
+//! Sources turn manifests (later: API objects) into the checked types here, and nothing else of the
+//! crate sees Kubernetes' own types. What goes in is checked against what Kubernetes itself would
+//! accept (names, labels, addresses, ports), because these strings become parts of etcd keys and of
+//! label strings in other clusters; what comes out can be relied on without looking again.
+
+mod endpoint_slice;
+mod meta;
+mod node;
+mod pod;
+mod service;
+mod store;
+
+use std::fmt;
+use std::sync::Arc;
+
+use clustermesh_kvstore::cluster::NamespacedName;
+
+pub use endpoint_slice::{Endpoint, EndpointSlice};
+pub use meta::{Namespace, ObjectError};
+pub use node::Node;
+pub use pod::{ContainerPort, Pod};
+pub use service::{IpFamily, Service, ServicePort, TargetPort};
+pub use store::Objects;
+
+/// One object of a kind that is exported or has a part in what is exported.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A namespace: its labels are part of the identity of its pods.
+    Namespace(Arc<Namespace>),
+    /// A node.
+    Node(Arc<Node>),
+    /// A pod.
+    Pod(Arc<Pod>),
+    /// A service.
+    Service(Arc<Service>),
+    /// Endpoints of a service that somebody else computed.
+    EndpointSlice(Arc<EndpointSlice>),
+}
+
+impl Object {
+    /// Kind, namespace and name.
+    pub fn key(&self) -> ObjectKey {
+        let (kind, name) = match self {
+            Self::Namespace(o) => (ObjectKind::Namespace, cluster_scoped(&o.name)),
+            Self::Node(o) => (ObjectKind::Node, cluster_scoped(&o.name)),
+            Self::Pod(o) => (ObjectKind::Pod, o.name.clone()),
+            Self::Service(o) => (ObjectKind::Service, o.name.clone()),
+            Self::EndpointSlice(o) => (ObjectKind::EndpointSlice, o.name.clone()),
+        };
+        ObjectKey { kind, name }
+    }
+}
+
+fn cluster_scoped(name: &str) -> NamespacedName {
+    NamespacedName { namespace: String::new(), name: name.to_owned() }
+}
+
+/// The kinds of [`Object`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ObjectKind {
+    /// v1 Namespace.
+    Namespace,
+    /// v1 Node.
+    Node,
+    /// v1 Pod.
+    Pod,
+    /// v1 Service.
+    Service,
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice,
+}
+
+impl ObjectKind {
+    /// Every kind.
+    pub const ALL: [Self; 5] = [Self::Namespace, Self::Node, Self::Pod, Self::Service, Self::EndpointSlice];
+
+    /// The kind as manifests spell it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Node => "Node",
+            Self::Pod => "Pod",
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+        }
+    }
+}
+
+impl fmt::Display for ObjectKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What tells one object from another. The namespace of a node or namespace is empty.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// Kind.
+    pub kind: ObjectKind,
+    /// Namespace and name.
+    pub name: NamespacedName,
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.name.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name.name)
+        } else {
+            write!(f, "{} {}", self.kind, self.name)
+        }
+    }
+}
+
+/// A change of the facts.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// The object is new or different.
+    Upsert(Object),
+    /// The object is gone.
+    Delete(ObjectKey),
+}
