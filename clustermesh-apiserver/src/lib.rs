@@ -10,5 +10,9 @@
 //! serves metrics and health. Everything between the edges is plain code without I/O.
 #![forbid(unsafe_code)]
 
+pub mod identity;
 pub mod objects;
 pub mod source;
+
+#[cfg(test)]
+mod fixtures;
