@@ -10,6 +10,8 @@
 //! serves metrics and health. Everything between the edges is plain code without I/O.
 #![forbid(unsafe_code)]
 
+pub mod endpoints;
+pub mod export;
 pub mod identity;
 pub mod objects;
 pub mod source;
