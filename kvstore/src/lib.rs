@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod etcd;
 pub mod key;
 pub mod labels;
 pub mod record;

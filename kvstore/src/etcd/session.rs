@@ -1,0 +1,450 @@
+use std::error::Error as _;
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{
+    Client, ConnectOptions, Error as EtcdError, GetOptions, LeaseGrantOptions, PutOptions, ResponseHeader,
+    SortOrder, SortTarget, TlsOptions, Txn, TxnOp, WatchOptions,
+};
+use rand::seq::SliceRandom;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::diagnose;
+use super::watch::WatchStream;
+use super::{EtcdConfig, KeyRange, SessionError};
+
+/// The longest reply that is read. A page of 256 records of ordinary size is far below.
+const MAX_REPLY: usize = 64 << 20;
+
+/// Deadlines of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionOptions {
+    /// For TCP and TLS with one endpoint.
+    pub connect_timeout: Duration,
+    /// For each call.
+    pub call_timeout: Duration,
+    /// Between HTTP/2 pings, also when idle. etcd takes no more than one in 5 s.
+    pub keep_alive_interval: Duration,
+    /// For the answer to a ping.
+    pub keep_alive_timeout: Duration,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(3),
+            call_timeout: Duration::from_secs(10),
+            keep_alive_interval: Duration::from_secs(10),
+            keep_alive_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A connection to one etcd. Cheap to clone; all clones end together.
+#[derive(Clone)]
+pub struct Session {
+    client: Client,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    endpoint: String,
+    cluster_id: u64,
+    revision: i64,
+    call_timeout: Duration,
+    /// Why the session ended, once it did.
+    end: watch::Sender<Option<SessionError>>,
+}
+
+/// A key with its value and where it stands in etcd's history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyValue {
+    /// Key.
+    pub key: Vec<u8>,
+    /// Value.
+    pub value: Vec<u8>,
+    /// Revision of the last write.
+    pub mod_revision: i64,
+    /// Lease that it hangs on; 0 for none.
+    pub lease: i64,
+}
+
+/// A part of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// In order of their keys.
+    pub kvs: Vec<KeyValue>,
+    /// There are more behind the last one.
+    pub more: bool,
+    /// etcd's revision when it answered.
+    pub revision: i64,
+}
+
+/// A write of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WriteOp {
+    /// Creates or overwrites.
+    Put {
+        /// Key.
+        key: String,
+        /// Value.
+        value: Vec<u8>,
+        /// Lease to hang it on; 0 for none.
+        lease: i64,
+    },
+    /// Deletes; a missing key is fine.
+    Delete {
+        /// Key.
+        key: String,
+    },
+}
+
+/// What an etcd says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Its version.
+    pub version: String,
+    /// Its revision.
+    pub revision: i64,
+    /// Size of its data in bytes.
+    pub db_size: i64,
+}
+
+impl Session {
+    /// Connects to one of the endpoints, tried in random order, and pins the ID of the etcd that answers.
+    ///
+    /// # Errors
+    /// That of the last endpoint.
+    pub async fn connect(config: &EtcdConfig, options: SessionOptions) -> Result<Self, SessionError> {
+        let mut endpoints = config.endpoints.clone();
+        endpoints.shuffle(&mut rand::rng());
+        let mut failure = SessionError::Unreachable { endpoints: String::new(), reason: "none given".into() };
+        for endpoint in &endpoints {
+            match Self::connect_to(endpoint, config, options).await {
+                Ok(session) => return Ok(session),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    async fn connect_to(
+        endpoint: &str,
+        config: &EtcdConfig,
+        options: SessionOptions,
+    ) -> Result<Self, SessionError> {
+        let https = endpoint.starts_with("https://");
+        let mut connect = ConnectOptions::new()
+            .with_connect_timeout(options.connect_timeout)
+            .with_keep_alive(options.keep_alive_interval, options.keep_alive_timeout)
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true);
+        if https {
+            connect = connect.with_tls(tls_options(config)?);
+        }
+        if let (Some(user), Some(password)) = (&config.username, &config.password) {
+            connect = connect.with_user(user.clone(), password.clone());
+        }
+        let dial = async {
+            let mut client = Client::connect([endpoint], Some(connect)).await?;
+            let status = client.status().await?;
+            Ok::<_, EtcdError>((client, status))
+        };
+        let failure = match timeout(options.connect_timeout, dial).await {
+            Ok(Ok((client, status))) => {
+                let header = status.header();
+                let shared = Shared {
+                    endpoint: endpoint.to_owned(),
+                    cluster_id: header.map_or(0, ResponseHeader::cluster_id),
+                    revision: header.map_or(0, ResponseHeader::revision),
+                    call_timeout: options.call_timeout,
+                    end: watch::Sender::new(None),
+                };
+                return Ok(Self { client, shared: Arc::new(shared) });
+            }
+            Ok(Err(error)) => classify("connect", error),
+            Err(_) => SessionError::Timeout { what: "connect".into(), after: options.connect_timeout },
+        };
+        if !matches!(failure, SessionError::Lost(_) | SessionError::Timeout { .. }) {
+            return Err(failure);
+        }
+        // gRPC knows that it failed; ask again by hand why.
+        let tls = if https { Some(Arc::new(rustls_config(config)?)) } else { None };
+        let (address, wait) = (endpoint.to_owned(), options.connect_timeout);
+        let diagnosis = tokio::task::spawn_blocking(move || diagnose::dial(&address, tls, wait)).await;
+        Err(diagnosis.ok().flatten().unwrap_or_else(|| SessionError::Unreachable {
+            endpoints: endpoint.to_owned(),
+            reason: format!("{failure}; something answers there, but not as an etcd does"),
+        }))
+    }
+
+    /// ID of the etcd cluster; all replies of this session come from it.
+    pub fn cluster_id(&self) -> u64 {
+        self.shared.cluster_id
+    }
+
+    /// etcd's revision when the session began.
+    pub fn revision(&self) -> i64 {
+        self.shared.revision
+    }
+
+    /// The endpoint that this session is with.
+    pub fn endpoint(&self) -> &str {
+        &self.shared.endpoint
+    }
+
+    /// Waits until the session ends.
+    pub async fn ended(&self) -> SessionError {
+        let mut end = self.shared.end.subscribe();
+        let ended = end.wait_for(Option::is_some).await;
+        // The sender lives as long as `self`.
+        ended.ok().and_then(|end| end.clone()).unwrap_or_else(|| SessionError::Lost("session dropped".into()))
+    }
+
+    /// Ends the session for all who use it. Only the first reason counts.
+    pub fn end(&self, reason: SessionError) {
+        self.shared.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert(reason);
+            first
+        });
+    }
+
+    /// Reads one key.
+    ///
+    /// # Errors
+    /// See [`SessionError`]; so in all calls below.
+    pub async fn get(&self, key: &str) -> Result<Option<KeyValue>, SessionError> {
+        Ok(self.list_page(&KeyRange::Key(key.into()), None, 1, 0).await?.kvs.pop())
+    }
+
+    /// Reads up to `limit` keys of a range, behind the key `after`, as of `revision` (0: as of now).
+    pub async fn list_page(
+        &self,
+        range: &KeyRange,
+        after: Option<&[u8]>,
+        limit: i64,
+        revision: i64,
+    ) -> Result<Page, SessionError> {
+        let from = after.map_or_else(|| range.start().as_bytes().to_vec(), |after| [after, b"\0"].concat());
+        let options = GetOptions::new()
+            .with_range(range.end())
+            .with_limit(limit)
+            .with_revision(revision)
+            .with_sort(SortTarget::Key, SortOrder::Ascend);
+        let mut client = self.client.kv_client().max_decoding_message_size(MAX_REPLY);
+        let mut reply = self
+            .call(range.start(), client.get(from, Some(options)), |reply| reply.header().cloned())
+            .await?;
+        let revision = reply.header().map_or(0, ResponseHeader::revision);
+        let more = reply.more();
+        let kvs = reply.take_kvs().into_iter().map(KeyValue::from).collect();
+        Ok(Page { kvs, more, revision })
+    }
+
+    /// Does all writes at once. Gives the new revision.
+    pub async fn txn(&self, ops: Vec<WriteOp>) -> Result<i64, SessionError> {
+        let what = match ops.first() {
+            Some(WriteOp::Put { key, .. } | WriteOp::Delete { key }) => key.clone(),
+            None => return Ok(self.shared.revision),
+        };
+        let ops: Vec<_> = ops.into_iter().map(TxnOp::from).collect();
+        let mut client = self.client.kv_client();
+        let txn = client.txn(Txn::new().and_then(ops));
+        let reply = self.call(&what, txn, |reply| reply.header().cloned()).await?;
+        Ok(reply.header().map_or(0, ResponseHeader::revision))
+    }
+
+    /// Watches a range from `revision` on. The first message is [`super::WatchMessage::Created`].
+    pub async fn watch(&self, range: &KeyRange, revision: i64) -> Result<WatchStream, SessionError> {
+        let options = WatchOptions::new().with_start_revision(revision).with_range(range.end());
+        let mut client = self.client.watch_client().max_decoding_message_size(MAX_REPLY);
+        let stream = self.call(range.start(), client.watch(range.start(), Some(options)), |_| None).await?;
+        Ok(WatchStream::new(stream, self.clone(), range.start().to_owned(), self.shared.call_timeout))
+    }
+
+    /// Grants a lease. Gives its ID.
+    pub async fn lease_grant(&self, ttl: Duration) -> Result<i64, SessionError> {
+        let ttl = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
+        let mut client = self.client.lease_client();
+        let grant = client.grant(ttl, None::<LeaseGrantOptions>);
+        let reply = self.call("a lease", grant, |reply| reply.header().cloned()).await?;
+        Ok(reply.id())
+    }
+
+    /// Renews a lease.
+    pub async fn lease_keep_alive(&self, id: i64) -> Result<(), SessionError> {
+        let mut client = self.client.lease_client();
+        self.call("a lease's renewal", client.keep_alive(id), |_| None).await.map(drop)
+    }
+
+    /// Asks etcd how it is.
+    pub async fn status(&self) -> Result<Status, SessionError> {
+        let mut client = self.client.maintenance_client();
+        let reply = self.call("its status", client.status(), |reply| reply.header().cloned()).await?;
+        let revision = reply.header().map_or(0, ResponseHeader::revision);
+        Ok(Status { version: reply.version().to_owned(), revision, db_size: reply.db_size() })
+    }
+
+    /// Compares the ID in a reply with the pinned one.
+    pub(super) fn check_header(&self, header: &ResponseHeader) -> Result<(), SessionError> {
+        let (was, now) = (self.shared.cluster_id, header.cluster_id());
+        if now == was {
+            return Ok(());
+        }
+        let error = SessionError::ClusterIdChanged { was, now };
+        self.end(error.clone());
+        Err(error)
+    }
+
+    /// Translates an error and ends the session if it cannot go on.
+    pub(super) fn failed(&self, what: &str, error: EtcdError) -> SessionError {
+        let error = classify(what, error);
+        if error.is_fatal() {
+            self.end(error.clone());
+        }
+        error
+    }
+
+    async fn call<T>(
+        &self,
+        what: &str,
+        call: impl Future<Output = Result<T, EtcdError>>,
+        header: impl Fn(&T) -> Option<ResponseHeader>,
+    ) -> Result<T, SessionError> {
+        if let Some(ended) = self.shared.end.borrow().clone() {
+            return Err(ended);
+        }
+        match timeout(self.shared.call_timeout, call).await {
+            Ok(Ok(reply)) => {
+                header(&reply).map_or(Ok(()), |header| self.check_header(&header))?;
+                Ok(reply)
+            }
+            Ok(Err(error)) => Err(self.failed(what, error)),
+            Err(_) => {
+                let error = SessionError::Timeout { what: what.to_owned(), after: self.shared.call_timeout };
+                self.end(error.clone());
+                Err(error)
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Session({} {:x})", self.shared.endpoint, self.shared.cluster_id)
+    }
+}
+
+impl From<etcd_client::KeyValue> for KeyValue {
+    fn from(kv: etcd_client::KeyValue) -> Self {
+        let (mod_revision, lease) = (kv.mod_revision(), kv.lease());
+        let (key, value) = kv.into_key_value();
+        Self { key, value, mod_revision, lease }
+    }
+}
+
+impl From<WriteOp> for TxnOp {
+    fn from(op: WriteOp) -> Self {
+        match op {
+            WriteOp::Put { key, value, lease } => {
+                Self::put(key, value, Some(PutOptions::new().with_lease(lease)))
+            }
+            WriteOp::Delete { key } => Self::delete(key, None),
+        }
+    }
+}
+
+fn classify(what: &str, error: EtcdError) -> SessionError {
+    let status = match error {
+        EtcdError::GRpcStatus(status) => status,
+        EtcdError::LeaseKeepAliveError(reason) if reason.contains("not found") => {
+            return SessionError::LeaseNotFound;
+        }
+        EtcdError::TransportError(error) => return SessionError::Lost(diagnose::explain(&error)),
+        other => return SessionError::Lost(other.to_string()),
+    };
+    let message = status.message().to_owned();
+    // By its text where etcd has no code of its own; texts are those of etcd's rpctypes.
+    if message.contains("permission denied") {
+        SessionError::PermissionDenied { what: what.to_owned() }
+    } else if message.contains("required revision has been compacted") {
+        SessionError::Compacted { revision: 0 }
+    } else if message.contains("requested lease not found") {
+        SessionError::LeaseNotFound
+    } else if message.contains("authentication failed") || message.contains("invalid auth token") {
+        SessionError::Unauthenticated { reason: message }
+    } else if status.source().is_some() {
+        SessionError::Lost(diagnose::explain(&status))
+    } else if message.contains("etcdserver:") {
+        match message.contains("too large") || message.contains("too many operations") {
+            true => SessionError::Refused(message),
+            false => SessionError::Unavailable(message),
+        }
+    } else {
+        SessionError::Lost(if message.is_empty() { status.code().to_string() } else { message })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, SessionError> {
+    std::fs::read(path).map_err(|error| bad_file(path, format!("cannot be read: {error}")))
+}
+
+fn bad_file(path: &Path, reason: String) -> SessionError {
+    SessionError::File { path: path.display().to_string(), reason }
+}
+
+fn tls_options(config: &EtcdConfig) -> Result<TlsOptions, SessionError> {
+    // Also finds files that are no certificates, with a better text than gRPC would.
+    rustls_config(config)?;
+    let mut tls = TlsOptions::new();
+    if let Some(path) = &config.trusted_ca_file {
+        tls = tls.ca_certificate(etcd_client::Certificate::from_pem(read(path)?));
+    }
+    if let (Some(cert), Some(key)) = (&config.cert_file, &config.key_file) {
+        tls = tls.identity(etcd_client::Identity::from_pem(read(cert)?, read(key)?));
+    }
+    Ok(tls)
+}
+
+fn rustls_config(config: &EtcdConfig) -> Result<rustls::ClientConfig, SessionError> {
+    let mut roots = rustls::RootCertStore::empty();
+    if let Some(path) = &config.trusted_ca_file {
+        for certificate in certificates(path)? {
+            roots.add(certificate).map_err(|error| bad_file(path, error.to_string()))?;
+        }
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        // The provider is the one that was compiled in for these versions.
+        .expect("aws-lc supports TLS 1.2 and 1.3")
+        .with_root_certificates(roots);
+    let mut tls = match (&config.cert_file, &config.key_file) {
+        (Some(cert), Some(key)) => {
+            let private = PrivateKeyDer::from_pem_slice(&read(key)?)
+                .map_err(|error| bad_file(key, format!("is not a private key: {error}")))?;
+            builder
+                .with_client_auth_cert(certificates(cert)?, private)
+                .map_err(|error| bad_file(cert, format!("does not go with {}: {error}", key.display())))?
+        }
+        _ => builder.with_no_client_auth(),
+    };
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(tls)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, SessionError> {
+    let certificates = CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| bad_file(path, format!("is not a certificate: {error}")))?;
+    match certificates.is_empty() {
+        true => Err(bad_file(path, "holds no certificate".into())),
+        false => Ok(certificates),
+    }
+}
