@@ -1,0 +1,116 @@
+//! What the mesh wants in the kernel: the values that pass from [`crate::mesh`] to
+//! [`crate::reconcile`].
+
+use std::net::IpAddr;
+
+use ebpf_global_svc::abi::{
+    BackendValue, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey,
+    backend_state,
+};
+
+use crate::wire_key;
+
+/// Everything that identifies a backend. Its entry in the kernel never changes: another state is
+/// another backend, so that no program that holds an ID can see it turn into something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackendKey {
+    /// Cluster that runs it.
+    pub cluster: u16,
+    /// Pod address.
+    pub ip: IpAddr,
+    /// Host order.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Still serving, but about to go.
+    pub terminating: bool,
+}
+
+impl BackendKey {
+    /// The kernel's value for this backend under `id`.
+    pub fn value(&self, id: u32) -> BackendValue {
+        let (family, ip) = wire_key::octets(self.ip);
+        BackendValue {
+            ip,
+            cluster: self.cluster,
+            port: self.port.to_be(),
+            proto: self.proto,
+            family,
+            state: if self.terminating { backend_state::TERMINATING } else { backend_state::ACTIVE },
+            flags: 0,
+            generation: id,
+        }
+    }
+
+    /// The key of an installed value; none if we would never write such a value under `id`.
+    pub fn of(id: u32, value: &BackendValue) -> Option<Self> {
+        let key = Self {
+            cluster: value.cluster,
+            ip: wire_key::address(value.family, value.ip)?,
+            port: u16::from_be(value.port),
+            proto: value.proto,
+            terminating: value.state == backend_state::TERMINATING,
+        };
+        (key.value(id) == *value).then_some(key)
+    }
+}
+
+/// One cluster's part in a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupPlan {
+    /// The cluster.
+    pub cluster: u16,
+    /// Share of new connections; 0 is a standby.
+    pub weight: u16,
+    /// In ascending order, no duplicates, never empty.
+    pub backends: Vec<BackendKey>,
+}
+
+/// A frontend's backends. No groups: the frontend answers with a refusal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServicePlan {
+    /// Own cluster first, then ascending by cluster; at most [`ebpf_global_svc::abi::MAX_GROUPS`].
+    pub groups: Vec<GroupPlan>,
+}
+
+/// Differences of desired state; `None` removes a key.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Addresses of pods.
+    pub ipcache: Vec<(IpKey, Option<IpValue>)>,
+    /// Pod CIDRs.
+    pub prefix: Vec<(PrefixKey, Option<PrefixValue>)>,
+    /// Underlay addresses of nodes.
+    pub node: Vec<(NodeKey, Option<NodeValue>)>,
+    /// Pods of this node.
+    pub endpoint: Vec<(IpKey, Option<EndpointValue>)>,
+    /// Frontends.
+    pub service: Vec<(ServiceKey, Option<ServicePlan>)>,
+}
+
+impl Changes {
+    /// Number of changed keys.
+    pub fn len(&self) -> usize {
+        self.ipcache.len() + self.prefix.len() + self.node.len() + self.endpoint.len() + self.service.len()
+    }
+
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What a predecessor of this agent left installed.
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// `cm_ipcache`.
+    pub ipcache: Vec<(IpKey, IpValue)>,
+    /// `cm_prefix`.
+    pub prefix: Vec<(PrefixKey, PrefixValue)>,
+    /// `cm_node`.
+    pub node: Vec<(NodeKey, NodeValue)>,
+    /// `cm_endpoint`.
+    pub endpoint: Vec<(IpKey, EndpointValue)>,
+    /// `cm_service`, with its slots and backends followed.
+    pub service: Vec<(ServiceKey, ServicePlan)>,
+}

@@ -1,0 +1,136 @@
+//! Pods of this node: the own cluster's addresses behind this node, and the interface of each.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpKey, IpValue};
+
+use super::fact::{Link, Links};
+use super::records::Store;
+use crate::wire_key;
+
+/// Computes `cm_endpoint` from addresses and links.
+#[derive(Debug, Default)]
+pub(super) struct Endpoints {
+    own: u16,
+    node_ip: Option<Ipv4Addr>,
+    /// Pods that should have a link.
+    local: BTreeSet<IpAddr>,
+    links: Links,
+    installed: HashMap<IpAddr, EndpointValue>,
+    dirty: HashSet<IpAddr>,
+}
+
+impl Endpoints {
+    pub(super) fn new(
+        own: u16,
+        node_ip: Option<Ipv4Addr>,
+        restored: Vec<(IpKey, EndpointValue)>,
+    ) -> (Self, Vec<(IpKey, Option<EndpointValue>)>) {
+        let mut endpoints = Self { own, node_ip, ..Self::default() };
+        let mut foreign = Vec::new();
+        for (key, value) in restored {
+            match wire_key::address(key.family, key.ip) {
+                Some(ip) if key.cluster == own => {
+                    endpoints.installed.insert(ip, value);
+                    endpoints.dirty.insert(ip);
+                }
+                _ => foreign.push((key, None)),
+            }
+        }
+        (endpoints, foreign)
+    }
+
+    /// The own node's record says where its tunnels end.
+    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, ips: &Store<IpAddr, IpValue>) {
+        if self.node_ip != Some(node_ip) {
+            self.node_ip = Some(node_ip);
+            self.dirty.extend(ips.iter().map(|(ip, _)| *ip));
+            self.dirty.extend(self.installed.keys());
+        }
+    }
+
+    pub(super) fn node_ip(&self) -> Option<Ipv4Addr> {
+        self.node_ip
+    }
+
+    /// An address of the own cluster appeared, moved or went.
+    pub(super) fn address_changed(&mut self, ip: IpAddr) {
+        self.dirty.insert(ip);
+    }
+
+    /// All addresses of the own cluster are known now.
+    pub(super) fn synced(&mut self) {
+        self.dirty.extend(self.installed.keys());
+    }
+
+    pub(super) fn set_links(&mut self, links: Links) {
+        self.links = links;
+        self.dirty.extend(&self.local);
+    }
+
+    /// Pods of this node.
+    pub(super) fn local(&self) -> &BTreeSet<IpAddr> {
+        &self.local
+    }
+
+    pub(super) fn compute(&mut self, ips: &Store<IpAddr, IpValue>) -> Vec<(IpKey, Option<EndpointValue>)> {
+        let mut changes = Vec::new();
+        for ip in std::mem::take(&mut self.dirty) {
+            let is_local = ips.get(&ip).is_some_and(|value| self.is_here(value));
+            if is_local {
+                self.local.insert(ip);
+            } else {
+                self.local.remove(&ip);
+            }
+            let before = self.installed.get(&ip).copied();
+            let after = self.value(ip, ips, before);
+            if before != after {
+                match after {
+                    Some(value) => drop(self.installed.insert(ip, value)),
+                    None => drop(self.installed.remove(&ip)),
+                }
+                changes.push((wire_key::ip_key(self.own, ip), after));
+            }
+        }
+        changes
+    }
+
+    fn is_here(&self, value: &IpValue) -> bool {
+        self.node_ip.is_some_and(|node_ip| value.node_ip == node_ip.octets())
+    }
+
+    fn value(
+        &self,
+        ip: IpAddr,
+        ips: &Store<IpAddr, IpValue>,
+        before: Option<EndpointValue>,
+    ) -> Option<EndpointValue> {
+        if self.node_ip.is_none() {
+            return before;
+        }
+        let Some(record) = ips.get(&ip) else {
+            return before.filter(|_| !ips.synced);
+        };
+        if !self.is_here(record) {
+            return None;
+        }
+        match &self.links {
+            Links::Known(links) => links.get(&ip).map(|link| endpoint(record.identity, *link)),
+            Links::Absent => Some(endpoint(record.identity, Link { ifindex: 0, macs: None })),
+            // What was installed is more likely right than nothing.
+            Links::Unknown => before.map(|before| EndpointValue { identity: record.identity, ..before }),
+        }
+    }
+}
+
+fn endpoint(identity: u32, link: Link) -> EndpointValue {
+    let zero = [0; 6];
+    EndpointValue {
+        ifindex: link.ifindex,
+        identity,
+        pod_mac: link.macs.map_or(zero, |macs| macs.pod),
+        host_mac: link.macs.map_or(zero, |macs| macs.host),
+        flags: if link.macs.is_some() { 0 } else { ENDPOINT_VIA_STACK },
+    }
+}

@@ -1,0 +1,127 @@
+//! What the mesh is told about clusters: records that passed the import policy, cut down to what the
+//! agent uses.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::key::Kind;
+use clustermesh_kvstore::record::{LocalService, PortMap};
+use ebpf_global_svc::abi::IpValue;
+use ipnet::IpNet;
+
+/// A record that may become state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// A node.
+    Node(String, NodeFact),
+    /// A pod's address.
+    Ip(IpAddr, IpValue),
+    /// An identity.
+    Identity(u32),
+    /// A service of another cluster.
+    Service(NamespacedName, RemoteService),
+    /// A service of the own cluster.
+    LocalService(Box<LocalService>),
+}
+
+/// The key of a [`Fact`] within its cluster and kind.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum FactKey {
+    /// Name of a node.
+    Node(String),
+    /// A pod's address.
+    Ip(IpAddr),
+    /// An identity.
+    Identity(u32),
+    /// A service of another cluster.
+    Service(NamespacedName),
+    /// A service of the own cluster.
+    LocalService(NamespacedName),
+}
+
+impl Fact {
+    /// Its key.
+    pub fn key(&self) -> FactKey {
+        match self {
+            Self::Node(name, _) => FactKey::Node(name.clone()),
+            Self::Ip(ip, _) => FactKey::Ip(*ip),
+            Self::Identity(id) => FactKey::Identity(*id),
+            Self::Service(name, _) => FactKey::Service(name.clone()),
+            Self::LocalService(service) => FactKey::LocalService(service.name.clone()),
+        }
+    }
+}
+
+impl FactKey {
+    /// The kind of the record.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Node(_) => Kind::Nodes,
+            Self::Ip(_) => Kind::Ip,
+            Self::Identity(_) => Kind::Identities,
+            Self::Service(_) => Kind::Services,
+            Self::LocalService(_) => Kind::LocalServices,
+        }
+    }
+}
+
+/// What the agent uses of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFact {
+    /// Underlay addresses: tunnels end at the first IPv4 one.
+    pub internal_ips: Vec<IpAddr>,
+    /// The node's own addresses out of its pod CIDRs: sources of host traffic into the mesh.
+    pub mesh_ips: Vec<IpAddr>,
+    /// Pod CIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+impl NodeFact {
+    /// Where tunnels to the node end; the underlay is IPv4.
+    pub fn tunnel_ip(&self) -> Option<Ipv4Addr> {
+        self.internal_ips.iter().find_map(|ip| match ip {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        })
+    }
+}
+
+/// What the agent uses of another cluster's service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemoteService {
+    /// Its backends may be used.
+    pub shared: bool,
+    /// Target ports by name, for each backend.
+    pub backends: BTreeMap<IpAddr, PortMap>,
+}
+
+/// What is known about the interfaces of this node's pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Links {
+    /// Nothing yet.
+    #[default]
+    Unknown,
+    /// There are none: a table in memory needs none.
+    Absent,
+    /// All of them; a pod that is not in here has none.
+    Known(BTreeMap<IpAddr, Link>),
+}
+
+/// How packets reach a pod of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Host side of the pod's veth.
+    pub ifindex: u32,
+    /// Addresses of both ends; none: deliver through the stack.
+    pub macs: Option<Macs>,
+}
+
+/// The two ends of a veth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Macs {
+    /// Inside the pod.
+    pub pod: [u8; 6],
+    /// On the host.
+    pub host: [u8; 6],
+}

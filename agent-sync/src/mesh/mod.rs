@@ -1,0 +1,428 @@
+//! The state of the whole mesh as this node sees it, and the tables that follow from it.
+//!
+//! In: facts about clusters (records that passed the import policy, begin and end of their lists,
+//! clusters that joined or went) and about this node's interfaces. Out: [`Changes`], the keys whose
+//! desired value differs from before. No I/O, no clock.
+//!
+//! What a predecessor left in the kernel is the mesh's first state: each restored entry counts as a
+//! claim of its cluster that nobody has confirmed. It goes when that cluster's list of that kind is
+//! complete without it, or when no configured cluster has that ID; never before. So the writer behind
+//! this needs to know nothing of pruning: it only ever installs differences.
+
+mod endpoint;
+mod fact;
+mod records;
+mod service;
+mod topology;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+
+use clustermesh_kvstore::cluster::ClusterId;
+use clustermesh_kvstore::key::Kind;
+use ebpf_global_svc::abi::{IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ipnet::IpNet;
+
+use crate::desired::{Changes, Restored};
+use crate::wire_key;
+use endpoint::Endpoints;
+use records::{Change, Records};
+use service::Services;
+use topology::{Claims, Topology};
+
+pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
+pub use service::LeftOut;
+pub use topology::Conflict;
+
+/// Merged state of all clusters.
+#[derive(Debug)]
+pub struct Mesh {
+    own: u16,
+    node_name: String,
+    clusters: BTreeMap<u16, Records>,
+    topology: Topology,
+    topology_is_dirty: bool,
+    restored_topology: Vec<RestoredNode>,
+    /// Pod prefixes of the own cluster, as last accepted: aggregated, ascending.
+    own_prefixes: Vec<IpNet>,
+    ipcache: HashMap<IpKey, Option<IpValue>>,
+    endpoints: Endpoints,
+    services: Services,
+    /// Removals of entries that make no sense on this node, restored from before.
+    foreign: Changes,
+}
+
+/// An entry of `cm_prefix` or `cm_node` from before, in place of the node records that made it.
+#[derive(Clone, Copy, Debug)]
+enum RestoredNode {
+    Prefix(PrefixKey, PrefixValue),
+    Address(NodeKey, NodeValue),
+}
+
+/// Routes that processes on this node need to reach pods of other nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// Pod prefixes that other nodes carry.
+    pub prefixes: BTreeSet<IpNet>,
+    /// This node's addresses inside the mesh, by preference.
+    pub sources: Vec<IpAddr>,
+}
+
+/// Sizes, for status and metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Identities of the own cluster.
+    pub identities: usize,
+    /// Pods on this node.
+    pub endpoints: usize,
+    /// Services of the own cluster.
+    pub services: usize,
+    /// Those of them that are global.
+    pub global_services: usize,
+    /// Frontends (address, port, protocol) of the own cluster.
+    pub frontends: usize,
+    /// Nodes of the own cluster.
+    pub nodes: usize,
+    /// Backends that the own cluster's services have at home.
+    pub backends: usize,
+}
+
+impl Mesh {
+    /// Starts from what is installed. `node_ip` is this node's underlay address if it is known before
+    /// the node's record is.
+    pub fn new(own: ClusterId, node_name: &str, node_ip: Option<Ipv4Addr>, restored: Restored) -> Self {
+        let own = own.get();
+        let (endpoints, foreign_endpoints) = Endpoints::new(own, node_ip, restored.endpoint);
+        let mut mesh = Self {
+            own,
+            node_name: node_name.to_owned(),
+            clusters: BTreeMap::new(),
+            topology: Topology::default(),
+            topology_is_dirty: true,
+            restored_topology: Vec::new(),
+            own_prefixes: Vec::new(),
+            ipcache: HashMap::new(),
+            endpoints,
+            services: Services::new(own, restored.service),
+            foreign: Changes { endpoint: foreign_endpoints, ..Changes::default() },
+        };
+        mesh.clusters.insert(own, Records::default());
+        for (key, value) in restored.ipcache {
+            match wire_key::address(key.family, key.ip) {
+                Some(ip) => mesh.clusters.entry(key.cluster).or_default().ips.restore(ip, value),
+                None => mesh.foreign.ipcache.push((key, None)),
+            }
+        }
+        for (key, value) in restored.prefix {
+            mesh.clusters.entry(value.cluster).or_default();
+            mesh.restored_topology.push(RestoredNode::Prefix(key, value));
+            mesh.topology.prefixes.insert(key, value);
+        }
+        for (key, value) in restored.node {
+            mesh.clusters.entry(value.cluster).or_default();
+            mesh.restored_topology.push(RestoredNode::Address(key, value));
+            mesh.topology.nodes.insert(key, value);
+        }
+        for cluster in mesh.services.restored_clusters() {
+            mesh.clusters.entry(cluster).or_default();
+        }
+        mesh
+    }
+
+    /// A record of `cluster` is so from now on.
+    pub fn upsert(&mut self, cluster: ClusterId, fact: Fact) {
+        let cluster = cluster.get();
+        let records = self.clusters.entry(cluster).or_default();
+        match fact {
+            Fact::Identity(id) => drop(records.identities.upsert(id, ())),
+            Fact::Node(name, node) => {
+                self.topology_is_dirty |= records.nodes.upsert(name, node).is_change();
+            }
+            Fact::Ip(ip, value) => {
+                if records.ips.upsert(ip, value).is_change() {
+                    self.address_changed(cluster, ip, Some(value));
+                }
+            }
+            Fact::Service(name, service) => {
+                if records.services.upsert(name.clone(), service).is_change() {
+                    let own = self.clusters.get(&self.own);
+                    self.services.remote_changed(own.and_then(|own| own.local_services.get(&name)));
+                }
+            }
+            Fact::LocalService(service) => {
+                let before = match records.local_services.upsert(service.name.clone(), (*service).clone()) {
+                    Change::None => return,
+                    Change::New => None,
+                    Change::Replaced(before) => Some(before),
+                };
+                self.services.local_changed(before.as_ref(), Some(&service));
+            }
+        }
+    }
+
+    /// A record of `cluster` is gone.
+    pub fn delete(&mut self, cluster: ClusterId, key: &FactKey) {
+        let cluster = cluster.get();
+        let Some(records) = self.clusters.get_mut(&cluster) else { return };
+        match key {
+            FactKey::Identity(id) => drop(records.identities.delete(id)),
+            FactKey::Node(name) => self.topology_is_dirty |= records.nodes.delete(name).is_some(),
+            FactKey::Ip(ip) => {
+                if records.ips.delete(ip).is_some() {
+                    self.address_changed(cluster, *ip, None);
+                }
+            }
+            FactKey::Service(name) => {
+                if records.services.delete(name).is_some() {
+                    let own = self.clusters.get(&self.own);
+                    self.services.remote_changed(own.and_then(|own| own.local_services.get(name)));
+                }
+            }
+            FactKey::LocalService(name) => {
+                if let Some(before) = records.local_services.delete(name) {
+                    self.services.local_changed(Some(&before), None);
+                }
+            }
+        }
+    }
+
+    /// A new list of a kind begins: what it will not contain goes at its end.
+    pub fn begin_list(&mut self, cluster: ClusterId, kind: Kind) {
+        let records = self.clusters.entry(cluster.get()).or_default();
+        match kind {
+            Kind::Nodes => records.nodes.begin_list(),
+            Kind::Ip => records.ips.begin_list(),
+            Kind::Identities => records.identities.begin_list(),
+            Kind::Services => records.services.begin_list(),
+            Kind::LocalServices => records.local_services.begin_list(),
+            Kind::ServiceExports => {}
+        }
+    }
+
+    /// The list of a kind is complete.
+    pub fn finish_list(&mut self, cluster: ClusterId, kind: Kind) {
+        let cluster = cluster.get();
+        let records = self.clusters.entry(cluster).or_default();
+        match kind {
+            Kind::Identities => drop(records.identities.finish_list()),
+            Kind::Nodes => {
+                records.nodes.finish_list();
+                self.forget_restored_topology(cluster);
+                self.topology_is_dirty = true;
+            }
+            Kind::Ip => {
+                for (ip, _) in records.ips.finish_list() {
+                    self.address_changed(cluster, ip, None);
+                }
+                if cluster == self.own {
+                    self.endpoints.synced();
+                }
+            }
+            Kind::Services => {
+                let stale = records.services.finish_list();
+                self.services.remote_synced(cluster);
+                let own = self.clusters.get(&self.own);
+                for (name, _) in stale {
+                    self.services.remote_changed(own.and_then(|own| own.local_services.get(&name)));
+                }
+            }
+            Kind::LocalServices => {
+                for (_, service) in records.local_services.finish_list() {
+                    self.services.local_changed(Some(&service), None);
+                }
+                self.services.own_synced();
+            }
+            Kind::ServiceExports => {}
+        }
+    }
+
+    /// The cluster is no part of the mesh any more: everything of it goes.
+    pub fn drain(&mut self, cluster: ClusterId) {
+        self.drain_id(cluster.get());
+    }
+
+    /// Drains what was restored of clusters that are none of `configured`.
+    pub fn keep_only(&mut self, configured: &BTreeSet<u16>) {
+        let gone: Vec<u16> = self
+            .clusters
+            .keys()
+            .copied()
+            .filter(|cluster| *cluster != self.own && !configured.contains(cluster))
+            .collect();
+        gone.into_iter().for_each(|cluster| self.drain_id(cluster));
+    }
+
+    /// What the network edge found out about this node's pods.
+    pub fn set_links(&mut self, links: Links) {
+        self.endpoints.set_links(links);
+    }
+
+    /// Recomputes what the facts since the last call touched.
+    pub fn compute(&mut self) -> Changes {
+        let mut changes = std::mem::take(&mut self.foreign);
+        if self.topology_is_dirty {
+            self.topology_is_dirty = false;
+            self.compute_topology(&mut changes);
+        }
+        changes.ipcache.extend(self.ipcache.drain());
+        self.ipcache.shrink_to(64);
+        if let Some(own) = self.clusters.get(&self.own) {
+            changes.endpoint.extend(self.endpoints.compute(&own.ips));
+        }
+        let own_prefixes = &self.own_prefixes;
+        let is_own = |ip: IpAddr| {
+            // Aggregated, so they are disjoint: only the last one that starts at or before can hold it.
+            let after = own_prefixes.partition_point(|prefix| prefix.network() <= ip);
+            after.checked_sub(1).is_some_and(|index| own_prefixes[index].contains(&ip))
+        };
+        changes.service.extend(self.services.compute(&self.clusters, is_own));
+        changes
+    }
+
+    /// Pods of this node.
+    pub fn local_pods(&self) -> &BTreeSet<IpAddr> {
+        self.endpoints.local()
+    }
+
+    /// This node's underlay address.
+    pub fn node_ip(&self) -> Option<Ipv4Addr> {
+        self.endpoints.node_ip()
+    }
+
+    /// Routes that this node needs for its own processes.
+    pub fn routes(&self) -> Routes {
+        let here = self.endpoints.node_ip().map(|ip| ip.octets());
+        let elsewhere = self.topology.prefixes.iter().filter(|(_, value)| Some(value.node_ip) != here);
+        let prefixes = elsewhere.filter_map(|(key, _)| wire_key::prefix(key)).collect();
+        let sources = self.own_node().map(|node| node.mesh_ips.clone()).unwrap_or_default();
+        Routes { prefixes, sources }
+    }
+
+    /// Whether the list of `kind` of `cluster` is complete.
+    pub fn is_synced(&self, cluster: ClusterId, kind: Kind) -> bool {
+        self.clusters.get(&cluster.get()).is_some_and(|records| records.is_synced(kind))
+    }
+
+    /// Records held of `cluster`.
+    pub fn count(&self, cluster: ClusterId, kind: Kind) -> usize {
+        self.clusters.get(&cluster.get()).map_or(0, |records| records.count(kind))
+    }
+
+    /// Whether a record is held.
+    pub fn holds(&self, cluster: ClusterId, key: &FactKey) -> bool {
+        self.clusters.get(&cluster.get()).is_some_and(|records| match key {
+            FactKey::Node(name) => records.nodes.get(name).is_some(),
+            FactKey::Ip(ip) => records.ips.get(ip).is_some(),
+            FactKey::Identity(id) => records.identities.get(id).is_some(),
+            FactKey::Service(name) => records.services.get(name).is_some(),
+            FactKey::LocalService(name) => records.local_services.get(name).is_some(),
+        })
+    }
+
+    /// Claims to addresses that another cluster holds.
+    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
+        self.topology.conflicts.iter()
+    }
+
+    /// Contributions to services that were left out.
+    pub fn left_out(&self) -> LeftOut {
+        self.services.left_out()
+    }
+
+    /// Sizes.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts {
+            endpoints: self.endpoints.local().len(),
+            frontends: self.services.frontends(),
+            ..Counts::default()
+        };
+        if let Some(own) = self.clusters.get(&self.own) {
+            counts.identities = own.identities.len();
+            counts.nodes = own.nodes.len();
+            counts.services = own.local_services.len();
+            for (_, service) in own.local_services.iter() {
+                counts.global_services += usize::from(service.global);
+                counts.backends += service.backends.len();
+            }
+        }
+        counts
+    }
+
+    fn own_node(&self) -> Option<&NodeFact> {
+        self.clusters.get(&self.own)?.nodes.get(&self.node_name)
+    }
+
+    fn address_changed(&mut self, cluster: u16, ip: IpAddr, value: Option<IpValue>) {
+        self.ipcache.insert(wire_key::ip_key(cluster, ip), value);
+        if cluster == self.own {
+            self.endpoints.address_changed(ip);
+        }
+    }
+
+    fn compute_topology(&mut self, changes: &mut Changes) {
+        let mut claims = Claims::default();
+        for node in &self.restored_topology {
+            match *node {
+                RestoredNode::Prefix(key, value) => claims.add_prefix(key, value),
+                RestoredNode::Address(key, value) => claims.add_address(key, value),
+            }
+        }
+        for (cluster, records) in &self.clusters {
+            // In order of names, so that two nodes with the same prefix give the same result always.
+            let nodes: BTreeMap<_, _> = records.nodes.iter().collect();
+            nodes.into_values().for_each(|node| claims.add_node(*cluster, node));
+        }
+        let before = std::mem::take(&mut self.topology);
+        self.topology = claims.resolve(self.own, &before);
+        differences(&before.prefixes, &self.topology.prefixes, &mut changes.prefix);
+        differences(&before.nodes, &self.topology.nodes, &mut changes.node);
+        let own = self.topology.prefixes.iter().filter(|(_, value)| value.cluster == self.own);
+        let own: Vec<IpNet> = own.filter_map(|(key, _)| wire_key::prefix(key)).collect();
+        let mut own = IpNet::aggregate(&own);
+        own.sort_unstable_by_key(IpNet::network);
+        if own != self.own_prefixes {
+            self.own_prefixes = own;
+            self.services.all_changed();
+        }
+        let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
+        if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
+            self.endpoints.set_node_ip(node_ip, &own.ips);
+        }
+    }
+
+    fn forget_restored_topology(&mut self, cluster: u16) {
+        self.restored_topology.retain(|node| match node {
+            RestoredNode::Prefix(_, value) => value.cluster != cluster,
+            RestoredNode::Address(_, value) => value.cluster != cluster,
+        });
+    }
+
+    fn drain_id(&mut self, cluster: u16) {
+        let Some(records) = self.clusters.remove(&cluster) else { return };
+        for (ip, _) in records.ips.iter() {
+            self.address_changed(cluster, *ip, None);
+        }
+        self.forget_restored_topology(cluster);
+        self.topology_is_dirty = true;
+        let own = self.clusters.get(&self.own);
+        for (name, _) in records.services.iter() {
+            self.services.remote_changed(own.and_then(|own| own.local_services.get(name)));
+        }
+        self.services.forget_restored(cluster);
+    }
+}
+
+fn differences<K: Ord + Copy, V: PartialEq + Copy>(
+    before: &BTreeMap<K, V>,
+    after: &BTreeMap<K, V>,
+    changes: &mut Vec<(K, Option<V>)>,
+) {
+    for (key, value) in after {
+        if before.get(key) != Some(value) {
+            changes.push((*key, Some(*value)));
+        }
+    }
+    for key in before.keys().filter(|key| !after.contains_key(key)) {
+        changes.push((*key, None));
+    }
+}

@@ -1,0 +1,208 @@
+//! Frontends of the own cluster and the backends behind them.
+
+mod plan;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+
+use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::LocalService;
+use ebpf_global_svc::abi::ServiceKey;
+
+use super::records::Records;
+use crate::desired::ServicePlan;
+use crate::wire_key;
+use plan::{Inputs, Remote, plan};
+
+pub use plan::LeftOut;
+
+/// Plans of all frontends; recomputes those whose inputs changed.
+#[derive(Debug)]
+pub(super) struct Services {
+    own: u16,
+    /// Services that have a frontend; the first by name holds it.
+    owners: HashMap<ServiceKey, BTreeSet<NamespacedName>>,
+    /// Last computed, or restored.
+    plans: HashMap<ServiceKey, ServicePlan>,
+    /// Parts of restored plans that nobody has confirmed or replaced yet.
+    restored: HashMap<ServiceKey, ServicePlan>,
+    left_out: HashMap<ServiceKey, LeftOut>,
+    dirty: HashSet<ServiceKey>,
+}
+
+impl Services {
+    pub(super) fn new(own: u16, restored: Vec<(ServiceKey, ServicePlan)>) -> Self {
+        let plans: HashMap<_, _> = restored.into_iter().collect();
+        let (mine, foreign): (HashMap<_, _>, HashMap<_, _>) =
+            plans.into_iter().partition(|(key, _)| key.cluster == own);
+        let mut services = Self {
+            own,
+            owners: HashMap::new(),
+            plans: mine.clone(),
+            restored: mine,
+            left_out: HashMap::new(),
+            dirty: HashSet::new(),
+        };
+        // Left by an agent of another cluster ID: no frontend of ours.
+        services.dirty.extend(foreign.keys().copied());
+        services.plans.extend(foreign);
+        services
+    }
+
+    /// The own cluster's service changed.
+    pub(super) fn local_changed(&mut self, before: Option<&LocalService>, after: Option<&LocalService>) {
+        for (service, added) in [(before, false), (after, true)] {
+            let Some(service) = service else { continue };
+            for key in frontends(self.own, service) {
+                self.dirty.insert(key);
+                if added {
+                    self.owners.entry(key).or_default().insert(service.name.clone());
+                } else if let Some(owners) = self.owners.get_mut(&key) {
+                    owners.remove(&service.name);
+                    if owners.is_empty() {
+                        self.owners.remove(&key);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Another cluster's service of that name changed.
+    pub(super) fn remote_changed(&mut self, own: Option<&LocalService>) {
+        if let Some(own) = own.filter(|own| own.global) {
+            self.dirty.extend(frontends(self.own, own));
+        }
+    }
+
+    /// Everything that another cluster contributes may have changed.
+    pub(super) fn all_changed(&mut self) {
+        self.dirty.extend(self.plans.keys().copied());
+    }
+
+    /// A cluster has told all its services: what it was restored with counts no more for frontends
+    /// whose service is known.
+    pub(super) fn remote_synced(&mut self, cluster: u16) {
+        let awaiting =
+            self.restored.iter().filter(|(_, plan)| plan.groups.iter().any(|group| group.cluster == cluster));
+        self.dirty.extend(awaiting.map(|(key, _)| *key));
+    }
+
+    /// The cluster is gone, and with it whatever was restored of it.
+    pub(super) fn forget_restored(&mut self, cluster: u16) {
+        for (key, plan) in &mut self.restored {
+            let groups = plan.groups.len();
+            plan.groups.retain(|group| group.cluster != cluster);
+            if plan.groups.len() != groups {
+                self.dirty.insert(*key);
+            }
+        }
+    }
+
+    /// The own cluster's services are complete: frontends that it does not have are none.
+    pub(super) fn own_synced(&mut self) {
+        self.dirty.extend(self.restored.keys().copied().filter(|key| !self.owners.contains_key(key)));
+    }
+
+    /// Clusters with restored backends that nobody has confirmed.
+    pub(super) fn restored_clusters(&self) -> BTreeSet<u16> {
+        self.restored.values().flat_map(|plan| &plan.groups).map(|group| group.cluster).collect()
+    }
+
+    /// Computes what is dirty; gives back what differs from before.
+    pub(super) fn compute(
+        &mut self,
+        clusters: &BTreeMap<u16, Records>,
+        is_own: impl Fn(IpAddr) -> bool,
+    ) -> Vec<(ServiceKey, Option<ServicePlan>)> {
+        let mut changes = Vec::new();
+        for key in std::mem::take(&mut self.dirty) {
+            let (after, left_out) = self.compute_one(&key, clusters, &is_own);
+            if left_out == LeftOut::default() {
+                self.left_out.remove(&key);
+            } else {
+                self.left_out.insert(key, left_out);
+            }
+            if self.plans.get(&key) == after.as_ref() {
+                continue;
+            }
+            match &after {
+                Some(plan) => drop(self.plans.insert(key, plan.clone())),
+                None => drop(self.plans.remove(&key)),
+            }
+            changes.push((key, after));
+        }
+        self.drop_settled(clusters);
+        changes
+    }
+
+    pub(super) fn frontends(&self) -> usize {
+        self.plans.len()
+    }
+
+    pub(super) fn left_out(&self) -> LeftOut {
+        self.left_out.values().fold(LeftOut::default(), |sum, one| LeftOut {
+            conflicts: sum.conflicts + one.conflicts,
+            clusters: sum.clusters + one.clusters,
+        })
+    }
+
+    fn compute_one(
+        &self,
+        key: &ServiceKey,
+        clusters: &BTreeMap<u16, Records>,
+        is_own: impl Fn(IpAddr) -> bool,
+    ) -> (Option<ServicePlan>, LeftOut) {
+        let own_records = clusters.get(&self.own);
+        let owner = self.owners.get(key).and_then(BTreeSet::first);
+        let own = owner.and_then(|name| own_records?.local_services.get(name));
+        let Some(own) = own else {
+            // Until the own cluster has told all its services, what was installed stays as it is.
+            let synced = own_records.is_some_and(|records| records.local_services.synced);
+            return (self.restored.get(key).filter(|_| !synced).cloned(), LeftOut::default());
+        };
+        let mut remotes = BTreeMap::new();
+        if own.global {
+            for (cluster, records) in clusters.iter().filter(|(cluster, _)| **cluster != self.own) {
+                if let Some(service) = records.services.get(&own.name) {
+                    if service.shared {
+                        remotes.insert(*cluster, Remote::Record(&service.backends));
+                    }
+                } else if !records.services.synced {
+                    let restored = self.restored.get(key);
+                    let group = restored.and_then(|plan| plan.groups.iter().find(|g| g.cluster == *cluster));
+                    if let Some(group) = group {
+                        remotes.insert(*cluster, Remote::Restored(&group.backends));
+                    }
+                }
+            }
+        }
+        let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key) };
+        let (plan, left_out) = plan(key, &inputs, is_own);
+        (Some(plan), left_out)
+    }
+
+    /// Forgets what was restored for frontends that are known by now and need no more of it.
+    fn drop_settled(&mut self, clusters: &BTreeMap<u16, Records>) {
+        if self.restored.is_empty() {
+            return;
+        }
+        let own_synced = clusters.get(&self.own).is_some_and(|records| records.local_services.synced);
+        let awaited = |cluster: u16| {
+            cluster != self.own && clusters.get(&cluster).is_some_and(|records| !records.services.synced)
+        };
+        self.restored.retain(|key, plan| match self.owners.contains_key(key) {
+            true => plan.groups.iter().any(|group| awaited(group.cluster)),
+            false => !own_synced,
+        });
+        if self.restored.is_empty() {
+            self.restored = HashMap::new();
+        }
+    }
+}
+
+/// The keys of a service's frontends.
+fn frontends(cluster: u16, service: &LocalService) -> impl Iterator<Item = ServiceKey> + '_ {
+    service.frontends.iter().flat_map(move |(ip, ports)| {
+        ports.values().map(move |port| wire_key::service_key(cluster, *ip, port.port, port.protocol.number()))
+    })
+}

@@ -1,0 +1,128 @@
+//! Makes the installed tables equal to the desired ones, in an order in which no packet sees a
+//! half-made service.
+//!
+//! In: [`Changes`], the time, and the tables to write to. Out: nothing but writes; what could not be
+//! written stays pending and is retried with back-off. No I/O of its own and no clock, so a test can
+//! check every invariant after every single write.
+//!
+//! One round writes addresses, nodes and prefixes, then backends, then slots, then the services'
+//! values, which alone make slots reachable; then it removes services, and addresses last. Slots and
+//! backends that nothing reaches any more stay for a grace period (see [`services`]): a program that
+//! read the old count a moment ago may still follow it.
+
+mod plain;
+mod services;
+mod write;
+
+use std::time::{Duration, Instant};
+
+use ebpf_global_svc::abi::{EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ebpf_global_svc::{DatapathError, Tables};
+
+use crate::desired::{Changes, Restored};
+use plain::Plain;
+use services::Services;
+
+/// First pause before failed writes are tried again; doubled with each failure in a row.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// Longest pause between attempts.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// Owns the difference between desired and installed state.
+#[derive(Debug, Default)]
+pub struct Reconciler {
+    ipcache: Plain<IpKey, IpValue>,
+    prefix: Plain<PrefixKey, PrefixValue>,
+    node: Plain<NodeKey, NodeValue>,
+    endpoint: Plain<IpKey, EndpointValue>,
+    services: Services,
+    failures: u32,
+    retry_at: Option<Instant>,
+    last_error: Option<String>,
+}
+
+impl Reconciler {
+    /// Reads back what is installed, so that IDs are kept and nothing is flushed.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn restore(tables: &Tables, now: Instant) -> Result<(Self, Restored), DatapathError> {
+        let (services, service) = Services::restore(tables, now)?;
+        let restored = Restored {
+            ipcache: tables.ipcache.dump()?,
+            prefix: tables.prefix.dump()?,
+            node: tables.node.dump()?,
+            endpoint: tables.endpoint.dump()?,
+            service,
+        };
+        Ok((Self { services, ..Self::default() }, restored))
+    }
+
+    /// Takes over new desired state; the newest for a key counts.
+    pub fn accept(&mut self, changes: Changes) {
+        self.ipcache.accept(changes.ipcache);
+        self.prefix.accept(changes.prefix);
+        self.node.accept(changes.node);
+        self.endpoint.accept(changes.endpoint);
+        self.services.accept(changes.service);
+    }
+
+    /// Writes what is new, retries what failed if its time has come, and clears away what has been
+    /// unreachable for long enough.
+    pub fn run(&mut self, now: Instant, tables: &mut Tables) {
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            self.ipcache.retry();
+            self.prefix.retry();
+            self.node.retry();
+            self.endpoint.retry();
+            self.services.retry();
+        }
+        let mut errors = write::Errors::default();
+        self.ipcache.upsert(&mut *tables.ipcache, &mut errors);
+        self.node.upsert(&mut *tables.node, &mut errors);
+        self.prefix.upsert(&mut *tables.prefix, &mut errors);
+        self.endpoint.upsert(&mut *tables.endpoint, &mut errors);
+        self.services.write(now, tables, &mut errors);
+        self.endpoint.remove(&mut *tables.endpoint, &mut errors);
+        self.prefix.remove(&mut *tables.prefix, &mut errors);
+        self.node.remove(&mut *tables.node, &mut errors);
+        self.ipcache.remove(&mut *tables.ipcache, &mut errors);
+        self.services.sweep(now, tables, &mut errors);
+        self.schedule_retry(now, errors);
+    }
+
+    /// When [`run`](Self::run) has to be called again even if nothing changes.
+    pub fn deadline(&self) -> Option<Instant> {
+        [self.retry_at, self.services.sweep_at()].into_iter().flatten().min()
+    }
+
+    /// Desired changes that are not installed.
+    pub fn pending(&self) -> usize {
+        self.ipcache.pending()
+            + self.prefix.pending()
+            + self.node.pending()
+            + self.endpoint.pending()
+            + self.services.pending()
+    }
+
+    /// Why something is pending.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    fn schedule_retry(&mut self, now: Instant, errors: write::Errors) {
+        if let Some(error) = errors.last {
+            self.last_error = Some(error);
+        }
+        if self.pending() == 0 {
+            self.failures = 0;
+            self.retry_at = None;
+            self.last_error = None;
+        } else if self.retry_at.is_none() {
+            let pause = RETRY_FIRST.saturating_mul(1 << self.failures.min(16)).min(RETRY_MAX);
+            self.failures = self.failures.saturating_add(1);
+            self.retry_at = Some(now + pause);
+        }
+    }
+}

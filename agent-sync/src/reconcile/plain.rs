@@ -1,0 +1,73 @@
+//! Tables whose entries stand alone: ipcache, prefixes, nodes, endpoints.
+//!
+//! No mirror of the installed state is kept: desired state starts as what was restored, so a key is
+//! either as desired or in here.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use ebpf_global_svc::table::Table;
+
+use super::write::{Errors, remove_each, upsert_each};
+
+/// Changes of one table that are not installed yet.
+#[derive(Debug)]
+pub(super) struct Plain<K, V> {
+    fresh: HashMap<K, Option<V>>,
+    failed: HashMap<K, Option<V>>,
+}
+
+impl<K, V> Default for Plain<K, V> {
+    fn default() -> Self {
+        Self { fresh: HashMap::new(), failed: HashMap::new() }
+    }
+}
+
+impl<K: Copy + Eq + Hash, V: Copy> Plain<K, V> {
+    pub(super) fn accept(&mut self, changes: Vec<(K, Option<V>)>) {
+        for (key, value) in changes {
+            self.failed.remove(&key);
+            self.fresh.insert(key, value);
+        }
+    }
+
+    /// Puts what failed among what is written next.
+    pub(super) fn retry(&mut self) {
+        for (key, value) in self.failed.drain() {
+            self.fresh.entry(key).or_insert(value);
+        }
+    }
+
+    pub(super) fn upsert(&mut self, table: &mut dyn Table<K, V>, errors: &mut Errors) {
+        let entries: Vec<(K, V)> =
+            self.fresh.iter().filter_map(|(key, value)| value.map(|value| (*key, value))).collect();
+        let written = upsert_each(table, &entries, errors);
+        for ((key, value), written) in entries.into_iter().zip(written) {
+            self.settle(key, Some(value), written);
+        }
+    }
+
+    pub(super) fn remove(&mut self, table: &mut dyn Table<K, V>, errors: &mut Errors) {
+        let keys: Vec<K> =
+            self.fresh.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| *key).collect();
+        let written = remove_each(table, &keys, errors);
+        for (key, written) in keys.into_iter().zip(written) {
+            self.settle(key, None, written);
+        }
+        if self.fresh.is_empty() {
+            // An initial sync passes a whole table through here; do not keep its size for ever.
+            self.fresh.shrink_to(64);
+        }
+    }
+
+    pub(super) fn pending(&self) -> usize {
+        self.fresh.len() + self.failed.len()
+    }
+
+    fn settle(&mut self, key: K, value: Option<V>, written: bool) {
+        self.fresh.remove(&key);
+        if !written {
+            self.failed.insert(key, value);
+        }
+    }
+}

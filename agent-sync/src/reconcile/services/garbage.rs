@@ -1,0 +1,134 @@
+//! What programs can no longer reach, but may have been about to read.
+//!
+//! A program runs for microseconds; what was made unreachable at least [`GRACE`] ago is not being
+//! followed by anyone. Two generations give each piece between one and two such periods. Slots go
+//! first and orphaned backends a generation later, so a slot never outlives its backend.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use ebpf_global_svc::Tables;
+use ebpf_global_svc::abi::{ServiceKey, SlotKey};
+
+use super::super::write::{Errors, remove_each};
+use super::Services;
+
+const GRACE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, Default)]
+pub(super) struct Garbage {
+    young: Generation,
+    old: Generation,
+    sweep_at: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Generation {
+    /// Services with more slots than they count.
+    surplus: HashSet<ServiceKey>,
+    /// Slots of services that are gone, and the backends they name.
+    slots: Vec<(SlotKey, u32)>,
+    /// Backends without slots.
+    orphans: HashSet<u32>,
+}
+
+impl Garbage {
+    pub(super) fn add_surplus(&mut self, service: ServiceKey) {
+        self.young.surplus.insert(service);
+    }
+
+    pub(super) fn add_slots(&mut self, slots: Vec<(SlotKey, u32)>) {
+        self.young.slots.extend(slots);
+    }
+
+    pub(super) fn add_orphans(&mut self, backends: Vec<u32>) {
+        self.young.orphans.extend(backends);
+    }
+
+    pub(super) fn schedule(&mut self, now: Instant) {
+        if self.sweep_at.is_none() && !(self.young.is_empty() && self.old.is_empty()) {
+            self.sweep_at = Some(now + GRACE);
+        }
+    }
+
+    pub(super) fn sweep_at(&self) -> Option<Instant> {
+        self.sweep_at
+    }
+}
+
+impl Generation {
+    fn is_empty(&self) -> bool {
+        self.surplus.is_empty() && self.slots.is_empty() && self.orphans.is_empty()
+    }
+}
+
+impl Services {
+    /// Deletes what has been unreachable for long enough.
+    pub(in crate::reconcile) fn sweep(&mut self, now: Instant, tables: &mut Tables, errors: &mut Errors) {
+        if self.garbage.sweep_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.garbage.sweep_at = None;
+        let Generation { surplus, slots, orphans } = std::mem::take(&mut self.garbage.old);
+        for service in surplus {
+            self.sweep_surplus(service, tables, errors);
+        }
+        self.sweep_slots(slots, tables, errors);
+        self.sweep_orphans(orphans, tables, errors);
+        self.garbage.old = std::mem::take(&mut self.garbage.young);
+        self.garbage.add_orphans(self.backends.take_unreferenced());
+        self.garbage.schedule(now);
+    }
+
+    fn sweep_surplus(&mut self, service: ServiceKey, tables: &mut Tables, errors: &mut Errors) {
+        let Some(installed) = self.installed.get_mut(&service) else { return };
+        let mut keys = Vec::new();
+        for cluster in installed.slots.keys() {
+            let slots = (0_u32..).zip(&installed.slots[cluster]).skip(installed.count(*cluster));
+            keys.extend(slots.map(|(slot, _)| SlotKey {
+                service: installed.id,
+                slot,
+                cluster: *cluster,
+                pad: 0,
+            }));
+        }
+        if remove_each(&mut *tables.slot, &keys, errors).contains(&false) {
+            self.garbage.young.surplus.insert(service);
+            return;
+        }
+        let counts: Vec<(u16, usize)> =
+            installed.slots.keys().map(|cluster| (*cluster, installed.count(*cluster))).collect();
+        for (cluster, count) in counts {
+            let Some(slots) = installed.slots.get_mut(&cluster) else { continue };
+            for backend in slots.drain(count.min(slots.len())..) {
+                self.backends.release(backend);
+            }
+        }
+        installed.slots.retain(|_, slots| !slots.is_empty());
+    }
+
+    fn sweep_slots(&mut self, slots: Vec<(SlotKey, u32)>, tables: &mut Tables, errors: &mut Errors) {
+        let keys: Vec<SlotKey> = slots.iter().map(|(key, _)| *key).collect();
+        let removed = remove_each(&mut *tables.slot, &keys, errors);
+        for ((key, backend), removed) in slots.into_iter().zip(removed) {
+            if removed {
+                self.backends.release(backend);
+            } else {
+                self.garbage.young.slots.push((key, backend));
+            }
+        }
+    }
+
+    fn sweep_orphans(&mut self, mut orphans: HashSet<u32>, tables: &mut Tables, errors: &mut Errors) {
+        orphans.retain(|id| self.backends.is_orphan(*id));
+        let ids: Vec<u32> = orphans.into_iter().collect();
+        let removed = remove_each(&mut *tables.backend, &ids, errors);
+        for (id, removed) in ids.into_iter().zip(removed) {
+            if removed {
+                self.backends.forget(id);
+            } else {
+                self.garbage.young.orphans.insert(id);
+            }
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Services in the kernel: values that count slots, slots that name backends.
+//!
+//! A program reads value, slot and backend one after the other, so at every instant
+//! * each visible count's slots exist, and
+//! * each such slot's backend exists.
+//!
+//! Growth is therefore written bottom-up. Shrinking first overwrites holes with the last slots, then
+//! lowers the count; the surplus slots and orphaned backends go to the [`garbage`] and are deleted a
+//! grace period later, when no program can still be following the old count. A backend that leaves
+//! costs two slot writes and one service write, whatever the size of the service.
+
+mod garbage;
+mod layout;
+mod restore;
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
+
+use ebpf_global_svc::Tables;
+use ebpf_global_svc::abi::{Group, MAX_GROUPS, ServiceKey, ServiceValue, SlotKey};
+
+use super::write::{Errors, remove_each, upsert_each};
+use crate::desired::{BackendKey, ServicePlan};
+use garbage::Garbage;
+
+/// Mirror of the installed services, and what has to become of them.
+#[derive(Debug, Default)]
+pub(super) struct Services {
+    installed: HashMap<ServiceKey, Installed>,
+    backends: Backends,
+    last_service_id: u32,
+    fresh: BTreeMap<ServiceKey, Option<ServicePlan>>,
+    failed: BTreeMap<ServiceKey, Option<ServicePlan>>,
+    garbage: Garbage,
+}
+
+/// One service as it stands in the tables.
+#[derive(Debug)]
+struct Installed {
+    id: u32,
+    /// The value's groups; none while there is no value.
+    visible: Option<Vec<Group>>,
+    /// Slots by cluster; [`NO_BACKEND`] where a slot is missing.
+    slots: BTreeMap<u16, Vec<u32>>,
+}
+
+/// Never allocated as an ID.
+const NO_BACKEND: u32 = 0;
+
+/// A service on its way into the tables.
+struct Draft {
+    key: ServiceKey,
+    plan: ServicePlan,
+    groups: Vec<Group>,
+    blocked: bool,
+}
+
+impl Services {
+    pub(super) fn accept(&mut self, changes: Vec<(ServiceKey, Option<ServicePlan>)>) {
+        for (key, plan) in changes {
+            self.failed.remove(&key);
+            self.fresh.insert(key, plan);
+        }
+    }
+
+    pub(super) fn retry(&mut self) {
+        for (key, plan) in std::mem::take(&mut self.failed) {
+            self.fresh.entry(key).or_insert(plan);
+        }
+    }
+
+    /// Brings all new plans into the tables. Plans of which a part failed stay pending.
+    pub(super) fn write(&mut self, now: Instant, tables: &mut Tables, errors: &mut Errors) {
+        if self.fresh.is_empty() {
+            return;
+        }
+        let (mut drafts, removals) = self.take_fresh();
+        self.write_backends(&mut drafts, tables, errors);
+        self.write_slots(&mut drafts, tables, errors);
+        self.write_values(drafts, tables, errors);
+        self.remove_values(removals, tables, errors);
+        self.garbage.add_orphans(self.backends.take_unreferenced());
+        self.garbage.schedule(now);
+    }
+
+    pub(super) fn pending(&self) -> usize {
+        self.fresh.len() + self.failed.len()
+    }
+
+    /// When [`sweep`](Self::sweep) has something to do.
+    pub(super) fn sweep_at(&self) -> Option<Instant> {
+        self.garbage.sweep_at()
+    }
+
+    fn take_fresh(&mut self) -> (Vec<Draft>, Vec<ServiceKey>) {
+        let (mut drafts, mut removals) = (Vec::new(), Vec::new());
+        for (key, plan) in std::mem::take(&mut self.fresh) {
+            match plan {
+                Some(plan) => drafts.push(Draft { key, plan, groups: Vec::new(), blocked: false }),
+                None if self.installed.contains_key(&key) => removals.push(key),
+                None => {}
+            }
+        }
+        (drafts, removals)
+    }
+
+    fn write_backends(&mut self, drafts: &mut [Draft], tables: &mut Tables, errors: &mut Errors) {
+        let mut entries = Vec::new();
+        for group in drafts.iter().flat_map(|draft| &draft.plan.groups) {
+            for backend in &group.backends {
+                let (id, is_new) = self.backends.allocate(*backend);
+                if is_new {
+                    entries.push((id, backend.value(id)));
+                }
+            }
+        }
+        let written = upsert_each(&mut *tables.backend, &entries, errors);
+        for ((id, _), written) in entries.iter().zip(&written) {
+            if !written {
+                self.backends.forget(*id);
+            }
+        }
+        if written.contains(&false) {
+            for draft in drafts {
+                let backends = &self.backends;
+                draft.blocked =
+                    draft.plan.groups.iter().flat_map(|g| &g.backends).any(|b| backends.id(b).is_none());
+            }
+        }
+    }
+
+    fn write_slots(&mut self, drafts: &mut [Draft], tables: &mut Tables, errors: &mut Errors) {
+        let mut writes: Vec<(usize, SlotKey, u32)> = Vec::new();
+        for (index, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| !draft.blocked) {
+            let last_id = &mut self.last_service_id;
+            let installed = self.installed.entry(draft.key).or_insert_with(|| {
+                *last_id = next_id(*last_id);
+                Installed { id: *last_id, visible: None, slots: BTreeMap::new() }
+            });
+            for group in &draft.plan.groups {
+                let wanted: Vec<u32> = group.backends.iter().filter_map(|b| self.backends.id(b)).collect();
+                let current = installed.slots.get(&group.cluster).map_or(&[][..], Vec::as_slice);
+                for (slot, backend) in layout::assign(current, &wanted) {
+                    let key = SlotKey { service: installed.id, slot, cluster: group.cluster, pad: 0 };
+                    writes.push((index, key, backend));
+                }
+                // `wanted` has no more elements than a u32 counts: they are distinct u32 IDs.
+                let count = u32::try_from(wanted.len()).unwrap_or(u32::MAX);
+                draft.groups.push(Group { cluster: group.cluster, weight: group.weight, count });
+            }
+        }
+        let entries: Vec<(SlotKey, u32)> = writes.iter().map(|(_, key, backend)| (*key, *backend)).collect();
+        let written = upsert_each(&mut *tables.slot, &entries, errors);
+        for ((index, key, backend), written) in writes.into_iter().zip(written) {
+            if written {
+                self.note_slot(&drafts[index].key, key, backend);
+            } else {
+                drafts[index].blocked = true;
+            }
+        }
+    }
+
+    /// Records an installed slot in the mirror.
+    fn note_slot(&mut self, service: &ServiceKey, key: SlotKey, backend: u32) {
+        let Some(installed) = self.installed.get_mut(service) else { return };
+        let slots = installed.slots.entry(key.cluster).or_default();
+        let index = key.slot as usize;
+        if slots.len() <= index {
+            slots.resize(index + 1, NO_BACKEND);
+        }
+        let before = std::mem::replace(&mut slots[index], backend);
+        self.backends.acquire(backend);
+        self.backends.release(before);
+    }
+
+    fn write_values(&mut self, drafts: Vec<Draft>, tables: &mut Tables, errors: &mut Errors) {
+        let mut entries = Vec::new();
+        let mut owners = Vec::new();
+        for draft in drafts {
+            if draft.blocked {
+                self.failed.insert(draft.key, Some(draft.plan));
+                continue;
+            }
+            let Some(installed) = self.installed.get(&draft.key) else { continue };
+            if installed.visible.as_ref() == Some(&draft.groups) {
+                if installed.has_surplus() {
+                    self.garbage.add_surplus(draft.key);
+                }
+                continue;
+            }
+            entries.push((draft.key, service_value(installed.id, &draft.groups)));
+            owners.push(draft);
+        }
+        let written = upsert_each(&mut *tables.service, &entries, errors);
+        for (draft, written) in owners.into_iter().zip(written) {
+            if !written {
+                self.failed.insert(draft.key, Some(draft.plan));
+            } else if let Some(installed) = self.installed.get_mut(&draft.key) {
+                installed.visible = Some(draft.groups);
+                if installed.has_surplus() {
+                    self.garbage.add_surplus(draft.key);
+                }
+            }
+        }
+    }
+
+    fn remove_values(&mut self, keys: Vec<ServiceKey>, tables: &mut Tables, errors: &mut Errors) {
+        let removed = remove_each(&mut *tables.service, &keys, errors);
+        for (key, removed) in keys.into_iter().zip(removed) {
+            if !removed {
+                self.failed.insert(key, None);
+            } else if let Some(installed) = self.installed.remove(&key) {
+                self.garbage.add_slots(installed.slot_keys());
+            }
+        }
+    }
+}
+
+impl Installed {
+    /// Slots of `cluster` that programs can reach.
+    fn count(&self, cluster: u16) -> usize {
+        let groups = self.visible.iter().flatten();
+        groups.filter(|group| group.cluster == cluster).map(|group| group.count as usize).max().unwrap_or(0)
+    }
+
+    fn has_surplus(&self) -> bool {
+        self.slots.iter().any(|(cluster, slots)| slots.len() > self.count(*cluster))
+    }
+
+    fn slot_keys(&self) -> Vec<(SlotKey, u32)> {
+        let mut keys = Vec::new();
+        for (cluster, slots) in &self.slots {
+            for (slot, backend) in (0..).zip(slots) {
+                keys.push((SlotKey { service: self.id, slot, cluster: *cluster, pad: 0 }, *backend));
+            }
+        }
+        keys
+    }
+}
+
+/// IDs, content and use of the backends in the table.
+#[derive(Debug, Default)]
+struct Backends {
+    by_id: HashMap<u32, Backend>,
+    by_key: HashMap<BackendKey, u32>,
+    last_id: u32,
+    /// Lost their last reference, or never had one, since the last [`Self::take_unreferenced`].
+    unreferenced: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Backend {
+    key: BackendKey,
+    /// Installed slots that name it, reachable or not.
+    references: u32,
+}
+
+impl Backends {
+    fn id(&self, key: &BackendKey) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    /// The ID of a backend, and whether it was made up now. IDs count upwards, so that one that
+    /// was freed does not come back while anything may remember it.
+    fn allocate(&mut self, key: BackendKey) -> (u32, bool) {
+        if let Some(id) = self.by_key.get(&key) {
+            return (*id, false);
+        }
+        let mut id = next_id(self.last_id);
+        while self.by_id.contains_key(&id) {
+            id = next_id(id);
+        }
+        self.last_id = id;
+        self.by_id.insert(id, Backend { key, references: 0 });
+        self.by_key.insert(key, id);
+        self.unreferenced.push(id);
+        (id, true)
+    }
+
+    fn acquire(&mut self, id: u32) {
+        if let Some(backend) = self.by_id.get_mut(&id) {
+            backend.references += 1;
+        }
+    }
+
+    fn release(&mut self, id: u32) {
+        if let Some(backend) = self.by_id.get_mut(&id) {
+            backend.references = backend.references.saturating_sub(1);
+            if backend.references == 0 {
+                self.unreferenced.push(id);
+            }
+        }
+    }
+
+    fn is_orphan(&self, id: u32) -> bool {
+        self.by_id.get(&id).is_none_or(|backend| backend.references == 0)
+    }
+
+    fn forget(&mut self, id: u32) {
+        if let Some(backend) = self.by_id.remove(&id)
+            && self.by_key.get(&backend.key) == Some(&id)
+        {
+            self.by_key.remove(&backend.key);
+        }
+    }
+
+    fn take_unreferenced(&mut self) -> Vec<u32> {
+        let mut ids = std::mem::take(&mut self.unreferenced);
+        ids.retain(|id| self.by_id.get(id).is_some_and(|backend| backend.references == 0));
+        ids
+    }
+}
+
+fn next_id(id: u32) -> u32 {
+    id.checked_add(1).unwrap_or(1)
+}
+
+fn service_value(id: u32, groups: &[Group]) -> ServiceValue {
+    let mut value = ServiceValue { id, n_groups: 0, flags: 0, groups: [Group::default(); MAX_GROUPS] };
+    for (slot, group) in value.groups.iter_mut().zip(groups) {
+        *slot = *group;
+        value.n_groups += 1;
+    }
+    value
+}
