@@ -47,9 +47,13 @@ plain! {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IpKey {
+    /// Cluster ID.
     pub cluster: u16,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// Zero.
     pub pad: u8,
+    /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
 }
 
@@ -57,12 +61,15 @@ pub struct IpKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct IpValue {
+    /// Security identity.
     pub identity: u32,
     /// IPv4 underlay address of the node (network order); all zero: not behind a tunnel.
     pub node_ip: [u8; 4],
     /// Encryption key index; 0: plain.
     pub key: u8,
+    /// None defined.
     pub flags: u8,
+    /// Zero.
     pub pad: u16,
 }
 
@@ -70,9 +77,13 @@ pub struct IpValue {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrefixKey {
+    /// Bits that count from `family` on.
     pub prefixlen: u32,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// Zero.
     pub pad: [u8; 3],
+    /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
 }
 
@@ -80,11 +91,15 @@ pub struct PrefixKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PrefixValue {
+    /// Cluster ID.
     pub cluster: u16,
+    /// None defined.
     pub flags: u8,
+    /// Zero.
     pub pad: u8,
     /// Node that carries the prefix when the exact address is not in `cm_ipcache` (yet); zero: none.
     pub node_ip: [u8; 4],
+    /// Zero.
     pub reserved: u32,
 }
 
@@ -94,9 +109,13 @@ pub struct PrefixValue {
 pub struct EndpointValue {
     /// Host side of the pod's veth.
     pub ifindex: u32,
+    /// Security identity, written into the VNI of what it sends.
     pub identity: u32,
+    /// The pod's end of the veth.
     pub pod_mac: [u8; 6],
+    /// The node's end of the veth.
     pub host_mac: [u8; 6],
+    /// [`ENDPOINT_VIA_STACK`].
     pub flags: u32,
 }
 /// [`EndpointValue::flags`]: `pod_mac` is unknown; deliver through the kernel's stack.
@@ -106,8 +125,11 @@ pub const ENDPOINT_VIA_STACK: u32 = 1;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeKey {
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// Zero.
     pub pad: [u8; 3],
+    /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
 }
 
@@ -117,7 +139,9 @@ pub struct NodeKey {
 pub struct NodeValue {
     /// The cluster for which this node may speak.
     pub cluster: u16,
+    /// None defined.
     pub flags: u16,
+    /// Zero.
     pub reserved: u32,
 }
 
@@ -125,13 +149,17 @@ pub struct NodeValue {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceKey {
+    /// Own cluster ID.
     pub cluster: u16,
     /// Network order.
     pub port: u16,
     /// IPPROTO_TCP 6, IPPROTO_UDP 17, IPPROTO_SCTP 132.
     pub proto: u8,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// Zero.
     pub pad: u16,
+    /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
 }
 
@@ -143,9 +171,13 @@ pub struct ServiceKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServiceValue {
+    /// Names the slots; never reused while a program may still read them.
     pub id: u32,
+    /// How many of `groups` are in use.
     pub n_groups: u16,
+    /// None defined.
     pub flags: u16,
+    /// Clusters with backends.
     pub groups: [Group; MAX_GROUPS],
 }
 
@@ -153,7 +185,9 @@ pub struct ServiceValue {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Group {
+    /// Cluster ID.
     pub cluster: u16,
+    /// Share of new connections; 0: standby.
     pub weight: u16,
     /// Slots 0..count of (service, cluster) exist.
     pub count: u32,
@@ -163,9 +197,13 @@ pub struct Group {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotKey {
+    /// [`ServiceValue::id`].
     pub service: u32,
+    /// 0..[`Group::count`].
     pub slot: u32,
+    /// Cluster ID.
     pub cluster: u16,
+    /// Zero.
     pub pad: u16,
 }
 
@@ -173,16 +211,22 @@ pub struct SlotKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BackendValue {
+    /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
+    /// Cluster ID.
     pub cluster: u16,
     /// Network order.
     pub port: u16,
+    /// As in [`ServiceKey::proto`].
     pub proto: u8,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
     /// See [`backend_state`].
     pub state: u8,
+    /// None defined.
     pub flags: u8,
-    /// Low bits of the backend's ID, so that a recycled element is noticed.
+    /// The backend's ID again: a program that reads an element which the kernel has just recycled
+    /// for another backend notices. Selection ignores a backend whose generation is not its ID.
     pub generation: u32,
 }
 
@@ -190,11 +234,17 @@ pub struct BackendValue {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SockRevKey {
+    /// The kernel's number of the socket.
     pub cookie: u64,
+    /// The backend's address.
     pub ip: [u8; 16],
+    /// Network order.
     pub port: u16,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// As in [`ServiceKey::proto`].
     pub proto: u8,
+    /// Zero.
     pub pad: u32,
 }
 
@@ -202,9 +252,13 @@ pub struct SockRevKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SockRevValue {
+    /// The frontend's address.
     pub ip: [u8; 16],
+    /// Network order.
     pub port: u16,
+    /// Zero.
     pub pad: u16,
+    /// [`ServiceValue::id`].
     pub service: u32,
 }
 
@@ -220,6 +274,7 @@ pub struct ClusterState {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Config {
+    /// [`SCHEMA_VERSION`].
     pub schema: u32,
     /// Own cluster ID.
     pub cluster: u16,
@@ -229,6 +284,7 @@ pub struct Config {
     pub overlay_ifindex: u32,
     /// Own underlay IPv4 address.
     pub node_ip: [u8; 4],
+    /// Zero.
     pub reserved: [u32; 4],
 }
 
@@ -236,7 +292,9 @@ pub struct Config {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counter {
+    /// Packets, or events.
     pub packets: u64,
+    /// Bytes with Ethernet header; 0 for events at sockets.
     pub bytes: u64,
 }
 
@@ -244,49 +302,82 @@ pub struct Counter {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OverlayKey {
+    /// The VNI.
     pub identity: u32,
+    /// The outer source, network order.
     pub node_ip: [u8; 4],
 }
 
-/// [`ClusterState::state`].
+/// Values of [`ClusterState::state`].
 pub mod cluster_state {
+    /// Takes part in selection.
     pub const HEALTHY: u32 = 0;
+    /// New connections only when no healthy cluster has a backend; established ones go on.
     pub const DRAINING: u32 = 1;
+    /// No new connections.
     pub const DEAD: u32 = 2;
 }
 
-/// [`super::BackendValue::state`].
+/// Values of [`BackendValue::state`](super::BackendValue::state).
 pub mod backend_state {
+    /// Takes new connections.
     pub const ACTIVE: u8 = 0;
+    /// Takes a new connection only if nothing else turns up.
     pub const TERMINATING: u8 = 1;
 }
 
 /// Reserved identities (below 256), the same in every cluster.
 pub mod identity {
+    /// Not known; never on the wire.
     pub const UNKNOWN: u32 = 0;
+    /// The node itself; never on the wire, where it becomes [`REMOTE_NODE`].
     pub const HOST: u32 = 1;
+    /// Outside of the mesh: what a node merely forwards.
     pub const WORLD: u32 = 2;
+    /// A node of the mesh.
     pub const REMOTE_NODE: u32 = 6;
     /// First identity that is not reserved.
     pub const FIRST_USER: u32 = 256;
 }
 
-/// Indices of `cm_metrics`; drop codes are Cilium's where it has one.
+/// Indices of `cm_metrics`. Codes from 130 on are drops, and are Cilium's where it has one.
 pub mod reason {
+    /// Delivered from pod to pod on this node.
     pub const FORWARDED: u8 = 0;
+    /// Sent into the overlay.
     pub const ENCAPSULATED: u8 = 1;
+    /// Accepted from the overlay.
     pub const DECAPSULATED: u8 = 2;
+    /// Left to the kernel's routing.
     pub const TO_STACK: u8 = 3;
+    /// A backend was chosen.
     pub const LB_SELECTED: u8 = 4;
+    /// A slot or backend was being replaced; the selection looked again.
     pub const LB_NO_BACKEND_SLOT: u8 = 5;
+    /// A service had no usable backend: the system call was refused.
     pub const LB_NO_BACKEND: u8 = 6;
+    /// The backend chosen is of a standby group (weight 0).
     pub const LB_STANDBY: u8 = 7;
+    /// The backend chosen is in a draining cluster.
+    pub const LB_DRAINING: u8 = 8;
+    /// Larger than the overlay's MTU; sent in fragments.
+    pub const TOO_BIG: u8 = 9;
+    /// Drop: a pod sent from an address that is not its own, or a node from one of another cluster.
     pub const INVALID_SOURCE_IP: u8 = 132;
+    /// Drop: truncated or malformed.
     pub const INVALID_PACKET: u8 = 134;
+    /// Drop: a packet on the overlay without tunnel metadata.
     pub const NO_TUNNEL_KEY: u8 = 147;
+    /// Drop: came from the overlay and is for nobody on this node.
     pub const UNKNOWN_TARGET: u8 = 150;
+    /// Drop: the destination is in the mesh, but its node is not known (or there is no overlay).
     pub const NO_TUNNEL_ENDPOINT: u8 = 160;
+    /// Drop: a reserved identity that must not be on the wire.
     pub const INVALID_IDENTITY: u8 = 171;
+    /// Drop: the outer source is not a node of the mesh.
     pub const UNKNOWN_SENDER: u8 = 172;
+    /// Drop: the identity belongs to another cluster than the node that sent it.
     pub const INVALID_CLUSTER_ID: u8 = 192;
+    /// Drop: the datapath is not configured.
+    pub const NOT_READY: u8 = 202;
 }
