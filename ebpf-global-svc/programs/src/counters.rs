@@ -1,0 +1,39 @@
+//! `cm_metrics` and `cm_overlay_rx`.
+
+use ebpf_global_svc_abi::{Counter, OverlayKey};
+
+use crate::maps::{METRICS, OVERLAY_RX};
+
+/// Adds one event of `bytes` bytes under a reason code.
+#[inline(always)]
+pub fn count(reason: u8, bytes: u32) {
+    if let Some(counter) = METRICS.get_ptr_mut(reason.into()) {
+        // SAFETY: the element belongs to this CPU, and programs do not migrate.
+        unsafe { add(counter, bytes) };
+    }
+}
+
+/// Adds one packet to what `key` has sent us.
+#[inline(always)]
+pub fn count_overlay(key: &OverlayKey, bytes: u32) {
+    match OVERLAY_RX.get_ptr_mut(key) {
+        // SAFETY: the element belongs to this CPU, and programs do not migrate.
+        Some(counter) => unsafe { add(counter, bytes) },
+        None => {
+            // A failure loses a count, never a packet.
+            let first = Counter { packets: 1, bytes: bytes.into() };
+            let _ = OVERLAY_RX.insert(key, first, 0);
+        }
+    }
+}
+
+/// # Safety
+/// `counter` points to a map element that no other CPU writes.
+#[inline(always)]
+unsafe fn add(counter: *mut Counter, bytes: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        (*counter).packets += 1;
+        (*counter).bytes += u64::from(bytes);
+    }
+}

@@ -1,0 +1,93 @@
+//! What can become of a packet, each with its counter.
+
+use aya_ebpf::{
+    bindings::{BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
+    helpers::{
+        bpf_check_mtu, bpf_redirect, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
+        bpf_skb_store_bytes,
+    },
+    programs::TcContext,
+};
+use ebpf_global_svc_abi::{Config, ENDPOINT_VIA_STACK, EndpointValue, reason};
+
+use crate::counters::count;
+
+/// As if the frame had been sent to this very device.
+const PACKET_HOST: u32 = 0;
+const TUNNEL_TTL: u8 = 64;
+
+/// The packet ends here.
+#[inline(always)]
+pub fn drop(ctx: &TcContext, reason: u8) -> i32 {
+    count(reason, ctx.len());
+    TC_ACT_SHOT
+}
+
+/// The kernel's own routing decides.
+#[inline(always)]
+pub fn to_stack(ctx: &TcContext) -> i32 {
+    count(reason::TO_STACK, ctx.len());
+    TC_ACT_OK
+}
+
+/// Moves the packet into a pod of this node, past the node's routing and queues.
+#[inline(always)]
+pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
+    if pod.flags & ENDPOINT_VIA_STACK != 0 {
+        return to_stack(ctx);
+    }
+    let (mac, host) = (pod.pod_mac, pod.host_mac);
+    let addresses = [
+        mac[0], mac[1], mac[2], mac[3], mac[4], mac[5], host[0], host[1], host[2], host[3], host[4], host[5],
+    ];
+    // SAFETY: the context is the program's own, and the buffer has the length that is passed.
+    unsafe {
+        if bpf_skb_store_bytes(ctx.skb.skb, 0, addresses.as_ptr().cast(), 12, 0) != 0 {
+            return drop(ctx, reason::INVALID_PACKET);
+        }
+        bpf_redirect_peer(pod.ifindex, 0) as i32
+    }
+}
+
+/// Sends the packet to a node through the overlay, under the sender's identity.
+#[inline(always)]
+pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> i32 {
+    if config.overlay_ifindex == 0 {
+        return drop(ctx, reason::NO_TUNNEL_ENDPOINT);
+    }
+    let mut mtu = 0_u32;
+    // SAFETY: the context is the program's own, and `mtu` outlives the call.
+    if unsafe { bpf_check_mtu(ctx.skb.skb.cast(), config.overlay_ifindex, &raw mut mtu, 0, 0) } > 0 {
+        // The overlay will fragment it. That works, and an operator wants to know.
+        count(reason::TOO_BIG, ctx.len());
+    }
+    if !set_tunnel(ctx, config, identity, node_ip) {
+        return drop(ctx, reason::NO_TUNNEL_KEY);
+    }
+    count(reason::ENCAPSULATED, ctx.len());
+    // SAFETY: no preconditions.
+    unsafe { bpf_redirect(config.overlay_ifindex, 0) as i32 }
+}
+
+/// Tells the VXLAN device where to send the packet and which identity to write into its VNI.
+#[inline(always)]
+pub fn set_tunnel(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> bool {
+    // SAFETY: integers only, for which zero is valid.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    key.tunnel_id = identity;
+    key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(node_ip);
+    // Peers know this node by this address, whatever else its interfaces have.
+    key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node_ip);
+    key.tunnel_ttl = TUNNEL_TTL;
+    let size = size_of::<bpf_tunnel_key>() as u32;
+    // SAFETY: the context is the program's own; the key is initialised and has the size that is passed.
+    unsafe { bpf_skb_set_tunnel_key(ctx.skb.skb, &raw mut key, size, BPF_F_ZERO_CSUM_TX.into()) == 0 }
+}
+
+/// Makes a decapsulated frame acceptable to whoever gets it next: its Ethernet addresses are those
+/// of a veth pair on another node.
+#[inline(always)]
+pub fn accept_frame(ctx: &TcContext) {
+    // SAFETY: the context is the program's own.
+    unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) };
+}

@@ -1,0 +1,32 @@
+//! The programs that carry the mesh's traffic.
+//!
+//! * `sockets`: cgroup hooks; an application that names a service talks to a backend.
+//! * `selection`: which backend; two levels, clusters then slots.
+//! * `pod`: traffic that leaves a pod of this node.
+//! * `overlay`: traffic that enters or leaves the VXLAN device.
+//! * `packet`, `delivery`: what both need: addresses in, verdicts out.
+//! * `maps`, `counters`: everything shared with user space.
+//!
+//! Every program is loaded once per node; what differs per pod is in `cm_endpoint`.
+#![no_std]
+#![no_main]
+
+mod counters;
+mod delivery;
+mod maps;
+mod overlay;
+mod packet;
+mod pod;
+mod selection;
+mod sockets;
+
+/// The kernel lends most helpers to programs under its own licence only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
+/// The verifier proves that no program gets here.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

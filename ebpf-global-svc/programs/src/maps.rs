@@ -1,0 +1,74 @@
+//! The maps; names, keys and values are the contract with user space (`ebpf-global-svc-abi`).
+//!
+//! Sizes are placeholders: the loader sets `max_entries` before it creates a map. Hash maps are not
+//! preallocated, so a replaced value is a new element and readers see the old or the new one whole.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, lpm_trie::Key},
+    macros::btf_map,
+};
+use ebpf_global_svc_abi::{
+    BackendValue, ClusterState, Config, Counter, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS,
+    NodeKey, NodeValue, OverlayKey, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+};
+
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map(name = "cm_config")]
+static CONFIG: Array<Config, 1> = Array::new();
+
+#[btf_map(name = "cm_cluster")]
+pub static CLUSTER: Array<ClusterState, { MAX_CLUSTERS as usize }> = Array::new();
+
+#[btf_map(name = "cm_ipcache")]
+pub static IPCACHE: HashMap<IpKey, IpValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_prefix")]
+static PREFIX: LpmTrie<PrefixBytes, PrefixValue, 1> = LpmTrie::new();
+
+#[btf_map(name = "cm_endpoint")]
+pub static ENDPOINT: HashMap<IpKey, EndpointValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_node")]
+pub static NODE: HashMap<NodeKey, NodeValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_service")]
+pub static SERVICE: HashMap<ServiceKey, ServiceValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_slot")]
+pub static SLOT: HashMap<SlotKey, u32, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_backend")]
+pub static BACKEND: HashMap<u32, BackendValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_sock_rev")]
+pub static SOCK_REV: LruHashMap<SockRevKey, SockRevValue, 1> = LruHashMap::new();
+
+#[btf_map(name = "cm_metrics")]
+pub static METRICS: PerCpuArray<Counter, { MAX_REASONS as usize }> = PerCpuArray::new();
+
+#[btf_map(name = "cm_overlay_rx")]
+pub static OVERLAY_RX: LruPerCpuHashMap<OverlayKey, Counter, 1> = LruPerCpuHashMap::new();
+
+/// What `PrefixKey` holds after its length.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PrefixBytes {
+    family: u8,
+    pad: [u8; 3],
+    ip: [u8; 16],
+}
+
+/// What this node is. The map always has its one element; the verifier wants to see a check.
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+
+/// The longest pod CIDR of the mesh that holds an address.
+#[inline(always)]
+pub fn prefix_of(address: &IpKey) -> Option<&'static PrefixValue> {
+    let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
+    PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes))
+}

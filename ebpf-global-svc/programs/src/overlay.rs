@@ -1,0 +1,143 @@
+//! Both directions of the VXLAN device. The VNI of every packet is the identity of its sender.
+
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, bpf_tunnel_key},
+    helpers::bpf_skb_get_tunnel_key,
+    macros::classifier,
+    programs::TcContext,
+};
+use ebpf_global_svc_abi::{Config, FAMILY_V4, NodeKey, OverlayKey, identity, reason};
+
+use crate::{
+    counters::{count, count_overlay},
+    delivery::{accept_frame, drop, set_tunnel, to_pod, to_stack},
+    maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
+    packet::{Addresses, Packet, parse},
+};
+
+/// Ingress: a packet from another node.
+#[classifier]
+pub fn cm_from_overlay(ctx: TcContext) -> i32 {
+    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, reason::NO_TUNNEL_KEY) };
+    let speaker = match speaker(config, &origin) {
+        Ok(cluster) => cluster,
+        Err(reason) => return drop(&ctx, reason),
+    };
+    let addresses = match parse(&ctx, config.cluster) {
+        Packet::Ip(addresses) => addresses,
+        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+    };
+    // A node that speaks for one cluster must not send from the addresses of another.
+    if let Some(prefix) = prefix_of(&addresses.source)
+        && prefix.cluster != speaker
+    {
+        return drop(&ctx, reason::INVALID_SOURCE_IP);
+    }
+    count_overlay(&origin, ctx.len());
+    accept_frame(&ctx);
+    // SAFETY: the element is only read; user space replaces elements, it does not write into them.
+    if let Some(pod) = unsafe { ENDPOINT.get(addresses.destination) } {
+        count(reason::DECAPSULATED, ctx.len());
+        return to_pod(&ctx, pod);
+    }
+    if !belongs_here(config, &addresses) {
+        return drop(&ctx, reason::UNKNOWN_TARGET);
+    }
+    count(reason::DECAPSULATED, ctx.len());
+    to_stack(&ctx)
+}
+
+/// Egress: pods' packets come with a tunnel key from `cm_from_pod`; what the node itself routes here
+/// gets one.
+#[classifier]
+pub fn cm_to_overlay(ctx: TcContext) -> i32 {
+    if tunnel_origin(&ctx).is_some() {
+        return TC_ACT_OK;
+    }
+    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    let addresses = match parse(&ctx, config.cluster) {
+        Packet::Ip(addresses) => addresses,
+        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+    };
+    let Some(node_ip) = node_of(addresses) else { return drop(&ctx, reason::NO_TUNNEL_ENDPOINT) };
+    // SAFETY: the context is valid for the program's run.
+    let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
+    // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.
+    let sender = if routed { identity::WORLD } else { identity::REMOTE_NODE };
+    if !set_tunnel(&ctx, config, sender, node_ip) {
+        return drop(&ctx, reason::NO_TUNNEL_KEY);
+    }
+    count(reason::ENCAPSULATED, ctx.len());
+    TC_ACT_OK
+}
+
+/// VNI and outer source of a decapsulated packet (or, on egress, what `set_tunnel` has set).
+#[inline(always)]
+fn tunnel_origin(ctx: &TcContext) -> Option<OverlayKey> {
+    // SAFETY: integers only, for which zero is valid.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let size = size_of::<bpf_tunnel_key>() as u32;
+    // SAFETY: the context is the program's own, and the key has the size that is passed.
+    if unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut key, size, 0) } != 0 {
+        return None;
+    }
+    // SAFETY: the helper fails for an IPv6 underlay unless asked for it, so this is the IPv4 member.
+    let remote = unsafe { key.__bindgen_anon_1.remote_ipv4 };
+    Some(OverlayKey { identity: key.tunnel_id, node_ip: remote.to_be_bytes() })
+}
+
+/// The cluster for which the outer source speaks, if it may speak for this identity.
+#[inline(always)]
+fn speaker(config: &Config, origin: &OverlayKey) -> Result<u16, u8> {
+    let mut ip = [0; 16];
+    ip[0] = origin.node_ip[0];
+    ip[1] = origin.node_ip[1];
+    ip[2] = origin.node_ip[2];
+    ip[3] = origin.node_ip[3];
+    // SAFETY: the element is only read; user space replaces elements, it does not write into them.
+    let Some(node) = (unsafe { NODE.get(NodeKey { family: FAMILY_V4, pad: [0; 3], ip }) }) else {
+        return Err(reason::UNKNOWN_SENDER);
+    };
+    if origin.identity < identity::FIRST_USER {
+        return match origin.identity {
+            identity::REMOTE_NODE | identity::WORLD => Ok(node.cluster),
+            _ => Err(reason::INVALID_IDENTITY),
+        };
+    }
+    let claimed = origin.identity >> (config.identity_shift & 31);
+    if claimed == u32::from(node.cluster) { Ok(node.cluster) } else { Err(reason::INVALID_CLUSTER_ID) }
+}
+
+/// Whether the stack of this node is where the packet has to go: otherwise any node of the mesh
+/// could use this one as its router.
+#[inline(always)]
+fn belongs_here(config: &Config, addresses: &Addresses) -> bool {
+    let destination = &addresses.destination;
+    let ip = &destination.ip;
+    if destination.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip {
+        return true;
+    }
+    // SAFETY: as above.
+    if let Some(entry) = unsafe { IPCACHE.get(destination) } {
+        return entry.node_ip == config.node_ip;
+    }
+    match prefix_of(destination) {
+        Some(prefix) => prefix.cluster == config.cluster && prefix.node_ip == config.node_ip,
+        None => false,
+    }
+}
+
+/// The node behind which a destination lives.
+#[inline(always)]
+fn node_of(addresses: Addresses) -> Option<[u8; 4]> {
+    let mut destination = addresses.destination;
+    let prefix = prefix_of(&destination)?;
+    destination.cluster = prefix.cluster;
+    // SAFETY: as above.
+    let node_ip = match unsafe { IPCACHE.get(destination) } {
+        Some(entry) => entry.node_ip,
+        None => prefix.node_ip,
+    };
+    (node_ip != [0; 4]).then_some(node_ip)
+}

@@ -1,0 +1,111 @@
+//! Addresses of a packet, in the form in which every map has them.
+
+use aya_ebpf::{helpers::bpf_skb_pull_data, programs::TcContext};
+use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, IpKey};
+
+const ETHERNET: usize = 14;
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+/// What arrived.
+pub enum Packet {
+    Ip(Addresses),
+    /// ARP and whatever else is between the two ends of the wire.
+    NotIp,
+    /// Claims to be IP, and is not.
+    Malformed,
+}
+
+/// Source and destination, as addresses of the cluster that was asked for.
+pub struct Addresses {
+    pub source: IpKey,
+    pub destination: IpKey,
+}
+
+impl Addresses {
+    /// Multicast, broadcast and link-local destinations never leave the link: neighbour discovery,
+    /// router solicitation, DHCP, mDNS. They are the stack's.
+    #[inline(always)]
+    pub fn stay_on_link(&self) -> bool {
+        let ip = &self.destination.ip;
+        match self.destination.family {
+            FAMILY_V4 => ip[0] >= 224 || (ip[0] == 169 && ip[1] == 254),
+            _ => ip[0] == 0xff || (ip[0] == 0xfe && ip[1] & 0xc0 == 0x80),
+        }
+    }
+}
+
+/// Reads the addresses of an Ethernet frame.
+#[inline(always)]
+pub fn parse(ctx: &TcContext, cluster: u16) -> Packet {
+    // SAFETY: the context is valid for the program's run.
+    let ethertype = u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16);
+    match ethertype {
+        ETHERTYPE_IPV4 => parse_ipv4(ctx, cluster),
+        ETHERTYPE_IPV6 => parse_ipv6(ctx, cluster),
+        _ => Packet::NotIp,
+    }
+}
+
+#[inline(always)]
+fn parse_ipv4(ctx: &TcContext, cluster: u16) -> Packet {
+    const HEADER: usize = 20;
+    let Some(header) = header::<HEADER>(ctx) else { return Packet::Malformed };
+    // Version 4, and at least five words of header.
+    if header[0] >> 4 != 4 || header[0] & 0x0f < 5 {
+        return Packet::Malformed;
+    }
+    let address = |at: usize| {
+        let mut ip = [0; 16];
+        ip[0] = header[at];
+        ip[1] = header[at + 1];
+        ip[2] = header[at + 2];
+        ip[3] = header[at + 3];
+        IpKey { cluster, family: FAMILY_V4, pad: 0, ip }
+    };
+    Packet::Ip(Addresses { source: address(12), destination: address(16) })
+}
+
+#[inline(always)]
+fn parse_ipv6(ctx: &TcContext, cluster: u16) -> Packet {
+    const HEADER: usize = 40;
+    let Some(header) = header::<HEADER>(ctx) else { return Packet::Malformed };
+    if header[0] >> 4 != 6 {
+        return Packet::Malformed;
+    }
+    let mut source = [0; 16];
+    let mut destination = [0; 16];
+    for n in 0..16 {
+        source[n] = header[8 + n];
+        destination[n] = header[24 + n];
+    }
+    let address = |ip| IpKey { cluster, family: FAMILY_V6, pad: 0, ip };
+    Packet::Ip(Addresses { source: address(source), destination: address(destination) })
+}
+
+/// The first `N` bytes behind the Ethernet header, pulled into reach if they are in a fragment.
+/// Valid until the next helper that changes the packet.
+#[inline(always)]
+fn header<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+    if let Some(header) = in_reach(ctx) {
+        return Some(header);
+    }
+    if (ctx.len() as usize) < ETHERNET + N {
+        return None;
+    }
+    // SAFETY: the context is the program's own.
+    if unsafe { bpf_skb_pull_data(ctx.skb.skb, (ETHERNET + N) as u32) } != 0 {
+        return None;
+    }
+    in_reach(ctx)
+}
+
+#[inline(always)]
+fn in_reach<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+    let start = ctx.data() + ETHERNET;
+    if start + N > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: the N bytes lie before data_end, which the verifier checks too.
+    Some(unsafe { &*(start as *const [u8; N]) })
+}

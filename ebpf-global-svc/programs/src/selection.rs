@@ -1,0 +1,174 @@
+//! Which backend answers: first a cluster (by weight and health), then a slot of that cluster.
+//!
+//! User space changes services while programs read them. It writes backends, then slots, then the
+//! service, and deletes the other way round, so each step here can miss only in a race; the answer
+//! to a miss is to look again.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::bpf_loop;
+use ebpf_global_svc_abi::{
+    BackendValue, ServiceKey, ServiceValue, SlotKey, backend_state, cluster_state, reason,
+};
+
+use crate::{
+    counters::count,
+    maps::{BACKEND, CLUSTER, SERVICE, SLOT},
+};
+
+/// Looks at a service before giving up. A race is over in microseconds; more than two in a row means
+/// that the service really has nothing to offer.
+const ATTEMPTS: u32 = 4;
+
+/// What became of a frontend.
+pub enum Selection {
+    /// Nobody's frontend: leave the address alone.
+    NotAService,
+    /// A service without a usable backend in any cluster.
+    NoBackend,
+    /// A backend of service `service`.
+    Backend { backend: BackendValue, service: u32 },
+}
+
+/// Chooses a backend. The same `seed` gives the same backend as long as the service does not change.
+#[inline(always)]
+pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
+    let mut draining = None;
+    for attempt in 0..ATTEMPTS {
+        // SAFETY: the element stays readable until the program ends; what it holds is checked below.
+        let Some(service) = (unsafe { SERVICE.get(frontend) }) else {
+            return if attempt == 0 { Selection::NotAService } else { Selection::NoBackend };
+        };
+        let service_id = service.id;
+        let random = mix(seed ^ service_id.wrapping_add(attempt));
+        let Some(group) = choose_group(service, random) else { break };
+
+        let slot = SlotKey {
+            service: service_id,
+            slot: below(mix(random ^ 0x9e37_79b9), group.count),
+            cluster: group.cluster,
+            pad: 0,
+        };
+        match backend_of(&slot, frontend) {
+            Some(backend) if backend.state == backend_state::ACTIVE => {
+                count(reason::LB_SELECTED, 0);
+                count_rank(group.rank);
+                return Selection::Backend { backend, service: service_id };
+            }
+            // Serves until it is gone: better than refusing, if nothing else turns up.
+            Some(backend) => draining = Some((backend, service_id)),
+            None => count(reason::LB_NO_BACKEND_SLOT, 0),
+        }
+    }
+    if let Some((backend, service)) = draining {
+        count(reason::LB_SELECTED, 0);
+        return Selection::Backend { backend, service };
+    }
+    count(reason::LB_NO_BACKEND, 0);
+    Selection::NoBackend
+}
+
+/// How good a group is; a group counts only while there is none of a better rank.
+mod rank {
+    pub const WEIGHTED: u32 = 0;
+    pub const STANDBY: u32 = 1;
+    pub const DRAINING: u32 = 2;
+    // DRAINING + STANDBY is 3.
+    pub const NONE: u32 = 4;
+}
+
+/// The state of drawing a group.
+#[repr(C)]
+struct Draw<'a> {
+    service: &'a ServiceValue,
+    random: u32,
+    /// Sum of the shares of `rank` so far.
+    total: u32,
+    /// Best rank so far.
+    rank: u32,
+    /// Slots of the group that leads.
+    count: u32,
+    /// The group that leads.
+    cluster: u16,
+}
+
+/// Draws one of the best-ranked groups in one pass: each group replaces the choice so far with the
+/// probability of its share in the sum so far.
+#[inline(always)]
+fn choose_group(service: &ServiceValue, random: u32) -> Option<Draw<'_>> {
+    let mut draw = Draw { service, random, total: 0, rank: rank::NONE, count: 0, cluster: 0 };
+    // A callback is verified once, the body of a loop once per round: 32 rounds in each of several
+    // attempts would exceed the verifier's patience.
+    // SAFETY: `consider` gets what it expects, and the draw outlives the call.
+    unsafe { bpf_loop(service.n_groups.into(), consider as *mut c_void, (&raw mut draw).cast(), 0) };
+    (draw.rank != rank::NONE).then_some(draw)
+}
+
+/// One group. Returns 1 to stop.
+extern "C" fn consider(n: u32, draw: *mut c_void) -> i64 {
+    // SAFETY: `choose_group` passes a draw that nobody else uses meanwhile.
+    let draw = unsafe { &mut *draw.cast::<Draw<'_>>() };
+    let Some(group) = draw.service.groups.get(n as usize) else { return 1 };
+    let Some(cluster) = CLUSTER.get(group.cluster.into()) else { return 0 };
+    if group.count == 0 || cluster.state > cluster_state::DRAINING {
+        return 0;
+    }
+    // Healthy and draining are 0 and 1.
+    let (rank, share) = match group.weight {
+        0 => (cluster.state * rank::DRAINING + rank::STANDBY, group.count),
+        weight => (cluster.state * rank::DRAINING, weight.into()),
+    };
+    if rank > draw.rank {
+        return 0;
+    }
+    if rank < draw.rank {
+        draw.rank = rank;
+        draw.total = 0;
+    }
+    draw.total = draw.total.wrapping_add(share);
+    draw.random = mix(draw.random);
+    if below(draw.random, draw.total) < share {
+        draw.cluster = group.cluster;
+        draw.count = group.count;
+    }
+    0
+}
+
+/// The backend in a slot, copied. `None` if the slot or the backend is being replaced.
+#[inline(always)]
+fn backend_of(slot: &SlotKey, frontend: &ServiceKey) -> Option<BackendValue> {
+    // SAFETY: read once; a recycled element yields another ID, whose backend is checked below.
+    let id = *unsafe { SLOT.get(slot) }?;
+    // SAFETY: copied at once.
+    let backend = *unsafe { BACKEND.get(id) }?;
+    // A freed element may hold another backend already. And a frontend never turns into another
+    // family or protocol: the socket could not follow.
+    let intact =
+        backend.generation == id && backend.family == frontend.family && backend.proto == frontend.proto;
+    intact.then_some(backend)
+}
+
+#[inline(always)]
+fn count_rank(rank: u32) {
+    match rank {
+        rank::WEIGHTED => {}
+        rank::STANDBY => count(reason::LB_STANDBY, 0),
+        _ => count(reason::LB_DRAINING, 0),
+    }
+}
+
+/// A number below `n` (0 if `n` is 0). Multiplication, not remainder: cheaper, and unbiased enough.
+#[inline(always)]
+fn below(random: u32, n: u32) -> u32 {
+    ((u64::from(random) * u64::from(n)) >> 32) as u32
+}
+
+/// A bijection whose every output bit depends on every input bit ("lowbias32" by Chris Wellons).
+#[inline(always)]
+pub fn mix(mut x: u32) -> u32 {
+    x ^= x >> 16;
+    x = x.wrapping_mul(0x7feb_352d);
+    x ^= x >> 15;
+    x = x.wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
