@@ -22,6 +22,13 @@ pub enum DatapathError {
         reason: String,
     },
 
+    /// Another agent has the folder.
+    #[error("the datapath under {root} is in use by another agent: stop that one, or choose another folder")]
+    InUse {
+        /// Folder of the pins.
+        root: PathBuf,
+    },
+
     /// The operator's limit is reached; entries that did not fit are not installed.
     #[error("map {map} is full at {capacity} entries: raise its size, which takes effect after `unload`")]
     MapFull {

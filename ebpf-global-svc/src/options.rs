@@ -4,7 +4,7 @@ use std::{net::Ipv4Addr, path::PathBuf};
 
 use crate::MapSizes;
 
-/// How `Datapath::open` sets a node up.
+/// How [`Datapath::open`](crate::Datapath::open) sets a node up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatapathOptions {
     /// Folder of the pins, in a BPF file system that is mounted if it is missing. One per agent.

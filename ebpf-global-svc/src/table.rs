@@ -4,8 +4,11 @@
 //! cares whether a kernel is behind. Order between tables (backends, slots, services; deletes the
 //! other way round) is the caller's business: see `docs/datapath.md`.
 
+mod kernel;
 mod memory;
 
+pub use kernel::KernelTable;
+pub(crate) use kernel::dump;
 pub use memory::MemoryTable;
 
 use crate::{

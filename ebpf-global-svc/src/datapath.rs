@@ -1,0 +1,434 @@
+//! The kernel side of one node: programs loaded, attached and pinned, and their maps.
+//!
+//! Everything lives in pins under one folder, and outlives the process: traffic flows on while the
+//! agent is down. Opening again takes over what is there: maps are re-used if they still fit, and
+//! attached programs are replaced one by one, each atomically. Nothing is ever flushed.
+//!
+//! What may be touched by others: nothing under the folder while a `Datapath` is open (it is locked).
+
+mod links;
+mod maps;
+mod pins;
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::MapError,
+    programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions},
+    sys::SyscallError,
+};
+
+use self::{maps::MapSpec, pins::Pins};
+use crate::{
+    DatapathError, DatapathOptions, Tables,
+    abi::{ClusterState, Config, Counter, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey, SockRevValue},
+    sys::LinkTarget,
+    table::KernelTable,
+};
+
+/// `programs/`, as `build.rs` has compiled it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/clustermesh-bpf"));
+
+/// Programs on the cgroup.
+const SOCKET_PROGRAMS: [&str; 8] = [
+    // What translates back comes first: no answer must arrive under a name that nobody restores.
+    "cm_recvmsg4",
+    "cm_recvmsg6",
+    "cm_getpeername4",
+    "cm_getpeername6",
+    "cm_sendmsg4",
+    "cm_sendmsg6",
+    "cm_connect4",
+    "cm_connect6",
+];
+const FROM_POD: &str = "cm_from_pod";
+const FROM_OVERLAY: &str = "cm_from_overlay";
+const TO_OVERLAY: &str = "cm_to_overlay";
+const INTERFACE_PROGRAMS: [&str; 3] = [FROM_POD, FROM_OVERLAY, TO_OVERLAY];
+
+/// The loaded kernel side. Dropping it leaves everything attached; [`Datapath::unload`] removes it.
+#[derive(Debug)]
+pub struct Datapath {
+    programs: Ebpf,
+    pins: Pins,
+    specs: [MapSpec; 12],
+    config: Config,
+}
+
+/// One loaded program, as the kernel sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramInfo {
+    /// Its name.
+    pub name: String,
+    /// Instructions that the verifier walked through, over all paths (its limit is a million).
+    pub verified_instructions: u32,
+    /// Size after translation, in instructions.
+    pub instructions: u32,
+}
+
+/// What a program did to a packet that never was on a wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trial {
+    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected.
+    pub verdict: i32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+    /// Average time per run.
+    pub duration: std::time::Duration,
+}
+
+impl Datapath {
+    /// Loads the datapath, or takes over the one that is pinned under `options.bpf_root`.
+    ///
+    /// # Errors
+    /// See [`DatapathError`]. After an error the previous datapath, if any, is still running.
+    pub fn open(options: &DatapathOptions) -> Result<Self, DatapathError> {
+        let pins = Pins::open(&options.bpf_root)?;
+        let specs = maps::specs(&options.sizes);
+        maps::check(&pins, &specs, options.cluster)?;
+        let mut programs = load_maps(&pins, &specs)?;
+        let config = configure(&pins, options)?;
+        load_programs(&mut programs)?;
+        let mut datapath = Self { programs, pins, specs, config };
+        datapath.replace_interface_programs()?;
+        datapath.attach_sockets(options.cgroup.as_deref())?;
+        Ok(datapath)
+    }
+
+    /// Removes a datapath: programs, then maps. Nothing there is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if a pin cannot be removed.
+    pub fn unload(bpf_root: &Path) -> Result<(), DatapathError> {
+        if !links::has_tcx() {
+            links::remove_filters(&INTERFACE_PROGRAMS);
+        }
+        pins::remove_all(bpf_root)
+    }
+
+    /// Watches what a pod sends: attaches to the host side of its veth, in the calling thread's
+    /// network namespace. Once more for the same interface is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`].
+    pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let pin = self.pins.link(&pod_link(ifindex));
+        links::attach_interface(
+            classifier(&mut self.programs, FROM_POD)?,
+            FROM_POD,
+            &pin,
+            ifindex,
+            TcAttachType::Ingress,
+        )
+    }
+
+    /// Undoes [`Datapath::attach_pod`]. An interface that is gone is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pin cannot be removed.
+    pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        links::detach_interface(FROM_POD, &self.pins.link(&pod_link(ifindex)), ifindex, TcAttachType::Ingress)
+    }
+
+    /// Interfaces to which [`Datapath::attach_pod`] has attached, also in an earlier life. Empty on
+    /// kernels before 6.6, whose filters go with their interface.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pins cannot be listed.
+    pub fn attached_pods(&self) -> Result<Vec<u32>, DatapathError> {
+        Ok(self.pins.links()?.iter().filter_map(|name| pod_of_link(name)).collect())
+    }
+
+    /// Makes an existing VXLAN device (external, of the calling thread's network namespace) the overlay.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`].
+    pub fn attach_overlay(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        for (name, direction) in [(FROM_OVERLAY, TcAttachType::Ingress), (TO_OVERLAY, TcAttachType::Egress)] {
+            let pin = self.pins.link(name);
+            links::attach_interface(classifier(&mut self.programs, name)?, name, &pin, ifindex, direction)?;
+        }
+        // Pods may send there from now on.
+        self.config.overlay_ifindex = ifindex;
+        maps::write_config(&self.pins.map("cm_config"), &self.config)
+    }
+
+    /// Tables over the kernel's maps. Entries of earlier lives are in them.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if a pin cannot be opened.
+    pub fn tables(&self) -> Result<Tables, DatapathError> {
+        let cluster = self.open_map("cm_cluster")?;
+        Ok(Tables {
+            ipcache: Box::new(self.table("cm_ipcache")?),
+            prefix: Box::new(self.table("cm_prefix")?),
+            endpoint: Box::new(self.table("cm_endpoint")?),
+            node: Box::new(self.table("cm_node")?),
+            service: Box::new(self.table("cm_service")?),
+            slot: Box::new(self.table("cm_slot")?),
+            backend: Box::new(self.table("cm_backend")?),
+            cluster: Box::new(KernelTable::array(
+                cluster.0,
+                cluster.1.name,
+                cluster.1.max_entries,
+                ClusterState::default(),
+            )),
+        })
+    }
+
+    /// Identities recently seen in traffic from other nodes, with the outer source that sent them.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn overlay_rx(&self) -> Result<Vec<(OverlayKey, Counter)>, DatapathError> {
+        self.per_cpu("cm_overlay_rx")
+    }
+
+    /// Counters by [`reason`](crate::abi::reason), those that are not zero.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn metrics(&self) -> Result<Vec<(u8, Counter)>, DatapathError> {
+        let counters = self.per_cpu::<u32>("cm_metrics")?;
+        Ok(counters
+            .into_iter()
+            .filter(|(_, counter)| *counter != Counter::default())
+            .filter_map(|(reason, counter)| Some((u8::try_from(reason).ok()?, counter)))
+            .collect())
+    }
+
+    /// Sockets that talk to a backend, and the frontend that each has named.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn sock_rev(&self) -> Result<Vec<(SockRevKey, SockRevValue)>, DatapathError> {
+        use crate::table::Table as _;
+        self.table("cm_sock_rev")?.dump()
+    }
+
+    /// What this node is configured as.
+    #[must_use]
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// All programs with their sizes.
+    ///
+    /// # Errors
+    /// [`DatapathError::Verifier`] if one is not loaded, which [`Datapath::open`] excludes.
+    pub fn programs(&self) -> Result<Vec<ProgramInfo>, DatapathError> {
+        const INSTRUCTION: u32 = 8;
+        self.programs
+            .programs()
+            .map(|(name, program)| {
+                let info = program.info().map_err(|error| load_failed(name, error))?;
+                Ok(ProgramInfo {
+                    name: name.to_owned(),
+                    verified_instructions: info.verified_instruction_count().unwrap_or(0),
+                    instructions: info.size_translated().unwrap_or(0) / INSTRUCTION,
+                })
+            })
+            .collect()
+    }
+
+    /// Runs an interface program `repeat` times on a frame that arrives at (or leaves through)
+    /// `ifindex`, 0 for none. Maps are the real ones, so it counts; but nothing is sent.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`] if there is no such program, or the kernel refuses the frame (it
+    /// wants 14 bytes at least).
+    pub fn trial(
+        &self,
+        program: &str,
+        frame: &[u8],
+        ifindex: u32,
+        repeat: u32,
+    ) -> Result<Trial, DatapathError> {
+        let failed = |reason: String| DatapathError::Attach {
+            program: program.to_owned(),
+            target: "a trial packet".to_owned(),
+            reason,
+        };
+        let loaded =
+            self.programs.program(program).ok_or_else(|| failed("there is no such program".to_owned()))?;
+        let loaded = <&SchedClassifier>::try_from(loaded).map_err(|error| failed(error.to_string()))?;
+        // struct __sk_buff; ifindex is its eleventh word.
+        let mut context = [0_u8; 192];
+        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut packet = vec![0; frame.len() + 256];
+        let result = loaded
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut packet),
+                ctx_in: Some(&context),
+                repeat,
+                ..TestRunOptions::new()
+            })
+            .map_err(|error| failed(links::describe(&error)))?;
+        packet.truncate(result.data_size_out as usize);
+        Ok(Trial { verdict: result.return_value.cast_signed(), packet, duration: result.duration })
+    }
+
+    fn attach_sockets(&mut self, cgroup: Option<&Path>) -> Result<(), DatapathError> {
+        for name in SOCKET_PROGRAMS {
+            let pin = self.pins.link(name);
+            match cgroup {
+                Some(cgroup) => {
+                    links::attach_cgroup(socket_program(&mut self.programs, name)?, name, &pin, cgroup)?
+                }
+                None => pins::remove(&pin)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives our programs to all interfaces that run those of an earlier version, and forgets
+    /// interfaces that are gone.
+    fn replace_interface_programs(&mut self) -> Result<(), DatapathError> {
+        for link in self.pins.links()? {
+            let (name, target) = match pod_of_link(&link) {
+                Some(ifindex) => (FROM_POD, LinkTarget::Interface(ifindex)),
+                None if link == FROM_OVERLAY || link == TO_OVERLAY => {
+                    (link.as_str(), LinkTarget::Interface(self.config.overlay_ifindex))
+                }
+                None => continue,
+            };
+            let pin = self.pins.link(&link);
+            let failed =
+                |reason| DatapathError::Attach { program: name.to_owned(), target: link.clone(), reason };
+            let program = classifier(&mut self.programs, name)?;
+            let descriptor = program.fd().map_err(|error| failed(links::describe(&error)))?;
+            let replaced = links::replace(&pin, &target, descriptor.as_fd())
+                .map_err(|error| failed(error.to_string()))?;
+            if !replaced {
+                pins::remove(&pin)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn table<K: Plain, V: Plain>(&self, name: &'static str) -> Result<KernelTable<K, V>, DatapathError> {
+        let (map, spec) = self.open_map(name)?;
+        assert!(
+            spec.key_size == size_of::<K>() && spec.value_size == size_of::<V>(),
+            "{name} is opened as another map"
+        );
+        Ok(KernelTable::new(map, spec.name, spec.max_entries))
+    }
+
+    fn open_map(&self, name: &'static str) -> Result<(OwnedFd, MapSpec), DatapathError> {
+        // The names are all in this file.
+        let spec = *self.specs.iter().find(|spec| spec.name == name).expect("a map of ours");
+        Ok((maps::open(&self.pins.map(name), name)?, spec))
+    }
+
+    fn per_cpu<K: Plain + Ord>(&self, name: &'static str) -> Result<Vec<(K, Counter)>, DatapathError> {
+        let (map, _) = self.open_map(name)?;
+        let mut sums = BTreeMap::new();
+        crate::table::dump(&map, maps::possible_cpus()?, |key: K, counters: &[Counter]| {
+            let sum = counters.iter().fold(Counter::default(), |sum, counter| Counter {
+                packets: sum.packets.wrapping_add(counter.packets),
+                bytes: sum.bytes.wrapping_add(counter.bytes),
+            });
+            sums.insert(key, sum);
+        })
+        .map_err(|source| maps::map_failed(name, "read", source))?;
+        Ok(sums.into_iter().collect())
+    }
+}
+
+/// Creates the maps that are not pinned yet; opens the others.
+fn load_maps(pins: &Pins, specs: &[MapSpec]) -> Result<Ebpf, DatapathError> {
+    let mut loader = EbpfLoader::new();
+    for spec in specs {
+        loader.map_max_entries(spec.name, spec.max_entries).map_pin_path(spec.name, pins.map(spec.name));
+    }
+    loader.load(OBJECT).map_err(open_failed)
+}
+
+/// Writes what this node is. The overlay stays: pods send through it while the agent restarts.
+fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathError> {
+    let path = pins.map("cm_config");
+    let config = Config {
+        schema: SCHEMA_VERSION,
+        cluster: options.cluster,
+        identity_shift: options.identity_shift,
+        overlay_ifindex: maps::read_config(&path)?.overlay_ifindex,
+        node_ip: options.node_ip.octets(),
+        reserved: [0; 4],
+    };
+    maps::write_config(&path, &config)?;
+    Ok(config)
+}
+
+fn load_programs(programs: &mut Ebpf) -> Result<(), DatapathError> {
+    for name in SOCKET_PROGRAMS {
+        socket_program(programs, name)?.load().map_err(|error| load_failed(name, error))?;
+    }
+    for name in INTERFACE_PROGRAMS {
+        classifier(programs, name)?.load().map_err(|error| load_failed(name, error))?;
+    }
+    Ok(())
+}
+
+fn socket_program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, DatapathError> {
+    program(programs, name)?.try_into().map_err(|error| load_failed(name, error))
+}
+
+fn classifier<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DatapathError> {
+    program(programs, name)?.try_into().map_err(|error| load_failed(name, error))
+}
+
+fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program, DatapathError> {
+    programs.program_mut(name).ok_or_else(|| DatapathError::Verifier {
+        program: name.to_owned(),
+        log: "it is not in the object that was built in".to_owned(),
+    })
+}
+
+fn pod_link(ifindex: u32) -> String {
+    format!("{FROM_POD}-{ifindex}")
+}
+
+fn pod_of_link(name: &str) -> Option<u32> {
+    name.strip_prefix(FROM_POD)?.strip_prefix('-')?.parse().ok()
+}
+
+fn load_failed(program: &str, error: ProgramError) -> DatapathError {
+    match error {
+        ProgramError::LoadError { io_error, .. }
+        | ProgramError::SyscallError(SyscallError { io_error, .. })
+            if is_permission(&io_error) && io_error.raw_os_error() == Some(libc::EPERM) =>
+        {
+            DatapathError::NotPermitted { action: format!("load program {program}") }
+        }
+        ProgramError::LoadError { io_error, verifier_log } => DatapathError::Verifier {
+            program: program.to_owned(),
+            log: format!("{io_error}\n{verifier_log}"),
+        },
+        error => DatapathError::Verifier { program: program.to_owned(), log: links::describe(&error) },
+    }
+}
+
+fn open_failed(error: EbpfError) -> DatapathError {
+    match &error {
+        EbpfError::MapError(MapError::CreateError { io_error, .. }) if is_permission(io_error) => {
+            DatapathError::NotPermitted { action: "create maps".to_owned() }
+        }
+        EbpfError::MapError(MapError::CreateError { io_error, .. })
+            if io_error.raw_os_error() == Some(libc::ENOSYS) =>
+        {
+            DatapathError::NoBpf { reason: "it has no bpf system call".to_owned() }
+        }
+        _ => DatapathError::NoBpf { reason: links::describe(&error) },
+    }
+}
+
+fn is_permission(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+}

@@ -1,0 +1,145 @@
+//! Which maps there are, and whether the pinned ones are still the right ones.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
+
+use aya::maps::{MapInfo, MapType};
+
+use super::pins::Pins;
+use crate::{
+    DatapathError, MapSizes,
+    abi::{
+        BackendValue, ClusterState, Config, Counter, EndpointValue, IpKey, IpValue, MAX_CLUSTERS,
+        MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain, PrefixKey, PrefixValue, SCHEMA_VERSION,
+        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+    },
+    sys,
+};
+
+/// One map as this version wants it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MapSpec {
+    pub(super) name: &'static str,
+    pub(super) kind: MapType,
+    pub(super) key_size: usize,
+    pub(super) value_size: usize,
+    pub(super) max_entries: u32,
+}
+
+/// All maps of the programs.
+pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; 12] {
+    [
+        spec::<u32, Config>("cm_config", MapType::Array, 1),
+        spec::<u32, ClusterState>("cm_cluster", MapType::Array, MAX_CLUSTERS),
+        spec::<IpKey, IpValue>("cm_ipcache", MapType::Hash, sizes.ipcache),
+        spec::<PrefixKey, PrefixValue>("cm_prefix", MapType::LpmTrie, sizes.prefix),
+        spec::<IpKey, EndpointValue>("cm_endpoint", MapType::Hash, sizes.endpoint),
+        spec::<NodeKey, NodeValue>("cm_node", MapType::Hash, sizes.node),
+        spec::<ServiceKey, ServiceValue>("cm_service", MapType::Hash, sizes.service),
+        spec::<SlotKey, u32>("cm_slot", MapType::Hash, sizes.slot),
+        spec::<u32, BackendValue>("cm_backend", MapType::Hash, sizes.backend),
+        spec::<SockRevKey, SockRevValue>("cm_sock_rev", MapType::LruHash, sizes.sock_rev),
+        spec::<u32, Counter>("cm_metrics", MapType::PerCpuArray, MAX_REASONS),
+        spec::<OverlayKey, Counter>("cm_overlay_rx", MapType::LruPerCpuHash, sizes.overlay_rx),
+    ]
+}
+
+fn spec<K: Plain, V: Plain>(name: &'static str, kind: MapType, max_entries: u32) -> MapSpec {
+    MapSpec { name, kind, key_size: size_of::<K>(), value_size: size_of::<V>(), max_entries }
+}
+
+/// Checks what is pinned before anything is created or changed. Missing maps are fine.
+pub(super) fn check(pins: &Pins, specs: &[MapSpec], cluster: u16) -> Result<(), DatapathError> {
+    for spec in specs {
+        let path = pins.map(spec.name);
+        if path.exists() {
+            check_shape(&path, spec)?;
+        }
+    }
+    let path = pins.map("cm_config");
+    if !path.exists() {
+        return Ok(());
+    }
+    let mismatch =
+        |reason| DatapathError::PinMismatch { map: "cm_config".to_owned(), path: path.clone(), reason };
+    let config = read_config(&path)?;
+    match config {
+        // Created, but the agent died before it configured anything.
+        Config { schema: 0, .. } => Ok(()),
+        Config { schema, .. } if schema != SCHEMA_VERSION => {
+            Err(mismatch(format!("its layouts are of schema {schema}, ours of schema {SCHEMA_VERSION}")))
+        }
+        Config { cluster: other, .. } if other != cluster => {
+            Err(mismatch(format!("it belongs to cluster {other}, this is cluster {cluster}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_shape(path: &Path, spec: &MapSpec) -> Result<(), DatapathError> {
+    let failed = |error: aya::maps::MapError| DatapathError::PinMismatch {
+        map: spec.name.to_owned(),
+        path: path.to_owned(),
+        reason: error.to_string(),
+    };
+    let info = MapInfo::from_pin(path).map_err(failed)?;
+    let kind = info.map_type().map_err(failed)?;
+    let is = (kind, info.key_size() as usize, info.value_size() as usize, info.max_entries());
+    let wanted = (spec.kind, spec.key_size, spec.value_size, spec.max_entries);
+    if is == wanted {
+        return Ok(());
+    }
+    Err(DatapathError::PinMismatch {
+        map: spec.name.to_owned(),
+        path: path.to_owned(),
+        reason: format!("type, key size, value size, entries are {is:?}, wanted {wanted:?}"),
+    })
+}
+
+/// What the node was configured as.
+pub(super) fn read_config(path: &Path) -> Result<Config, DatapathError> {
+    let map = open(path, "cm_config")?;
+    let config = sys::lookup::<u32, Config>(map.as_fd(), &0, 1)
+        .map_err(|source| map_failed("cm_config", "read", source))?;
+    Ok(config.and_then(|values| values.first().copied()).unwrap_or_default())
+}
+
+/// Writes the configuration, in one piece.
+pub(super) fn write_config(path: &Path, config: &Config) -> Result<(), DatapathError> {
+    let map = open(path, "cm_config")?;
+    sys::update(map.as_fd(), &0_u32, config).map_err(|source| map_failed("cm_config", "update", source))
+}
+
+pub(super) fn open(path: &Path, name: &'static str) -> Result<OwnedFd, DatapathError> {
+    sys::open_pin(path).map_err(|source| map_failed(name, "open", source))
+}
+
+pub(super) fn map_failed(
+    map: &'static str,
+    operation: &'static str,
+    source: std::io::Error,
+) -> DatapathError {
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            DatapathError::NotPermitted { action: format!("{operation} map {map}") }
+        }
+        _ => DatapathError::Map { map: map.to_owned(), operation, source },
+    }
+}
+
+/// CPUs that per-CPU maps have values for.
+pub(super) fn possible_cpus() -> Result<usize, DatapathError> {
+    aya::util::nr_cpus().map_err(|(what, source)| DatapathError::File {
+        operation: what,
+        path: "/sys/devices/system/cpu/possible".into(),
+        source,
+    })
+}
+
+/// Opens the cgroup's folder, checking that it is one.
+pub(super) fn open_cgroup(path: &Path) -> Result<File, DatapathError> {
+    File::open(path).map_err(|source| super::pins::failed("open cgroup", path, source))
+}

@@ -1,0 +1,118 @@
+//! Tables over the kernel's maps keep the rules of `MemoryTable`, in bulk and at their limits.
+
+mod support;
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ebpf_global_svc::{Datapath, DatapathError, Tables, abi::ClusterState};
+use support::{Root, ip_key, ip_value, prefix_key, prefix_value};
+
+fn ip(n: u32) -> IpAddr {
+    Ipv4Addr::from(0x0a00_0000 + n).into()
+}
+
+#[test]
+fn ten_thousand_entries_go_in_and_out() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let mut tables = datapath.tables().unwrap();
+
+    let node = Ipv4Addr::new(192, 168, 0, 1);
+    let mut ipcache: Vec<_> = (0..10_000).map(|n| (ip_key(2, ip(n)), ip_value(0x2_0000 + n, node))).collect();
+    tables.ipcache.upsert(&ipcache).unwrap();
+    let mut prefixes: Vec<_> =
+        (0..10_000).map(|n| (prefix_key(ip(n << 8), 24), prefix_value(2, node))).collect();
+    tables.prefix.upsert(&prefixes).unwrap();
+
+    let mut installed = tables.ipcache.dump().unwrap();
+    installed.sort_by_key(|(key, _)| *key);
+    ipcache.sort_by_key(|(key, _)| *key);
+    assert_eq!(installed, ipcache);
+    let mut installed = tables.prefix.dump().unwrap();
+    installed.sort_by_key(|(key, _)| *key);
+    prefixes.sort_by_key(|(key, _)| *key);
+    assert_eq!(installed, prefixes);
+
+    // Every other key, among keys that never were there.
+    let gone: Vec<_> = (0..20_000).filter(|n| n % 2 == 0).map(|n| ip_key(2, ip(n))).collect();
+    tables.ipcache.remove(&gone).unwrap();
+    let mut left = tables.ipcache.dump().unwrap();
+    left.sort_by_key(|(key, _)| *key);
+    ipcache.retain(|(key, _)| !gone.contains(key));
+    assert_eq!(left, ipcache);
+    let gone: Vec<_> = (0..20_000).filter(|n| n % 2 == 0).map(|n| prefix_key(ip(n << 8), 24)).collect();
+    tables.prefix.remove(&gone).unwrap();
+    assert_eq!(tables.prefix.dump().unwrap().len(), 5_000);
+}
+
+#[test]
+fn a_full_map_says_so_and_keeps_what_it_has() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let Tables { mut endpoint, mut prefix, .. } = datapath.tables().unwrap();
+
+    let entries: Vec<_> = (0..=1024).map(|n| (ip_key(1, ip(n)), support::endpoint(1, n))).collect();
+    let error = endpoint.upsert(&entries).unwrap_err();
+    assert!(
+        matches!(&error, DatapathError::MapFull { map, capacity: 1024 } if map == "cm_endpoint"),
+        "{error}"
+    );
+    assert_eq!(endpoint.dump().unwrap().len(), 1024);
+    endpoint.upsert(&entries[..1024]).expect("replacing values needs no room");
+
+    let node = Ipv4Addr::new(192, 168, 0, 1);
+    let entries: Vec<_> = (0..=16_384).map(|n| (prefix_key(ip(n << 8), 24), prefix_value(2, node))).collect();
+    let error = prefix.upsert(&entries).unwrap_err();
+    assert!(matches!(&error, DatapathError::MapFull { map, .. } if map == "cm_prefix"), "{error}");
+}
+
+#[test]
+fn the_cluster_table_shows_only_what_is_not_healthy() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let mut tables = datapath.tables().unwrap();
+    let (dead, draining) = (ClusterState { state: 2 }, ClusterState { state: 1 });
+
+    tables.cluster.upsert(&[(511, dead), (7, draining), (8, ClusterState::default())]).unwrap();
+    assert_eq!(tables.cluster.dump().unwrap(), [(7, draining), (511, dead)]);
+    tables.cluster.remove(&[7, 9]).unwrap();
+    assert_eq!(tables.cluster.dump().unwrap(), [(511, dead)]);
+}
+
+#[test]
+fn opening_again_finds_everything_and_refuses_what_does_not_fit() {
+    let root = Root::new();
+    let entry = (ip_key(2, ip(1)), ip_value(0x2_0001, Ipv4Addr::LOCALHOST));
+    {
+        let datapath = Datapath::open(&root.options(1)).unwrap();
+        datapath.tables().unwrap().ipcache.upsert(&[entry]).unwrap();
+
+        let error = Datapath::open(&root.options(1)).unwrap_err();
+        assert!(matches!(error, DatapathError::InUse { .. }), "{error}");
+    }
+    let mut larger = root.options(1);
+    larger.sizes.slot *= 2;
+    let error = Datapath::open(&larger).unwrap_err();
+    assert!(matches!(&error, DatapathError::PinMismatch { map, .. } if map == "cm_slot"), "{error}");
+    let error = Datapath::open(&root.options(2)).unwrap_err();
+    assert!(error.to_string().contains("belongs to cluster 1"), "{error}");
+
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    assert_eq!(datapath.tables().unwrap().ipcache.dump().unwrap(), [entry]);
+}
+
+#[test]
+fn programs_stay_far_below_the_verifiers_limit() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let mut programs = datapath.programs().unwrap();
+    programs.sort_by(|a, b| a.name.cmp(&b.name));
+    assert_eq!(programs.len(), 11);
+    for program in programs {
+        println!(
+            "{:16} {:6} verified, {:5} long",
+            program.name, program.verified_instructions, program.instructions
+        );
+        assert!((1..100_000).contains(&program.verified_instructions), "{program:?}");
+    }
+}
