@@ -14,4 +14,5 @@ pub mod cluster;
 pub mod etcd;
 pub mod key;
 pub mod labels;
+pub mod publisher;
 pub mod record;
