@@ -1,0 +1,130 @@
+//! `multi-kind-tests run FILE...`: runs scenarios and says how they went.
+#![forbid(unsafe_code)]
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use multi_kind_tests::interrupt::Interrupt;
+use multi_kind_tests::lab::Binaries;
+use multi_kind_tests::runner::{Options, Outcome, Runner};
+use multi_kind_tests::scenario::Scenario;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// End-to-end scenarios for ClusterMesh.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run scenarios, each in a lab or in one that they share; needs root.
+    Run(RunArgs),
+    /// Read scenarios and say what they show, without running them.
+    List {
+        /// Scenario files, or folders of them.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(clap::Args)]
+struct RunArgs {
+    /// Scenario files, or folders of them.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Folder of the programs under test; default: that of this program.
+    #[arg(long, value_name = "DIR", env = "CLUSTERMESH_BIN_DIR")]
+    bin_dir: Option<PathBuf>,
+    /// Use this lab, which is up already, and leave it up.
+    #[arg(long, value_name = "NAME")]
+    lab: Option<String>,
+    /// Where the logs of failed labs are kept.
+    #[arg(long, value_name = "DIR", default_value = "target/scenario-logs")]
+    logs: PathBuf,
+    /// Write the outcomes as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => run(args),
+        Command::List { files } => list(&files),
+    };
+    match result {
+        Ok(code) => code,
+        Err((code, error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Exit status 2 for what the caller got wrong, 1 for the rest.
+type Outcomes = Result<ExitCode, (u8, anyhow::Error)>;
+
+fn run(args: RunArgs) -> Outcomes {
+    let scenarios = read_all(&args.files).map_err(|error| (2, error))?;
+    let report_file = args.report.clone();
+    let outcomes = carry_out(args, &scenarios).map_err(|error| (1, error))?;
+    if let Some(file) = report_file {
+        let text = serde_json::to_string_pretty(&outcomes).map_err(|error| (1, error.into()))?;
+        std::fs::write(&file, text)
+            .with_context(|| format!("cannot write {}", file.display()))
+            .map_err(|error| (1, error))?;
+    }
+    let failed = outcomes.iter().filter(|outcome| !outcome.passed).count();
+    println!();
+    for outcome in &outcomes {
+        let word = if outcome.passed { "PASS" } else { "FAIL" };
+        println!("{word}  {:<32} {:>6.1} s  {}", outcome.name, outcome.seconds, outcome.about);
+    }
+    println!("{} scenarios passed, {failed} failed", outcomes.len() - failed);
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn carry_out(args: RunArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcome>> {
+    let folder = match args.bin_dir {
+        Some(folder) => folder,
+        None => {
+            std::env::current_exe()?.parent().map(Path::to_path_buf).context("this program has no folder")?
+        }
+    };
+    let options = Options {
+        binaries: Binaries::in_folder(&folder)?,
+        adopt: args.lab,
+        log_folder: args.logs,
+        interrupt: Interrupt::on_signals().context("cannot listen for Ctrl-C")?,
+    };
+    Ok(Runner::new(options).run_all(scenarios, |line| println!("{line}")))
+}
+
+fn list(files: &[PathBuf]) -> Outcomes {
+    for scenario in read_all(files).map_err(|error| (2, error))? {
+        println!("{:<32} {}", scenario.name, scenario.about);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_all(paths: &[PathBuf]) -> anyhow::Result<Vec<Scenario>> {
+    let mut files = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            let mut found: Vec<PathBuf> = std::fs::read_dir(path)?
+                .map(|entry| Ok(entry?.path()))
+                .collect::<std::io::Result<Vec<_>>>()?
+                .into_iter()
+                .filter(|path| path.extension().is_some_and(|extension| extension == "yaml"))
+                .collect();
+            found.sort();
+            anyhow::ensure!(!found.is_empty(), "there is no scenario (*.yaml) in {}", path.display());
+            files.extend(found);
+        } else {
+            files.push(path.clone());
+        }
+    }
+    files.iter().map(|file| Ok(Scenario::read(file)?)).collect()
+}
