@@ -42,8 +42,9 @@ pub(super) fn attach_cgroup(
         return Ok(());
     }
     pins::remove(pin)?;
+    // `Single` is flags 0, the only ones that the kernel takes for a link, which then admits others.
     let link = program
-        .attach(folder, CgroupAttachMode::AllowMultiple)
+        .attach(folder, CgroupAttachMode::Single)
         .and_then(|id| program.take_link(id))
         .map_err(|error| failed(describe(&error)))?;
     let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
