@@ -16,3 +16,4 @@ pub mod key;
 pub mod labels;
 pub mod publisher;
 pub mod record;
+pub mod reflector;

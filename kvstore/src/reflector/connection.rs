@@ -1,0 +1,224 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::core::{Change, Timing};
+use super::{Backoff, ReflectorEvent, ReflectorSpec, follow};
+use crate::etcd::{EtcdSource, Session, SessionError, SessionOptions};
+
+/// Keeps one etcd connected, for any number of reflectors and a publisher. Cheap to clone; the
+/// connection ends when the last handle and the last reflector are gone.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    sessions: watch::Receiver<Option<LiveSession>>,
+    status: Arc<watch::Sender<ConnectionStatus>>,
+    timing: Timing,
+    channel: usize,
+}
+
+/// A session with its number among those of a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct LiveSession {
+    /// Grows with each session.
+    pub(crate) number: u64,
+    /// The session.
+    pub(crate) session: Session,
+}
+
+/// How a connection behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionOptions {
+    /// Deadlines of each session.
+    pub session: SessionOptions,
+    /// Times of reflectors, and the waits between attempts to connect.
+    pub timing: Timing,
+    /// How often an otherwise unused connection is tried.
+    pub probe: Duration,
+    /// Events that wait for a slow consumer before its reflector stops reading.
+    pub channel: usize,
+}
+
+impl Default for ConnectionOptions {
+    fn default() -> Self {
+        Self {
+            session: SessionOptions::default(),
+            timing: Timing::default(),
+            probe: Duration::from_secs(10),
+            channel: 256,
+        }
+    }
+}
+
+/// How a connection is.
+#[derive(Clone, Debug)]
+pub struct ConnectionStatus {
+    /// There is a session.
+    pub connected: bool,
+    /// ID of the etcd cluster of the last session.
+    pub etcd_cluster_id: Option<u64>,
+    /// Its version.
+    pub etcd_version: Option<String>,
+    /// Why there is no session, or why the one before ended.
+    pub last_error: Option<String>,
+    /// Sessions after the first one.
+    pub reconnects: u64,
+    /// When etcd was last heard.
+    pub last_event: Instant,
+    /// Endpoints of the configuration as last read.
+    pub endpoints: Vec<String>,
+}
+
+impl Connection {
+    /// Starts connecting, and goes on to reconnect for good.
+    pub fn spawn(
+        config: impl Into<EtcdSource>,
+        options: ConnectionOptions,
+    ) -> (Self, watch::Receiver<ConnectionStatus>) {
+        let status = Arc::new(watch::Sender::new(ConnectionStatus {
+            connected: false,
+            etcd_cluster_id: None,
+            etcd_version: None,
+            last_error: None,
+            reconnects: 0,
+            last_event: Instant::now(),
+            endpoints: Vec::new(),
+        }));
+        let (publish, sessions) = watch::channel(None);
+        let task = Task { source: config.into(), options, status: status.clone(), publish, number: 0 };
+        tokio::spawn(task.run());
+        let receiver = status.subscribe();
+        (Self { sessions, status, timing: options.timing, channel: options.channel.max(1) }, receiver)
+    }
+
+    /// Follows keys. The channel is bounded; dropping it stops the reflector.
+    pub fn reflect(&self, spec: ReflectorSpec) -> mpsc::Receiver<ReflectorEvent> {
+        self.follow(spec, ReflectorEvent::from_change)
+    }
+
+    pub(crate) fn follow<E: Send + 'static>(
+        &self,
+        spec: ReflectorSpec,
+        translate: impl Fn(Change) -> Option<E> + Send + 'static,
+    ) -> mpsc::Receiver<E> {
+        let (events, receiver) = mpsc::channel(self.channel);
+        let sessions = self.sessions.clone();
+        tokio::spawn(follow(sessions, self.status.clone(), spec, self.timing, events, translate));
+        receiver
+    }
+
+    /// The current session, or the next one.
+    pub async fn session(&self) -> Session {
+        let mut sessions = self.sessions.clone();
+        loop {
+            let live = sessions.wait_for(Option::is_some).await.map(|live| live.clone());
+            match live {
+                Ok(Some(live)) => return live.session,
+                Ok(None) => {}
+                // Only when the runtime shuts down: then nobody waits for us either.
+                Err(_) => std::future::pending().await,
+            }
+        }
+    }
+
+    pub(crate) fn sessions(&self) -> watch::Receiver<Option<LiveSession>> {
+        self.sessions.clone()
+    }
+}
+
+struct Task {
+    source: EtcdSource,
+    options: ConnectionOptions,
+    status: Arc<watch::Sender<ConnectionStatus>>,
+    publish: watch::Sender<Option<LiveSession>>,
+    number: u64,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let timing = self.options.timing;
+        let mut backoff = Backoff::new(timing.backoff_min, timing.backoff_max);
+        let mut rng = SmallRng::from_os_rng();
+        loop {
+            let began = Instant::now();
+            let attempt = tokio::select! {
+                () = self.publish.closed() => return,
+                attempt = self.connect() => attempt,
+            };
+            let error = match attempt {
+                Ok(session) => {
+                    let probed = self.attend(session).await;
+                    let Some(error) = probed else { return };
+                    // A session that ends at once is no success.
+                    if began.elapsed() > timing.backoff_max {
+                        backoff.reset();
+                    }
+                    error
+                }
+                Err(error) => error,
+            };
+            let news = self.status.borrow().last_error.as_deref() != Some(&error.to_string());
+            if news {
+                tracing::warn!(%error, "etcd is not connected");
+            }
+            self.status.send_modify(|status| {
+                status.connected = false;
+                status.last_error = Some(error.to_string());
+            });
+            let wait = backoff.wait(&mut rng);
+            tokio::select! {
+                () = self.publish.closed() => return,
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Session, SessionError> {
+        let config = self.source.load()?;
+        self.status.send_if_modified(|status| {
+            let differ = status.endpoints != config.endpoints;
+            status.endpoints.clone_from(&config.endpoints);
+            differ
+        });
+        Session::connect(&config, self.options.session).await
+    }
+
+    /// Hands out a session until it ends; gives the reason, or nothing once nobody wants it.
+    async fn attend(&mut self, session: Session) -> Option<SessionError> {
+        self.number += 1;
+        let number = self.number;
+        self.status.send_modify(|status| {
+            status.connected = true;
+            status.etcd_cluster_id = Some(session.cluster_id());
+            status.reconnects = number - 1;
+            status.last_event = Instant::now();
+        });
+        self.publish.send_replace(Some(LiveSession { number, session: session.clone() }));
+        let error = loop {
+            tokio::select! {
+                () = self.publish.closed() => return None,
+                error = session.ended() => break error,
+                () = self.probe(&session) => {}
+            }
+        };
+        self.publish.send_replace(None);
+        Some(error)
+    }
+
+    /// Finds out whether the session still works, also if nothing else uses it; a session that fails ends.
+    async fn probe(&self, session: &Session) {
+        if let Ok(status) = session.status().await {
+            self.status.send_if_modified(|known| {
+                known.last_event = Instant::now();
+                let news = known.etcd_version.as_ref() != Some(&status.version);
+                known.etcd_version = Some(status.version);
+                news
+            });
+        }
+        // An early return here would be a pause cut short; the caller comes back for the next probe.
+        let _ended = timeout(self.options.probe, session.ended()).await;
+    }
+}

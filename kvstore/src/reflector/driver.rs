@@ -1,0 +1,190 @@
+//! Does what the core decides.
+
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::core::{Change, Core, Effect, Failure, Input, Ticket, Timing};
+use super::{ConnectionStatus, LiveSession, ReflectorSpec};
+use crate::etcd::{KeyRange, Session, SessionError, WatchStream};
+
+/// Follows `spec` over all sessions to come, until nobody listens to `events`.
+pub(crate) async fn follow<E: Send + 'static>(
+    mut sessions: watch::Receiver<Option<LiveSession>>,
+    status: Arc<watch::Sender<ConnectionStatus>>,
+    spec: ReflectorSpec,
+    timing: Timing,
+    events: mpsc::Sender<E>,
+    translate: impl Fn(Change) -> Option<E>,
+) {
+    let core = Core::new(&spec, timing, Instant::now().into_std(), rand::random());
+    let range = KeyRange::of(&spec.prefix);
+    let mut driver =
+        Driver { core, range, page_size: spec.page_size.max(1), session: None, request: None, watch: None };
+    // A session that exists already is news, too.
+    sessions.mark_changed();
+    loop {
+        let deadline = driver.core.deadline();
+        let input = tokio::select! {
+            biased;
+            () = events.closed() => return,
+            changed = sessions.changed() => match changed {
+                Ok(()) => {
+                    let live = sessions.borrow_and_update().clone();
+                    driver.switch(live)
+                }
+                Err(_) => return,
+            },
+            reply = reply(&mut driver.request) => driver.replied(reply),
+            message = message(&mut driver.watch) => message,
+            () = until(deadline) => Some(Input::Tick),
+        };
+        let Some(input) = input else { continue };
+        let now = Instant::now();
+        if !matches!(input, Input::Tick | Input::Disconnected { .. }) {
+            // Without waking those who wait for a change of status.
+            status.send_if_modified(|status| {
+                status.last_event = now;
+                false
+            });
+        }
+        let mut effects = Vec::new();
+        driver.core.handle(now.into_std(), input, &mut effects);
+        for effect in effects {
+            match effect {
+                Effect::Emit(change) => {
+                    let Some(event) = translate(change) else { continue };
+                    if events.send(event).await.is_err() {
+                        return;
+                    }
+                }
+                other => driver.perform(other).await,
+            }
+        }
+    }
+}
+
+struct Driver {
+    core: Core,
+    range: KeyRange,
+    page_size: i64,
+    session: Option<Session>,
+    /// The one request under way; a new one replaces it.
+    request: Option<Request>,
+    watch: Option<(Ticket, WatchStream)>,
+}
+
+type Request = Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+enum Reply {
+    Input(Input),
+    Watch(Ticket, WatchStream),
+    Failed(Ticket, SessionError),
+}
+
+impl Driver {
+    fn switch(&mut self, live: Option<LiveSession>) -> Option<Input> {
+        self.request = None;
+        self.watch = None;
+        let reason = || "etcd is not connected".to_owned();
+        match live {
+            Some(LiveSession { number, session }) => {
+                let (cluster_id, revision) = (session.cluster_id(), session.revision());
+                self.session = Some(session);
+                Some(Input::Connected { session: number, cluster_id, revision })
+            }
+            None => self.session.take().map(|_| Input::Disconnected { reason: reason() }),
+        }
+    }
+
+    fn replied(&mut self, reply: Reply) -> Option<Input> {
+        self.request = None;
+        match reply {
+            Reply::Input(input) => Some(input),
+            Reply::Watch(ticket, stream) => {
+                self.watch = Some((ticket, stream));
+                None
+            }
+            Reply::Failed(ticket, error) => failed(ticket, error),
+        }
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        let Some(session) = self.session.clone() else { return };
+        match effect {
+            Effect::Get(ticket, key) => self.request = Some(Box::pin(get(session, ticket, key))),
+            Effect::List { ticket, after, revision } => {
+                let (range, limit) = (self.range.clone(), self.page_size);
+                self.request = Some(Box::pin(async move {
+                    match session.list_page(&range, after.as_deref(), limit, revision).await {
+                        Ok(page) => Reply::Input(Input::Page(ticket, page)),
+                        Err(error) => Reply::Failed(ticket, error),
+                    }
+                }));
+            }
+            Effect::Watch { ticket, range, revision } => {
+                self.watch = None;
+                self.request = Some(Box::pin(async move {
+                    match session.watch(&range, revision).await {
+                        Ok(stream) => Reply::Watch(ticket, stream),
+                        Err(error) => Reply::Failed(ticket, error),
+                    }
+                }));
+            }
+            Effect::RequestProgress => {
+                if let Some((_, stream)) = &mut self.watch
+                    && let Err(error) = stream.request_progress().await
+                {
+                    session.end(error);
+                }
+            }
+            Effect::EndSession(reason) => session.end(SessionError::Lost(reason)),
+            Effect::Emit(_) => {}
+        }
+    }
+}
+
+async fn get(session: Session, ticket: Ticket, key: String) -> Reply {
+    match session.list_page(&KeyRange::Key(key), None, 1, 0).await {
+        Ok(mut page) => Reply::Input(Input::Got(ticket, page.kvs.pop(), page.revision)),
+        Err(error) => Reply::Failed(ticket, error),
+    }
+}
+
+/// What the core hears of an error: nothing if the session ends, for that comes by itself.
+fn failed(ticket: Ticket, error: SessionError) -> Option<Input> {
+    match error {
+        SessionError::Compacted { .. } => Some(Input::Failed(ticket, Failure::Compacted)),
+        fatal if fatal.is_fatal() => None,
+        other => Some(Input::Failed(ticket, Failure::Other(other.to_string()))),
+    }
+}
+
+async fn reply(request: &mut Option<Request>) -> Reply {
+    match request {
+        Some(request) => request.await,
+        None => pending().await,
+    }
+}
+
+async fn message(watch: &mut Option<(Ticket, WatchStream)>) -> Option<Input> {
+    let Some((ticket, stream)) = watch else { return pending().await };
+    let ticket = *ticket;
+    match stream.message().await {
+        Ok(message) => Some(Input::Watch(ticket, message)),
+        Err(error) => {
+            *watch = None;
+            failed(ticket, error)
+        }
+    }
+}
+
+async fn until(deadline: Option<std::time::Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
