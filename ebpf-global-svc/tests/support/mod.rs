@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use ebpf_global_svc::{
@@ -300,4 +301,14 @@ impl Service<'_> {
 pub fn metric(datapath: &Datapath, reason: u8) -> u64 {
     let metrics = datapath.metrics().unwrap();
     metrics.iter().find(|(code, _)| *code == reason).map_or(0, |(_, counter)| counter.packets)
+}
+
+/// Waits for a condition, not for a guess of its time.
+#[track_caller]
+pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !condition() {
+        assert!(Instant::now() < deadline, "still not: {what}");
+        thread::park_timeout(Duration::from_millis(1));
+    }
 }

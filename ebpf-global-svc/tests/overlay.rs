@@ -1,0 +1,416 @@
+//! Two nodes of two clusters, each with a pod, over a real VXLAN device:
+//!
+//! ```text
+//! pod a 10.1.0.10 -- lxc0 | node 1 | eth0 ==== eth0 | node 2 | lxc0 -- pod b 10.2.0.10
+//!                          cm_vxlan                  cm_vxlan
+//! ```
+
+mod support;
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    thread,
+    time::Duration,
+};
+
+use ebpf_global_svc::{
+    Datapath, DatapathOptions, Tables,
+    abi::{EndpointValue, OverlayKey, identity, reason},
+};
+use support::{Netns, Root, endpoint, ip_key, ip_value, metric, node, prefix_key, prefix_value, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+const ECHO: u16 = 7;
+
+struct Node {
+    cluster: u16,
+    datapath: Option<Datapath>,
+    tables: Tables,
+    options: DatapathOptions,
+    _root: Root,
+    netns: Netns,
+    pod: Netns,
+}
+
+fn underlay(cluster: u16) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 77, cluster.to_be_bytes()[1])
+}
+
+fn address(cluster: u16, n: u8, family: u8) -> IpAddr {
+    match family {
+        4 => Ipv4Addr::new(10, cluster.to_be_bytes()[1], 0, n).into(),
+        _ => Ipv6Addr::new(0xfd00, 10, cluster, 0, 0, 0, 0, n.into()).into(),
+    }
+}
+
+/// The one pod of a cluster.
+fn pod(cluster: u16, family: u8) -> IpAddr {
+    address(cluster, 10, family)
+}
+
+/// The node's own address in its pod CIDR.
+fn router(cluster: u16, family: u8) -> IpAddr {
+    address(cluster, 1, family)
+}
+
+fn pod_identity(cluster: u16) -> u32 {
+    u32::from(cluster) << 16 | 0x1000
+}
+
+impl Node {
+    fn new(cluster: u16) -> Self {
+        let netns = Netns::new(&format!("node{cluster}"));
+        let pod_netns = Netns::new(&format!("pod{cluster}"));
+        let EndpointValue { pod_mac, host_mac, .. } = endpoint(0, 0);
+        let (pod_mac, host_mac) = (mac(pod_mac), mac(host_mac));
+        netns.sysctl("net/ipv4/ip_forward", "1");
+        netns.sysctl("net/ipv6/conf/all/forwarding", "1");
+        netns.ip(&format!(
+            "link add lxc0 address {host_mac} mtu 1450 type veth peer name eth0 address {pod_mac} mtu 1450 netns {}",
+            pod_netns.name()
+        ));
+        netns.ip("link set lxc0 up");
+        netns.ip("link add cm_vxlan mtu 1450 type vxlan external dstport 8472 nolearning");
+        netns.ip("link set cm_vxlan arp off up");
+        pod_netns.ip("link set eth0 up");
+        for (family, gateway, length) in [(4, "169.254.1.1", 32), (6, "fe80::1", 128)] {
+            let ip = pod(cluster, family);
+            pod_netns.ip(&format!("addr add {ip}/{length} dev eth0"));
+            pod_netns.ip(&format!("neigh add {gateway} lladdr {host_mac} dev eth0 nud permanent"));
+            if family == 4 {
+                pod_netns.ip(&format!("route add {gateway} dev eth0 scope link"));
+            }
+            pod_netns.ip(&format!("-{family} route add default via {gateway} dev eth0"));
+            netns.ip(&format!("addr add {}/{length} dev lo", router(cluster, family)));
+            netns.ip(&format!("-{family} route add {ip} dev lxc0"));
+            netns.ip(&format!("neigh add {ip} lladdr {pod_mac} dev lxc0 nud permanent"));
+        }
+        for ip in [4, 6].map(|family| pod(cluster, family)).into_iter().chain([router(cluster, 4)]) {
+            echo(if ip == router(cluster, 4) { &netns } else { &pod_netns }, ip);
+        }
+
+        let root = Root::new();
+        let options = DatapathOptions { node_ip: underlay(cluster), ..root.options(cluster) };
+        let mut datapath = Datapath::open(&options).unwrap();
+        let (veth, overlay) = (netns.ifindex("lxc0"), netns.ifindex("cm_vxlan"));
+        netns.run(|| {
+            datapath.attach_overlay(overlay).unwrap();
+            datapath.attach_pod(veth).unwrap();
+        });
+        let mut tables = datapath.tables().unwrap();
+        for family in [4, 6] {
+            let entry = (ip_key(cluster, pod(cluster, family)), endpoint(veth, pod_identity(cluster)));
+            tables.endpoint.upsert(&[entry]).unwrap();
+        }
+        for other in [1, 2] {
+            tables.node.upsert(&[node(underlay(other), other)]).unwrap();
+            for (family, length) in [(4, 24), (6, 64)] {
+                let entry =
+                    (prefix_key(address(other, 0, family), length), prefix_value(other, underlay(other)));
+                tables.prefix.upsert(&[entry]).unwrap();
+                let entry =
+                    (ip_key(other, pod(other, family)), ip_value(pod_identity(other), underlay(other)));
+                tables.ipcache.upsert(&[entry]).unwrap();
+            }
+        }
+        Self { cluster, datapath: Some(datapath), tables, options, _root: root, netns, pod: pod_netns }
+    }
+
+    fn pair() -> [Self; 2] {
+        let nodes = [Self::new(1), Self::new(2)];
+        nodes[0].netns.ip(&format!("link add eth0 type veth peer name eth0 netns {}", nodes[1].netns.name()));
+        for node in &nodes {
+            let peer = 3 - node.cluster;
+            node.netns.ip(&format!("addr add {}/24 dev eth0", underlay(node.cluster)));
+            node.netns.ip("link set eth0 up");
+            for (family, length) in [(4, 24), (6, 64)] {
+                let (to, source) = (address(peer, 0, family), router(node.cluster, family));
+                node.netns.ip(&format!("-{family} route add {to}/{length} dev cm_vxlan src {source}"));
+            }
+        }
+        nodes
+    }
+
+    fn datapath(&self) -> &Datapath {
+        self.datapath.as_ref().unwrap()
+    }
+
+    /// Packets that came with an identity from a node.
+    fn received(&self, identity: u32, from: Ipv4Addr) -> u64 {
+        let key = OverlayKey { identity, node_ip: from.octets() };
+        let counters = self.datapath().overlay_rx().unwrap();
+        counters.iter().find(|(other, _)| *other == key).map_or(0, |(_, counter)| counter.packets)
+    }
+
+    /// Gives the pod another identity.
+    fn claim(&mut self, identity: u32) {
+        let veth = self.netns.ifindex("lxc0");
+        for family in [4, 6] {
+            let entry = (ip_key(self.cluster, pod(self.cluster, family)), endpoint(veth, identity));
+            self.tables.endpoint.upsert(&[entry]).unwrap();
+        }
+    }
+}
+
+fn mac(bytes: [u8; 6]) -> String {
+    bytes.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Answers datagrams and streams at `ip` with what they bring.
+fn echo(netns: &Netns, ip: IpAddr) {
+    netns.run(|| {
+        let socket = UdpSocket::bind((ip, ECHO)).unwrap();
+        thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok((length, client)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(&buffer[..length], client);
+            }
+        });
+        let listener = TcpListener::bind((ip, ECHO)).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let stream = stream.unwrap();
+                let _ = std::io::copy(&mut &stream, &mut &stream);
+            }
+        });
+    });
+}
+
+/// One datagram to `to` and back.
+fn call(netns: &Netns, to: IpAddr) -> std::io::Result<SocketAddr> {
+    netns.run(|| {
+        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.send_to(b"hello", (to, ECHO))?;
+        let mut buffer = [0; 64];
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        assert_eq!(&buffer[..length], b"hello");
+        Ok(from)
+    })
+}
+
+/// One datagram to `to`, whatever becomes of it.
+fn send(netns: &Netns, to: IpAddr) {
+    netns.run(|| {
+        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+        socket.send_to(b"hello", (to, ECHO)).unwrap();
+    });
+}
+
+/// A datagram from pod b to pod a is dropped by node 1 for `reason`, in both families.
+#[track_caller]
+fn refused(nodes: &[Node; 2], reason: u8) {
+    for family in [4, 6] {
+        let node = nodes[0].datapath();
+        let before = (metric(node, reason), metric(node, reason::DECAPSULATED));
+        send(&nodes[1].pod, pod(1, family));
+        wait_until("the drop is counted", || metric(node, reason) == before.0 + 1);
+        assert_eq!(metric(node, reason::DECAPSULATED), before.1);
+    }
+}
+
+#[test]
+fn pods_of_two_clusters_talk_and_carry_their_identity() {
+    let nodes = Node::pair();
+    for family in [4, 6] {
+        assert_eq!(call(&nodes[0].pod, pod(2, family)).unwrap(), (pod(2, family), ECHO).into());
+        assert_eq!(call(&nodes[1].pod, pod(1, family)).unwrap(), (pod(1, family), ECHO).into());
+    }
+    // Two requests and two answers in each direction.
+    assert_eq!(nodes[1].received(pod_identity(1), underlay(1)), 4);
+    assert_eq!(nodes[0].received(pod_identity(2), underlay(2)), 4);
+    assert_eq!(metric(nodes[0].datapath(), reason::ENCAPSULATED), 4);
+    assert_eq!(metric(nodes[0].datapath(), reason::DECAPSULATED), 4);
+}
+
+#[test]
+fn a_stream_larger_than_any_packet_arrives_whole() {
+    let nodes = Node::pair();
+    let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+    for family in [4, 6] {
+        let received = nodes[0].pod.run(|| {
+            let stream = TcpStream::connect((pod(2, family), ECHO)).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    (&stream).write_all(&sent).unwrap();
+                    stream.shutdown(std::net::Shutdown::Write).unwrap();
+                });
+                let mut received = Vec::new();
+                (&stream).read_to_end(&mut received).unwrap();
+                received
+            })
+        });
+        assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+    }
+}
+
+#[test]
+fn a_node_reaches_remote_pods_as_a_node() {
+    let nodes = Node::pair();
+    for family in [4, 6] {
+        assert_eq!(call(&nodes[0].netns, pod(2, family)).unwrap(), (pod(2, family), ECHO).into());
+    }
+    assert_eq!(nodes[1].received(identity::REMOTE_NODE, underlay(1)), 2);
+    // And is reached by them.
+    assert_eq!(call(&nodes[1].pod, router(1, 4)).unwrap(), (router(1, 4), ECHO).into());
+}
+
+#[test]
+fn a_node_cannot_speak_for_another_cluster() {
+    let mut nodes = Node::pair();
+    nodes[1].claim(3 << 16 | 0x1000);
+    refused(&nodes, reason::INVALID_CLUSTER_ID);
+    nodes[1].claim(pod_identity(1));
+    refused(&nodes, reason::INVALID_CLUSTER_ID);
+    for reserved in [identity::UNKNOWN, identity::HOST, 255] {
+        nodes[1].claim(reserved);
+        refused(&nodes, reason::INVALID_IDENTITY);
+    }
+    let before = nodes[0].received(pod_identity(2), underlay(2));
+    nodes[1].claim(pod_identity(2));
+    call(&nodes[1].pod, pod(1, 4)).unwrap();
+    assert_eq!(nodes[0].received(pod_identity(2), underlay(2)), before + 1);
+}
+
+#[test]
+fn a_node_cannot_send_from_addresses_of_another_cluster() {
+    let mut nodes = Node::pair();
+    for (family, length) in [(4, 32), (6, 128)] {
+        let entry = (prefix_key(pod(2, family), length), prefix_value(3, Ipv4Addr::new(192, 168, 77, 3)));
+        nodes[0].tables.prefix.upsert(&[entry]).unwrap();
+    }
+    refused(&nodes, reason::INVALID_SOURCE_IP);
+}
+
+#[test]
+fn a_stranger_is_not_heard() {
+    let mut nodes = Node::pair();
+    let (key, _) = node(underlay(2), 2);
+    nodes[0].tables.node.remove(&[key]).unwrap();
+    refused(&nodes, reason::UNKNOWN_SENDER);
+}
+
+#[test]
+fn a_node_is_no_router_for_others() {
+    let mut nodes = Node::pair();
+    for (family, length) in [(4, 24), (6, 64)] {
+        let key = ip_key(1, pod(1, family));
+        nodes[0].tables.endpoint.remove(&[key]).unwrap();
+        let elsewhere = Ipv4Addr::new(192, 168, 77, 9);
+        nodes[0].tables.ipcache.upsert(&[(key, ip_value(pod_identity(1), elsewhere))]).unwrap();
+        let entry = (prefix_key(address(1, 0, family), length), prefix_value(1, elsewhere));
+        nodes[0].tables.prefix.upsert(&[entry]).unwrap();
+    }
+    refused(&nodes, reason::UNKNOWN_TARGET);
+}
+
+#[test]
+fn a_pod_that_the_agent_has_not_seen_yet_is_reached_through_the_stack() {
+    let mut nodes = Node::pair();
+    for family in [4, 6] {
+        nodes[0].tables.endpoint.remove(&[ip_key(1, pod(1, family))]).unwrap();
+        let before = metric(nodes[0].datapath(), reason::TO_STACK);
+        send(&nodes[1].pod, pod(1, family));
+        wait_until("the packet is the stack's", || {
+            metric(nodes[0].datapath(), reason::TO_STACK) > before
+                && metric(nodes[0].datapath(), reason::INVALID_SOURCE_IP) > 0
+        });
+        // The pod's answer is dropped: its address is nobody's as long as the agent does not know it.
+    }
+}
+
+#[test]
+fn truncated_packets_end_at_the_veth() {
+    let nodes = Node::pair();
+    let EndpointValue { pod_mac, host_mac, .. } = endpoint(0, 0);
+    for (ethertype, first, header) in [(0x0800_u16, 0x45, 20), (0x86dd, 0x60, 40)] {
+        let mut frame = [host_mac, pod_mac].concat();
+        frame.extend(ethertype.to_be_bytes());
+        frame.push(first);
+        frame.resize(14 + header - 1, 0);
+        let before = metric(nodes[0].datapath(), reason::INVALID_PACKET);
+        send_frame(&nodes[0].pod, &frame);
+        wait_until("the drop is counted", || {
+            metric(nodes[0].datapath(), reason::INVALID_PACKET) == before + 1
+        });
+    }
+}
+
+#[test]
+fn a_packet_beyond_the_overlays_mtu_is_counted_and_arrives() {
+    let nodes = Node::pair();
+    nodes[0].netns.ip("link set cm_vxlan mtu 1300");
+    let echoed = nodes[0].pod.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.send_to(&[7; 1400], (pod(2, 4), ECHO)).unwrap();
+        socket.recv_from(&mut [0; 2048]).unwrap().0
+    });
+    assert_eq!(echoed, 1400);
+    assert_eq!(metric(nodes[0].datapath(), reason::TOO_BIG), 1);
+}
+
+#[test]
+fn opening_again_loses_no_packet_and_forgets_interfaces_that_are_gone() {
+    let mut nodes = Node::pair();
+    let veth = nodes[0].netns.ifindex("lxc0");
+    for _ in 0..5 {
+        for node in &mut nodes {
+            drop(node.datapath.take());
+        }
+        // Nobody is there, and traffic flows.
+        assert_eq!(call(&nodes[0].pod, pod(2, 4)).unwrap(), (pod(2, 4), ECHO).into());
+        thread::scope(|scope| {
+            let [one, two] = &mut nodes;
+            let target = pod(2, 6);
+            let client = &one.pod;
+            let caller = scope.spawn(move || (0..50).try_for_each(|_| call(client, target).map(drop)));
+            for (datapath, options) in [(&mut one.datapath, &one.options), (&mut two.datapath, &two.options)]
+            {
+                *datapath = Some(Datapath::open(options).unwrap());
+            }
+            caller.join().unwrap().unwrap();
+        });
+    }
+    assert_eq!(nodes[0].datapath().attached_pods().unwrap(), [veth]);
+    assert_eq!(metric(nodes[0].datapath(), reason::NO_TUNNEL_KEY), 0);
+
+    nodes[0].netns.ip("link delete lxc0");
+    drop(nodes[0].datapath.take());
+    let mut datapath = Datapath::open(&nodes[0].options).unwrap();
+    assert_eq!(datapath.attached_pods().unwrap(), Vec::<u32>::new());
+    datapath.detach_pod(veth).expect("nothing to do is fine");
+    nodes[0].netns.run(|| datapath.attach_pod(veth)).expect_err("the interface is gone");
+}
+
+/// Sends a frame as it is through the pod's veth.
+fn send_frame(netns: &Netns, frame: &[u8]) {
+    let ifindex = netns.ifindex("eth0");
+    netns.run(|| {
+        // SAFETY: no pointers.
+        let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+        assert!(socket >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: the kernel has just given us this descriptor.
+        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+        // SAFETY: integers only, for which zero is valid.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
+        to.sll_ifindex = ifindex.cast_signed();
+        let length = libc::socklen_t::try_from(size_of_val(&to)).unwrap();
+        // SAFETY: frame and address have the lengths that are passed.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const to).cast(),
+                length,
+            )
+        };
+        assert_eq!(usize::try_from(sent).ok(), Some(frame.len()), "{}", std::io::Error::last_os_error());
+    });
+}
