@@ -1,0 +1,150 @@
+//! `cargo xtask bench`: what a call through the mesh costs, beside what it costs elsewhere.
+//!
+//! client pod - node 1 - underlay - node 2 - server pod, in a lab ([`lab`]); on the same two nodes a
+//! second pair of pods that the kernel alone joins ([`kernel_path`]), with services as others make
+//! them ([`nat`]). Each way ([`variant`]) is measured once per round, round after round, so that a
+//! machine that gets slower for a while does so for all of them. Nothing is asserted about times.
+//!
+//! Everything it makes carries its process ID and is removed at the end, also after a failure or
+//! Ctrl-C.
+
+mod exec;
+mod interrupt;
+mod kernel_path;
+mod lab;
+mod machine;
+mod nat;
+mod report;
+mod series;
+mod variant;
+
+use anyhow::{Context as _, ensure};
+use kernel_path::KernelPath;
+use lab::Lab;
+use machine::Machine;
+use report::{Collected, LabFigures, Report};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use variant::{Variant, Worlds};
+
+/// TCP and UDP port of the servers that answer round trips.
+const PINGPONG_PORT: u16 = 7777;
+/// TCP port of the servers that take streams.
+const BULK_PORT: u16 = 7778;
+/// Goes before a client, and below before a server: each end has a CPU of its own and goes before other
+/// processes. Where the scheduler puts two polling processes, and whatever else runs on a small
+/// machine, would otherwise decide the figures. The lab's servers get the same in their topology.
+const CLIENT_CPU: &str = "taskset -c 1 nice -n -20";
+const SERVER_CPU: &str = "taskset -c 0 nice -n -20";
+
+/// Measure connect latency, round trips and throughput through the mesh and its peers (needs root).
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// How often each variant is measured; the variants take turns.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Length of one measurement of round trips; a stream runs twice as long.
+    #[arg(long, default_value_t = 0.5)]
+    seconds: f64,
+    /// Number of services, in the mesh and in the rule sets; the last one is called.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    services: u16,
+    /// How the result is printed; progress goes to standard error.
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Output {
+    /// Tables.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// Builds, measures, prints.
+pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    ensure!(args.seconds > 0.0 && args.seconds <= 600.0, "--seconds must be more than 0 and at most 600");
+    ensure!(is_root()?, "the bench makes network namespaces and loads eBPF programs: run it as root");
+    let machine = Machine::look()?;
+    ensure!(machine.cpus >= 2, "both ends poll: the bench needs two CPUs, this machine has one");
+    if machine.is_busy() {
+        eprintln!("this machine is busy (load {:.2}): expect noise", machine.load_before);
+    }
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask is in the repository")?;
+    let target = build(repository)?;
+    interrupt::watch()?;
+    // Ctrl-C also reaches the programs that measure; that they failed is then not the news.
+    let report =
+        measure(args, machine, repository, &target).or_else(|error| interrupt::check().and(Err(error)))?;
+    match args.output {
+        Output::Text => print!("{}", report.text()),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(())
+}
+
+fn measure(args: &BenchArgs, machine: Machine, repository: &Path, target: &Path) -> anyhow::Result<Report> {
+    let executables = target.join("release");
+    let probe = executables.join("mesh-probe");
+    eprintln!("bringing up two clusters with {} services", args.services);
+    // The order matters: what is declared later is removed earlier, the lab last.
+    let lab = Lab::up(repository, &target.join("bench"), &executables, args.services)?;
+    interrupt::check()?;
+    let mut kernel = KernelPath::attach(lab.nodes()?)?;
+    let server = probe.display();
+    kernel.serve(&format!("{SERVER_CPU} {server} pingpong server --port {PINGPONG_PORT}"))?;
+    kernel.serve(&format!("{SERVER_CPU} {server} throughput server --port {BULK_PORT}"))?;
+    let worlds = Worlds { kernel: &kernel, lab: &lab, probe: &probe, services: args.services };
+    let mut collected = Collected::default();
+    for round in 1..=args.rounds {
+        eprint!("round {round} of {}:", args.rounds);
+        for variant in in_turn(&Variant::ALL, round) {
+            eprint!(" {}", variant.name());
+            collected.add_round_trips(variant, &worlds.round_trips(variant, args.seconds)?);
+        }
+        for variant in in_turn(&Variant::PATHS, round) {
+            eprint!(" {}-stream", variant.name());
+            collected.add_throughput(variant, worlds.throughput(variant, 2.0 * args.seconds)?);
+        }
+        eprintln!();
+    }
+    let figures = LabFigures { up_seconds: lab.up_seconds(), agents: lab.agents()? };
+    Ok(collected.report(machine, (args.rounds, args.seconds, args.services), figures))
+}
+
+/// The variants, each round starting with another one: none always follows the same other.
+fn in_turn(variants: &[Variant], round: u32) -> impl Iterator<Item = Variant> {
+    let start = round as usize % variants.len();
+    variants.iter().cycle().skip(start).take(variants.len()).copied()
+}
+
+/// Builds the release executables and returns the target folder.
+fn build(repository: &Path) -> anyhow::Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(&cargo)
+        .current_dir(repository)
+        .args(["build", "--release", "-p", "clustermesh", "-p", "clustermesh-apiserver"])
+        .args(["-p", "clustermesh-agent", "-p", "mesh-probe"])
+        .stdout(std::io::stderr())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "the release build failed ({status})");
+    let metadata = Command::new(&cargo)
+        .current_dir(repository)
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .output()
+        .context("cannot run cargo metadata")?;
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&metadata.stdout).context("cargo metadata gave no JSON")?;
+    let target = metadata["target_directory"].as_str().context("cargo metadata names no target folder")?;
+    Ok(target.into())
+}
+
+fn is_root() -> anyhow::Result<bool> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let ids =
+        status.lines().find_map(|line| line.strip_prefix("Uid:")).context("no Uid in /proc/self/status")?;
+    Ok(ids.split_whitespace().nth(1) == Some("0"))
+}
