@@ -360,7 +360,9 @@ fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathE
         identity_shift: options.identity_shift,
         overlay_ifindex: maps::read_config(&path)?.overlay_ifindex,
         node_ip: options.node_ip.octets(),
-        reserved: [0; 4],
+        overlay_port: options.overlay_port,
+        pad: 0,
+        reserved: [0; 3],
     };
     maps::write_config(&path, &config)?;
     Ok(config)

@@ -18,12 +18,14 @@ pub struct DatapathOptions {
     pub identity_shift: u16,
     /// Own underlay address; unspecified: none.
     pub node_ip: Ipv4Addr,
+    /// UDP port of the overlay.
+    pub overlay_port: u16,
     /// Entries per map.
     pub sizes: MapSizes,
 }
 
 impl DatapathOptions {
-    /// Default sizes, 255 clusters, no service translation at sockets.
+    /// Default sizes and port, 255 clusters, no service translation at sockets.
     #[must_use]
     pub fn new(bpf_root: impl Into<PathBuf>, cluster: u16) -> Self {
         Self {
@@ -32,6 +34,7 @@ impl DatapathOptions {
             cluster,
             identity_shift: 16,
             node_ip: Ipv4Addr::UNSPECIFIED,
+            overlay_port: 8472,
             sizes: MapSizes::default(),
         }
     }

@@ -5,6 +5,8 @@
 //!                          cm_vxlan                  cm_vxlan
 //! ```
 
+#![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
+
 mod support;
 
 use std::{

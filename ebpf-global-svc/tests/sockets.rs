@@ -1,6 +1,8 @@
 //! Service addresses at real sockets: every test has a network namespace whose only interface is
 //! its loopback, so a frontend that is not translated is unreachable.
 
+#![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
+
 mod support;
 
 use std::{

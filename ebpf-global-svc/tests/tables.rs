@@ -1,5 +1,7 @@
 //! Tables over the kernel's maps keep the rules of `MemoryTable`, in bulk and at their limits.
 
+#![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
+
 mod support;
 
 use std::net::{IpAddr, Ipv4Addr};

@@ -1,5 +1,7 @@
 //! Verdicts of the interface programs on single packets, without a network.
 
+#![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
+
 mod support;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -231,6 +233,26 @@ fn a_packet_that_no_tunnel_brought_is_dropped_at_the_overlay() {
     let node = Node::new();
     let packet = frame(pod(PEER, 9, 4), pod(OWN, 1, 4));
     node.expect("cm_from_overlay", &packet, DROPPED, reason::NO_TUNNEL_KEY);
+}
+
+#[test]
+fn a_pod_cannot_pass_for_its_node_on_the_underlay() {
+    let node = Node::new();
+    let mut packet = frame(pod(OWN, 1, 4), PEER_NODE.into());
+    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    packet[14 + 20 + 2..][..2].copy_from_slice(&8472_u16.to_be_bytes());
+    node.from_pod(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
+    // With options the port is elsewhere.
+    packet[14] = 0x46;
+    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    packet[14 + 24 + 2..][..2].copy_from_slice(&8472_u16.to_be_bytes());
+    node.from_pod(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
+    // A later fragment has no ports; TCP has another purpose for them.
+    packet[14 + 7] = 1;
+    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    packet[14 + 7] = 0;
+    packet[14 + 9] = 6;
+    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
 }
 
 #[test]

@@ -284,8 +284,12 @@ pub struct Config {
     pub overlay_ifindex: u32,
     /// Own underlay IPv4 address.
     pub node_ip: [u8; 4],
+    /// UDP port of the overlay, host order; 0: unknown.
+    pub overlay_port: u16,
     /// Zero.
-    pub reserved: [u32; 4],
+    pub pad: u16,
+    /// Zero.
+    pub reserved: [u32; 3],
 }
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]) and `cm_overlay_rx` value.
@@ -372,6 +376,8 @@ pub mod reason {
     pub const UNKNOWN_TARGET: u8 = 150;
     /// Drop: the destination is in the mesh, but its node is not known (or there is no overlay).
     pub const NO_TUNNEL_ENDPOINT: u8 = 160;
+    /// Drop: a pod speaks the overlay's protocol itself, to pass for its node.
+    pub const ENCAPSULATION_PROHIBITED: u8 = 170;
     /// Drop: a reserved identity that must not be on the wire.
     pub const INVALID_IDENTITY: u8 = 171;
     /// Drop: the outer source is not a node of the mesh.

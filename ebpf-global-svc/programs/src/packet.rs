@@ -83,6 +83,23 @@ fn parse_ipv6(ctx: &TcContext, cluster: u16) -> Packet {
     Packet::Ip(Addresses { source: address(source), destination: address(destination) })
 }
 
+/// Destination port of an IPv4 UDP datagram, unless this is a later fragment of one. The overlay
+/// has no IPv6 underlay, so nobody asks for more.
+#[inline(always)]
+pub fn udp_port(ctx: &TcContext, destination: &IpKey) -> Option<u16> {
+    const UDP: u8 = 17;
+    const FRAGMENT_OFFSET: u16 = 0x1fff;
+    if destination.family != FAMILY_V4 {
+        return None;
+    }
+    let header = header::<20>(ctx)?;
+    if header[9] != UDP || u16::from_be_bytes([header[6], header[7]]) & FRAGMENT_OFFSET != 0 {
+        return None;
+    }
+    let length = usize::from(header[0] & 0x0f) * 4;
+    ctx.load(ETHERNET + length + 2).ok().map(u16::from_be)
+}
+
 /// The first `N` bytes behind the Ethernet header, pulled into reach if they are in a fragment.
 /// Valid until the next helper that changes the packet.
 #[inline(always)]

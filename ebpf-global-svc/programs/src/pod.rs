@@ -7,7 +7,7 @@ use crate::{
     counters::count,
     delivery::{drop, to_node, to_pod, to_stack},
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
-    packet::{Addresses, Packet, parse},
+    packet::{Addresses, Packet, parse, udp_port},
 };
 
 #[classifier]
@@ -33,7 +33,13 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn forward(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: Addresses) -> i32 {
     let mut destination = addresses.destination;
-    let Some(prefix) = prefix_of(&destination) else { return to_stack(ctx) };
+    let Some(prefix) = prefix_of(&destination) else {
+        // Masquerading would make a pod's own VXLAN packet one of this node, with any identity.
+        return match udp_port(ctx, &destination) {
+            Some(port) if port == config.overlay_port => drop(ctx, reason::ENCAPSULATION_PROHIBITED),
+            _ => to_stack(ctx),
+        };
+    };
 
     let local = prefix.cluster == config.cluster;
     if local {

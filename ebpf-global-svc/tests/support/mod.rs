@@ -249,12 +249,15 @@ pub fn endpoint(ifindex: u32, identity: u32) -> EndpointValue {
     EndpointValue { ifindex, identity, pod_mac: [2, 0, 0, 0, 0, 2], host_mac: [2, 0, 0, 0, 0, 1], flags: 0 }
 }
 
-/// A frontend and, by cluster, its weights and backends.
+/// ID, address and port of a backend.
+pub type Backend = (u32, IpAddr, u16);
+
+/// A frontend and, by cluster, weights and backends.
 pub struct Service<'a> {
     pub id: u32,
     pub frontend: (IpAddr, u16),
     pub proto: u8,
-    pub groups: &'a [(u16, u16, &'a [(u32, IpAddr, u16)])],
+    pub groups: &'a [(u16, u16, &'a [Backend])],
 }
 
 impl Service<'_> {
