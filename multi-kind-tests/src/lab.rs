@@ -44,11 +44,21 @@ impl Binaries {
     }
 }
 
+/// How the command line is used.
+#[derive(Clone)]
+pub struct Access {
+    /// The programs under test.
+    pub binaries: Binaries,
+    /// Ends commands early.
+    pub interrupt: Interrupt,
+    /// Print every command first.
+    pub show: bool,
+}
+
 /// A lab that is up. Taken down when dropped, unless it is somebody else's.
 pub struct Lab {
     name: String,
-    binaries: Binaries,
-    interrupt: Interrupt,
+    access: Access,
     topology: PathBuf,
     ours: bool,
 }
@@ -58,34 +68,17 @@ impl Lab {
     ///
     /// # Errors
     /// What `clustermesh lab up` says.
-    pub fn up(
-        binaries: &Binaries,
-        topology: &Path,
-        name: &str,
-        interrupt: &Interrupt,
-    ) -> anyhow::Result<Self> {
+    pub fn up(access: Access, topology: &Path, name: &str) -> anyhow::Result<Self> {
         // From here on it is ours: a half-made lab is taken down as well.
-        let lab = Self {
-            name: name.to_owned(),
-            binaries: binaries.clone(),
-            interrupt: interrupt.clone(),
-            topology: topology.to_path_buf(),
-            ours: true,
-        };
+        let lab = Self { name: name.to_owned(), access, topology: topology.to_path_buf(), ours: true };
         let file = topology.to_string_lossy();
         lab.clustermesh(&["lab", "up", &file, "--name", name, "--wait"])?;
         Ok(lab)
     }
 
     /// Uses a lab that somebody else brought up, and leaves it up.
-    pub fn adopt(binaries: &Binaries, topology: &Path, name: &str, interrupt: &Interrupt) -> Self {
-        Self {
-            name: name.to_owned(),
-            binaries: binaries.clone(),
-            interrupt: interrupt.clone(),
-            topology: topology.to_path_buf(),
-            ours: false,
-        }
+    pub fn adopt(access: Access, topology: &Path, name: &str) -> Self {
+        Self { name: name.to_owned(), access, topology: topology.to_path_buf(), ours: false }
     }
 
     /// Name of the lab.
@@ -116,13 +109,16 @@ impl Lab {
     /// # Errors
     /// If it cannot be run, hangs, or we are interrupted.
     pub fn try_clustermesh(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
-        process::run(self.binaries.clustermesh(arguments), COMMAND_DEADLINE, &self.interrupt)
+        let command = self.access.binaries.clustermesh(arguments);
+        self.announce(&command);
+        process::run(command, COMMAND_DEADLINE, &self.access.interrupt)
     }
 
     /// A command that runs inside a pod (`CLUSTER/NAMESPACE/POD`).
     pub fn in_pod(&self, pod: &str, arguments: &[&str]) -> Command {
-        let mut command = self.binaries.clustermesh(&["lab", "exec"]);
+        let mut command = self.access.binaries.clustermesh(&["lab", "exec"]);
         command.arg(self.context(pod)).arg("--").args(arguments);
+        self.announce(&command);
         command
     }
 
@@ -131,7 +127,7 @@ impl Lab {
     /// # Errors
     /// If it cannot be run, hangs, or we are interrupted.
     pub fn run_in_pod(&self, pod: &str, arguments: &[&str], deadline: Duration) -> anyhow::Result<Finished> {
-        process::run(self.in_pod(pod, arguments), deadline, &self.interrupt)
+        process::run(self.in_pod(pod, arguments), deadline, &self.access.interrupt)
     }
 
     /// When the manifests of a cluster were last written, in microseconds since the Unix epoch.
@@ -185,12 +181,19 @@ impl Lab {
         self.take_down()
     }
 
+    fn announce(&self, command: &Command) {
+        if self.access.show {
+            println!("  $ {}", process::describe(command));
+        }
+    }
+
     fn take_down(&mut self) -> anyhow::Result<()> {
         if !std::mem::take(&mut self.ours) {
             return Ok(());
         }
         // Also after Ctrl-C: cleaning up is not interrupted.
-        let command = self.binaries.clustermesh(&["lab", "down", &self.name]);
+        let command = self.access.binaries.clustermesh(&["lab", "down", &self.name]);
+        self.announce(&command);
         process::run(command, COMMAND_DEADLINE, &Interrupt::default())?.success("clustermesh lab down")?;
         Ok(())
     }

@@ -41,6 +41,9 @@ struct RunArgs {
     /// Use this lab, which is up already, and leave it up.
     #[arg(long, value_name = "NAME")]
     lab: Option<String>,
+    /// Print every command that the scenarios give.
+    #[arg(long)]
+    show_commands: bool,
     /// Where the logs of failed labs are kept.
     #[arg(long, value_name = "DIR", default_value = "target/scenario-logs")]
     logs: PathBuf,
@@ -96,6 +99,7 @@ fn carry_out(args: RunArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcom
     let options = Options {
         binaries: Binaries::in_folder(&folder)?,
         adopt: args.lab,
+        show_commands: args.show_commands,
         log_folder: args.logs,
         interrupt: Interrupt::on_signals().context("cannot listen for Ctrl-C")?,
     };

@@ -1,30 +1,49 @@
 //! `cargo xtask`: the only build script.
+//!
+//! It depends on no other crate of the workspace, and on few others: on a fresh machine it must run
+//! before what the workspace needs to be built is there.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod demo;
+mod setup;
+mod shell;
+mod test;
+mod workspace;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+/// Sets up, shows, tests and measures ClusterMesh.
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Set up, demonstrate, test and measure ClusterMesh")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, about)]
 struct Cli {
     #[command(subcommand)]
-    task: Task,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum Task {
-    /// Measure connect latency, round trips and throughput through the mesh and its peers (needs root).
+enum Command {
+    /// Install what building and running needs, and say what and why; changes nothing that is there.
+    Setup,
+    /// Bring up two clusters, connect them, and show that the mesh does what it promises.
+    Demo,
+    /// Run all tests: of the crates, of the eBPF programs in the kernel, and the scenarios on the lab.
+    Test(test::TestArgs),
+    /// Measure the datapath beside plain routing, nftables and iptables, in one run.
     Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().task {
-        Task::Bench(args) => bench::run(&args),
+    let result = match Cli::parse().command {
+        Command::Setup => setup::run().map(|()| true),
+        Command::Demo => demo::run(),
+        Command::Test(args) => test::run(&args),
+        Command::Bench(args) => setup::run().and_then(|()| bench::run(&args)).map(|()| true),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -11,7 +11,7 @@ mod refusal;
 mod steps;
 
 use crate::interrupt::{Interrupt, Interrupted};
-use crate::lab::{Binaries, Lab};
+use crate::lab::{Access, Binaries, Lab};
 use crate::scenario::{Scenario, Step};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,8 @@ pub struct Options {
     pub binaries: Binaries,
     /// Use this lab, which is up, and leave it up.
     pub adopt: Option<String>,
+    /// Print every command of the CLI that is given.
+    pub show_commands: bool,
     /// Where logs of failed labs go.
     pub log_folder: PathBuf,
     /// Ends everything early.
@@ -114,14 +116,16 @@ impl Runner {
     }
 
     fn make_lab(&mut self, topology: &Path, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Lab> {
-        let Options { binaries, interrupt, adopt, .. } = &self.options;
+        let Options { binaries, interrupt, adopt, show_commands, .. } = &self.options;
+        let access =
+            Access { binaries: binaries.clone(), interrupt: interrupt.clone(), show: *show_commands };
         if let Some(name) = adopt {
-            return Ok(Lab::adopt(binaries, topology, name, interrupt));
+            return Ok(Lab::adopt(access, topology, name));
         }
         self.labs_made += 1;
         let name = format!("t{}-{}", std::process::id(), self.labs_made);
         let begin = Instant::now();
-        let lab = Lab::up(binaries, topology, &name, interrupt)?;
+        let lab = Lab::up(access, topology, &name)?;
         progress(&format!("  lab {name} is up after {:.1} s", begin.elapsed().as_secs_f64()));
         Ok(lab)
     }

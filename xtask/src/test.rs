@@ -1,0 +1,170 @@
+//! All tests, one summary line per suite, and a last line that says `N passed, N failed`.
+
+use crate::workspace::{self, Profile};
+use crate::{demo, setup, shell};
+use anyhow::Context as _;
+use std::io::{BufRead as _, BufReader};
+
+#[derive(clap::Args)]
+pub(crate) struct TestArgs {
+    /// Only the crates' own tests, without the scenarios on the lab.
+    #[arg(long)]
+    no_scenarios: bool,
+}
+
+/// What became of one suite.
+#[derive(Debug, Default, PartialEq)]
+struct Suite {
+    name: String,
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+/// True if nothing failed.
+pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
+    setup::run()?;
+    let mut skipped = Vec::new();
+    let mut suites = crate_tests()?;
+    let is_root = workspace::is_root();
+    if !is_root {
+        skipped.push("tests of the kernel datapath: they need root".to_owned());
+    }
+    if args.no_scenarios {
+        skipped.push("scenarios: --no-scenarios was given".to_owned());
+    } else if !is_root {
+        skipped.push("scenarios: a lab needs root (network namespaces, eBPF)".to_owned());
+    } else {
+        suites.push(scenarios()?);
+    }
+
+    println!("\nsummary");
+    for suite in &suites {
+        let word = if suite.failed > 0 { "FAIL" } else { "ok  " };
+        println!("  {word} {:<44} {:>4} passed, {} failed", suite.name, suite.passed, suite.failed);
+        if suite.ignored > 0 {
+            skipped.push(format!("{} tests of {}: marked #[ignore]", suite.ignored, suite.name));
+        }
+    }
+    for skipped in skipped {
+        println!("  SKIPPED {skipped}");
+    }
+    let passed: usize = suites.iter().map(|suite| suite.passed).sum();
+    let failed: usize = suites.iter().map(|suite| suite.failed).sum();
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0 && passed > 0)
+}
+
+/// `cargo test` of the workspace, one suite per test program.
+fn crate_tests() -> anyhow::Result<Vec<Suite>> {
+    let mut command = workspace::cargo();
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    println!("$ {}", shell::describe(&command));
+    // Cargo names the test program on standard error, its result comes on standard output.
+    let (reader, writer) = std::io::pipe()?;
+    command.stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn().context("cannot run cargo")?;
+    // The command holds the writing end; as long as it does, the reader would not see the end.
+    drop(command);
+    let mut tally = Tally::default();
+    for line in BufReader::new(reader).lines() {
+        let line = line?;
+        if !is_noise(&line) {
+            println!("{line}");
+        }
+        tally.line(&line);
+    }
+    let status = child.wait()?;
+    let mut suites = tally.suites;
+    if !status.success() && suites.iter().all(|suite| suite.failed == 0) {
+        // It did not compile, or a test program died before it could say anything.
+        suites.push(Suite { name: "cargo test".into(), failed: 1, ..Suite::default() });
+    }
+    Ok(suites)
+}
+
+fn is_noise(line: &str) -> bool {
+    let line = line.trim();
+    (line.starts_with("test ") && line.ends_with("... ok")) || line.is_empty()
+}
+
+#[derive(Default)]
+struct Tally {
+    current: String,
+    suites: Vec<Suite>,
+}
+
+impl Tally {
+    /// Takes one line of what `cargo test` prints.
+    fn line(&mut self, line: &str) {
+        let trimmed = line.trim();
+        if let Some(rest) = trimmed.strip_prefix("Running ") {
+            self.current = program(rest);
+        } else if let Some(name) = trimmed.strip_prefix("Doc-tests ") {
+            self.current = format!("{name} (documentation)");
+        } else if let Some(rest) = trimmed.strip_prefix("test result: ") {
+            let count = |what: &str| {
+                rest.split([';', '.'])
+                    .filter_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+                    .next()
+                    .unwrap_or(0)
+            };
+            let suite = Suite {
+                name: self.current.clone(),
+                passed: count("passed"),
+                failed: count("failed"),
+                ignored: count("ignored"),
+            };
+            // Programs without tests are not worth a line.
+            if suite.passed + suite.failed + suite.ignored > 0 {
+                self.suites.push(suite);
+            }
+        }
+    }
+}
+
+/// `unittests src/lib.rs (target/debug/deps/kvstore-0123)` is `kvstore src/lib.rs`.
+fn program(running: &str) -> String {
+    let (source, path) = running.split_once(" (").unwrap_or((running, ""));
+    let source = source.trim_start_matches("unittests ");
+    let file = path.trim_end_matches(')').rsplit('/').next().unwrap_or_default();
+    let name = file.rsplit_once('-').map_or(file, |(name, _hash)| name);
+    format!("{name} {source}")
+}
+
+/// The scenarios, as one suite.
+fn scenarios() -> anyhow::Result<Suite> {
+    let binaries = workspace::build_programs(Profile::Dev)?;
+    let outcomes = demo::run_scenarios(&binaries, &[])?;
+    for outcome in outcomes.iter().filter(|outcome| !outcome.passed) {
+        println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
+    }
+    let passed = outcomes.iter().filter(|outcome| outcome.passed).count();
+    Ok(Suite { name: "scenarios on the lab".into(), passed, failed: outcomes.len() - passed, ignored: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_what_cargo_test_prints() {
+        let mut tally = Tally::default();
+        for line in [
+            "     Running unittests src/lib.rs (target/debug/deps/clustermesh_kvstore-0c8beae3d5)",
+            "test result: ok. 41 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.10s",
+            "     Running tests/wire.rs (target/debug/deps/wire-0c8beae3d5)",
+            "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s",
+            "   Doc-tests xtask",
+            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+        ] {
+            tally.line(line);
+        }
+        let suite =
+            |name: &str, passed, failed, ignored| Suite { name: name.into(), passed, failed, ignored };
+        assert_eq!(
+            tally.suites,
+            [suite("clustermesh_kvstore src/lib.rs", 41, 0, 2), suite("wire tests/wire.rs", 3, 1, 0)]
+        );
+    }
+}
