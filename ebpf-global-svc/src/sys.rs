@@ -251,6 +251,18 @@ pub(crate) fn lock(file: &File, wait: bool) -> io::Result<()> {
     }
 }
 
+/// Moves the calling thread into a network namespace.
+#[cfg(test)]
+pub(crate) fn enter_netns(path: &Path) -> io::Result<()> {
+    let namespace = File::open(path)?;
+    // SAFETY: a valid descriptor; only the calling thread moves.
+    if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Batch {

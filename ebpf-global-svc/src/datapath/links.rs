@@ -122,11 +122,15 @@ pub(super) fn replace(pin: &Path, target: &LinkTarget, program: BorrowedFd<'_>) 
 pub(super) fn remove_filters(names: &[&str]) {
     let Ok(interfaces) = std::fs::read_dir("/sys/class/net") else { return };
     for device in interfaces.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-        for name in names {
-            for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-                // It fails where nothing is attached, which is nearly everywhere.
-                let _ = tc::qdisc_detach_program(&device, direction, name);
-            }
+        remove_filters_of(&device, names);
+    }
+}
+
+fn remove_filters_of(device: &str, names: &[&str]) {
+    for name in names {
+        for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+            // It fails where nothing is attached, which is nearly everywhere.
+            let _ = tc::qdisc_detach_program(device, direction, name);
         }
     }
 }
@@ -172,4 +176,76 @@ pub(super) fn describe(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::{Datapath, DatapathOptions, MapSizes};
+
+    /// Kernels with tcx have filters too, so what older ones use is tested everywhere.
+    #[test]
+    fn a_filter_is_replaced_and_removed() {
+        let name = format!("clustermesh-test-{}-filter", std::process::id());
+        let netns = Netns::new(&name);
+        let options = DatapathOptions {
+            sizes: MapSizes { sock_rev: 64, overlay_rx: 64, ..MapSizes::default() },
+            ..DatapathOptions::new(format!("/sys/fs/bpf/{name}"), 1)
+        };
+        let _root = Root(&options.bpf_root);
+        let mut datapath = Datapath::open(&options).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                netns.enter();
+                let program = super::super::classifier(&mut datapath.programs, "cm_from_pod").unwrap();
+                attach_filter(program, "lo", TcAttachType::Ingress).unwrap();
+                let first = netns.filters();
+                assert_eq!(first.matches("direct-action").count(), 1, "{first}");
+                attach_filter(program, "lo", TcAttachType::Ingress).unwrap();
+                let second = netns.filters();
+                assert_eq!(second.matches("direct-action").count(), 1, "{second}");
+
+                drop(datapath);
+                assert_eq!(netns.filters(), second, "it stays without us");
+                remove_filters_of("lo", &["cm_from_pod"]);
+                assert_eq!(netns.filters(), "");
+            });
+        });
+    }
+
+    struct Root<'a>(&'a Path);
+
+    impl Drop for Root<'_> {
+        fn drop(&mut self) {
+            let _ = Datapath::unload(self.0);
+        }
+    }
+
+    struct Netns<'a>(&'a str);
+
+    impl<'a> Netns<'a> {
+        fn new(name: &'a str) -> Self {
+            let status = Command::new("ip").args(["netns", "add", name]).status().unwrap();
+            assert!(status.success(), "this test needs root and iproute2");
+            Self(name)
+        }
+
+        fn enter(&self) {
+            sys::enter_netns(Path::new("/run/netns").join(self.0).as_path()).unwrap();
+        }
+
+        fn filters(&self) -> String {
+            let output =
+                Command::new("tc").args(["filter", "show", "dev", "lo", "ingress"]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        }
+    }
+
+    impl Drop for Netns<'_> {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["netns", "delete", self.0]).status();
+        }
+    }
 }
