@@ -24,7 +24,12 @@ struct File {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
     /// It cannot be read, for this reason, which is a new one.
-    Broken(ManifestError),
+    Broken {
+        /// The reason.
+        error: ManifestError,
+        /// How many objects it had when it could be read; they stay.
+        kept: usize,
+    },
     /// It can be read again.
     Mended,
 }
@@ -56,7 +61,7 @@ impl Files {
             Err(error) => {
                 let new = file.error.as_ref() != Some(&error);
                 file.error = Some(error.clone());
-                (Vec::new(), new.then_some(Problem::Broken(error)))
+                (Vec::new(), new.then_some(Problem::Broken { error, kept: file.objects.len() }))
             }
         }
     }
@@ -142,7 +147,7 @@ mod tests {
         assert_eq!((changes.len(), problem), (1, None));
         let (changes, problem) = files.update("a.yaml", Ok("kind: [\n"));
         assert!(changes.is_empty());
-        assert!(matches!(problem, Some(Problem::Broken(_))), "{problem:?}");
+        assert!(matches!(problem, Some(Problem::Broken { kept: 1, .. })), "{problem:?}");
         assert_eq!(files.update("a.yaml", Ok("kind: [\n")), (vec![], None));
         assert_eq!(files.broken_count(), 1);
         assert_eq!(files.update("a.yaml", Ok(&namespace("shop", "x"))), (vec![], Some(Problem::Mended)));

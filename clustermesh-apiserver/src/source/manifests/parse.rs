@@ -190,7 +190,7 @@ impl Document<'_> {
             Syntax::Json => serde_json::from_str(self.text).map_err(|error| ManifestError {
                 line: Some(error.line()),
                 column: Some(error.column()),
-                what: error.to_string(),
+                what: plain(&error.to_string()),
             }),
             Syntax::Yaml => serde_saphyr::from_str_with_options(self.text, yaml_options()).map_err(|error| {
                 let place = error.location();
@@ -199,7 +199,7 @@ impl Document<'_> {
                         .and_then(|place| usize::try_from(place.line()).ok())
                         .map(|line| line + self.offset),
                     column: place.and_then(|place| usize::try_from(place.column()).ok()),
-                    what: one_line(&error.without_snippet().to_string()),
+                    what: plain(&error.without_snippet().to_string()),
                 }
             }),
         }
@@ -225,8 +225,12 @@ fn yaml_options() -> serde_saphyr::Options {
     options
 }
 
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// A parser's message without what we say ourselves (the place, which would be that in one document)
+/// and what only its caller could do.
+fn plain(message: &str) -> String {
+    let message = message.split(" at line ").next().unwrap_or(message);
+    let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -152,8 +152,11 @@ impl Follower {
     fn report(&self, name: &str, problem: Option<Problem>) {
         let path = self.root.join(name);
         match problem {
-            Some(Problem::Broken(error)) => {
-                tracing::warn!("{}: {error}; the last good state of this file stands", path.display());
+            Some(Problem::Broken { error, kept: 0 }) => {
+                tracing::warn!("{}: {error}; nothing of this file counts until it is mended", path.display());
+            }
+            Some(Problem::Broken { error, kept }) => {
+                tracing::warn!("{}: {error}; its last good state ({kept} objects) stands", path.display());
             }
             Some(Problem::Mended) => tracing::info!("{} can be read again", path.display()),
             None => {}
