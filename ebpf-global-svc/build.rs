@@ -56,17 +56,14 @@ fn build() -> Result<(), String> {
 
 /// A cargo that can compile for the target, free of what the outer cargo says about its own build.
 fn cargo() -> Result<Command, String> {
-    println!("cargo::rerun-if-changed={DISTRIBUTION_RUSTC}");
-    let mut command = if has(Path::new(DISTRIBUTION_RUSTC), &format!("lib/rustlib/{TARGET}/lib")) {
+    if has(Path::new(DISTRIBUTION_RUSTC), &format!("lib/rustlib/{TARGET}/lib")) {
+        println!("cargo::rerun-if-changed={DISTRIBUTION_RUSTC}");
         let mut command = Command::new(variable("CARGO")?);
         scrub(&mut command);
         // The target's options are unstable for every compiler, also for one that ships its libraries.
         command.env("RUSTC", DISTRIBUTION_RUSTC).env("RUSTC_BOOTSTRAP", "1");
         return Ok(command);
-    } else {
-        Command::new("rustup")
-    };
-    scrub(&mut command);
+    }
     let sysroot = Command::new("rustup")
         .args(["run", "nightly", "rustc", "--print", "sysroot"])
         .env_remove("RUSTUP_TOOLCHAIN")
@@ -77,6 +74,8 @@ fn cargo() -> Result<Command, String> {
     if !sysroot.is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/core").is_dir()) {
         return Err(format!("no compiler for {TARGET}: run `cargo xtask setup`"));
     }
+    let mut command = Command::new("rustup");
+    scrub(&mut command);
     command.args(["run", "nightly", "cargo", "-Z", "build-std=core"]);
     Ok(command)
 }

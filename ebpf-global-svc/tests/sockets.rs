@@ -16,7 +16,7 @@ use std::{
 
 use ebpf_global_svc::{
     Datapath, DatapathOptions, Tables,
-    abi::{ClusterState, FAMILY_V4, backend_state, cluster_state, reason},
+    abi::{ClusterState, FAMILY_V4, SlotKey, backend_state, cluster_state, reason},
 };
 use support::{Cgroup, Netns, Root, Service, TCP, UDP, metric};
 
@@ -389,6 +389,44 @@ fn opening_again_interrupts_nobody() {
         client.join().unwrap().expect("every connection is answered");
     });
     assert!(connections.load(Ordering::Acquire) >= 180);
+}
+
+#[test]
+fn replacing_backends_refuses_nobody() {
+    let mut node = Node::new();
+    let port = node.serve_tcp(server4(1), "one");
+    let service = Service {
+        id: 1,
+        frontend: (VIP4, PORT),
+        proto: TCP,
+        groups: &[(LOCAL, 1, &[(1, server4(1), port)])],
+    };
+    node.install(&service);
+    let slot = SlotKey { service: 1, slot: 0, cluster: LOCAL, pad: 0 };
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let Node { netns, tables, .. } = &mut node;
+        let client = scope.spawn(|| {
+            // Stops the writer also when a connection fails.
+            let result = netns.run(|| (0..2000).try_for_each(|_| connect(VIP4).map(drop)));
+            stop.store(true, Ordering::Release);
+            result
+        });
+        // The worst that can happen to a program: the old backend goes at once, not when nobody can
+        // see it any more.
+        for id in 2.. {
+            if stop.load(Ordering::Acquire) {
+                break;
+            }
+            tables.backend.upsert(&[(id, service.backend(id, LOCAL, server4(1), port))]).unwrap();
+            tables.slot.upsert(&[(slot, id)]).unwrap();
+            tables.backend.remove(&[id - 1]).unwrap();
+        }
+        client.join().unwrap().expect("every connection is answered");
+    });
+    assert_eq!(metric(node.datapath(), reason::LB_SELECTED), 2000);
+    assert_eq!(metric(node.datapath(), reason::LB_NO_BACKEND), 0);
+    println!("looked again: {}", metric(node.datapath(), reason::LB_NO_BACKEND_SLOT));
 }
 
 #[test]
