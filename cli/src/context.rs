@@ -1,0 +1,368 @@
+//! How to reach one cluster: its agents' sockets, the directory that tells them their remote clusters,
+//! and the way into its etcd that it offers to others.
+//!
+//! A context is a directory with a `context.yaml` ([`ContextFile`]). Every cluster of a running lab has
+//! one, so the lab's clusters can be named (`two-clusters/alpha`, or `alpha` where that is unambiguous).
+//! [`resolve`] finds and checks; whatever a [`Context`] holds has been checked, and its paths are absolute.
+
+use std::fmt::Display;
+use std::path::{Component, Path, PathBuf};
+
+use clustermesh_kvstore::cluster::ClusterName;
+use serde::{Deserialize, Serialize};
+
+use crate::error::usage;
+
+/// Name of the file within a context's directory.
+pub(crate) const FILE: &str = "context.yaml";
+
+/// `context.yaml` as written. Relative paths are relative to the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct ContextFile {
+    /// Who the cluster is.
+    pub(crate) cluster: ClusterEntry,
+    /// What a remote cluster has to use to read this cluster's etcd.
+    pub(crate) etcd: EtcdAccess,
+    /// The directory in which this cluster's agents look for their remote clusters.
+    pub(crate) clustermesh_config: PathBuf,
+    /// This cluster's agents.
+    pub(crate) agents: Vec<Agent>,
+}
+
+/// Name and ID of a cluster, as configured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ClusterEntry {
+    pub(crate) name: String,
+    pub(crate) id: u32,
+}
+
+/// Cilium's etcd client configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct EtcdAccess {
+    pub(crate) endpoints: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) trusted_ca_file: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cert_file: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) key_file: Option<PathBuf>,
+}
+
+impl EtcdAccess {
+    /// The file that an agent reads. It contains the word `endpoints:` on a line of its own, by which
+    /// agents tell configurations from the certificates beside them.
+    pub(crate) fn to_yaml(&self) -> anyhow::Result<String> {
+        Ok(serde_saphyr::to_string(self)?)
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        if self.endpoints.is_empty() {
+            return Err("etcd.endpoints is empty: name at least one https://HOST:PORT");
+        }
+        if self.endpoints.iter().any(|e| !e.starts_with("https://") && !e.starts_with("http://")) {
+            return Err("etcd.endpoints must be https://HOST:PORT");
+        }
+        if self.cert_file.is_some() != self.key_file.is_some() {
+            return Err("etcd.cert-file and etcd.key-file belong together: give both or none");
+        }
+        Ok(())
+    }
+}
+
+/// One node's agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Agent {
+    /// Name of its node.
+    pub(crate) node: String,
+    /// Its gRPC socket.
+    pub(crate) socket: PathBuf,
+}
+
+/// A context that was found, read and checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    /// Where it stands; absolute, without symlinks.
+    pub(crate) dir: PathBuf,
+    /// Name of the cluster.
+    pub(crate) cluster: ClusterName,
+    /// Its ID. Not checked: the range depends on the mesh, which only the agents know.
+    pub(crate) id: u32,
+    /// How a remote cluster reads its etcd.
+    pub(crate) etcd: EtcdAccess,
+    /// Where its agents look for remote clusters.
+    pub(crate) clustermesh_config: PathBuf,
+    /// Its agents, at least one.
+    pub(crate) agents: Vec<Agent>,
+}
+
+impl Context {
+    /// Reads `dir/context.yaml`.
+    ///
+    /// # Errors
+    /// A usage error that names the file and the field.
+    pub(crate) fn load(dir: &Path) -> anyhow::Result<Self> {
+        let file = dir.join(FILE);
+        let bad = |what: &dyn Display| usage(format!("{}: {what}", file.display()));
+        let text = std::fs::read_to_string(&file).map_err(|e| bad(&e))?;
+        let mut options = serde_saphyr::Options::default();
+        // One line on the terminal; the message has line and column.
+        options.with_snippet = false;
+        let read: ContextFile = serde_saphyr::from_str_with_options(&text, options).map_err(|e| bad(&e))?;
+        let cluster = read.cluster.name.parse().map_err(|e| bad(&e))?;
+        read.etcd.check().map_err(|e| bad(&e))?;
+        if read.agents.is_empty() {
+            return Err(bad(&"agents is empty: name at least one {node, socket}"));
+        }
+        let dir = dir.canonicalize().map_err(|e| bad(&e))?;
+        let absolute = |path: PathBuf| dir.join(path);
+        Ok(Self {
+            cluster,
+            id: read.cluster.id,
+            etcd: EtcdAccess {
+                trusted_ca_file: read.etcd.trusted_ca_file.map(absolute),
+                cert_file: read.etcd.cert_file.map(absolute),
+                key_file: read.etcd.key_file.map(absolute),
+                endpoints: read.etcd.endpoints,
+            },
+            clustermesh_config: absolute(read.clustermesh_config),
+            agents: read
+                .agents
+                .into_iter()
+                .map(|a| Agent { socket: absolute(a.socket), node: a.node })
+                .collect(),
+            dir,
+        })
+    }
+}
+
+/// Finds the context that `name` means: a directory with a `context.yaml`, a lab's cluster as
+/// `LAB/CLUSTER`, or a cluster's name that only one running lab has.
+///
+/// # Errors
+/// A usage error that lists what could have been meant.
+pub(crate) fn resolve(name: &str) -> anyhow::Result<Context> {
+    resolve_in(&labs_dir(), name)
+}
+
+/// All contexts of the only running lab, for commands without `--context`.
+///
+/// # Errors
+/// A usage error if no lab is running, or more than one.
+pub(crate) fn only_lab() -> anyhow::Result<Vec<Context>> {
+    only_lab_in(&labs_dir())
+}
+
+/// Name of the cluster that `name` would mean if it existed: its last component.
+pub(crate) fn cluster_of(name: &str) -> Option<ClusterName> {
+    Path::new(name).file_name()?.to_str()?.parse().ok()
+}
+
+/// A cluster of a running lab.
+struct LabCluster {
+    lab: String,
+    cluster: String,
+    dir: PathBuf,
+}
+
+/// Where labs live; tests and unusual installations set `CLUSTERMESH_RUN_DIR`.
+fn labs_dir() -> PathBuf {
+    let run = std::env::var_os("CLUSTERMESH_RUN_DIR").unwrap_or_else(|| "/run/clustermesh".into());
+    Path::new(&run).join("labs")
+}
+
+fn resolve_in(labs: &Path, name: &str) -> anyhow::Result<Context> {
+    let path = Path::new(name);
+    if path.join(FILE).is_file() {
+        return Context::load(path);
+    }
+    if path.is_file() && path.file_name().is_some_and(|file| file == FILE) {
+        return Context::load(path.parent().unwrap_or(Path::new(".")));
+    }
+    let clusters = lab_clusters(labs);
+    let components: Vec<_> = path.components().collect();
+    let matching: Vec<&LabCluster> = match components[..] {
+        [Component::Normal(cluster)] => clusters.iter().filter(|c| c.cluster.as_str() == cluster).collect(),
+        [Component::Normal(lab), Component::Normal(cluster)] => {
+            clusters.iter().filter(|c| c.lab.as_str() == lab && c.cluster.as_str() == cluster).collect()
+        }
+        _ => Vec::new(),
+    };
+    match matching[..] {
+        [only] => Context::load(&only.dir),
+        [] => Err(usage(format!(
+            "no context {name:?}: it is neither a directory with a {FILE} nor a cluster of a running lab ({})",
+            list(&clusters)
+        ))),
+        _ => Err(usage(format!(
+            "context {name:?} is ambiguous: say which of {}",
+            matching.iter().map(|c| format!("{}/{}", c.lab, c.cluster)).collect::<Vec<_>>().join(", ")
+        ))),
+    }
+}
+
+fn only_lab_in(labs: &Path) -> anyhow::Result<Vec<Context>> {
+    let clusters = lab_clusters(labs);
+    let Some(first) = clusters.first() else {
+        return Err(usage(
+            "which cluster? give --context DIR, or start a lab with `clustermesh lab up TOPOLOGY.yaml`",
+        ));
+    };
+    if clusters.iter().any(|c| c.lab != first.lab) {
+        return Err(usage(format!("which cluster? give --context ({})", list(&clusters))));
+    }
+    clusters.iter().map(|c| Context::load(&c.dir)).collect()
+}
+
+/// All clusters of all running labs, in order of their names.
+fn lab_clusters(labs: &Path) -> Vec<LabCluster> {
+    let mut found = Vec::new();
+    for (lab, lab_dir) in subdirectories(labs) {
+        for (cluster, dir) in subdirectories(&lab_dir) {
+            if dir.join(FILE).is_file() {
+                found.push(LabCluster { lab: lab.clone(), cluster, dir });
+            }
+        }
+    }
+    found
+}
+
+/// Names and paths of the directories in `dir`, sorted; none if it cannot be read.
+fn subdirectories(dir: &Path) -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut found: Vec<_> = entries
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
+        .collect();
+    found.sort();
+    found
+}
+
+fn list(clusters: &[LabCluster]) -> String {
+    if clusters.is_empty() {
+        return "no lab is running".into();
+    }
+    let names: Vec<_> = clusters.iter().map(|c| format!("{}/{}", c.lab, c.cluster)).collect();
+    format!("running: {}", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::error::exit_status;
+
+    const GOOD: &str = "\
+cluster: {name: CLUSTER, id: 1}
+etcd:
+  endpoints: [https://172.31.1.1:2379]
+  trusted-ca-file: pki/ca.crt
+  cert-file: /elsewhere/remote.crt
+  key-file: pki/remote.key
+clustermeshConfig: clustermesh
+agents:
+- {node: node1, socket: node1/agent.sock}
+";
+
+    fn write(dir: &Path, text: &str) {
+        fs::create_dir_all(dir).unwrap();
+        fs::write(dir.join(FILE), text).unwrap();
+    }
+
+    fn lab(labs: &Path, lab: &str, clusters: &[&str]) {
+        for cluster in clusters {
+            write(&labs.join(lab).join(cluster), &GOOD.replace("CLUSTER", cluster));
+        }
+        fs::create_dir_all(labs.join(lab).join("logs")).unwrap();
+    }
+
+    fn refusal(result: anyhow::Result<impl std::fmt::Debug>) -> String {
+        let error = result.unwrap_err();
+        assert_eq!(exit_status(&error), 2, "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn a_directory_gives_absolute_paths() {
+        let tmp = tempfile::tempdir().unwrap();
+        write(tmp.path(), &GOOD.replace("CLUSTER", "alpha"));
+        let dir = tmp.path().canonicalize().unwrap();
+        for name in [tmp.path().to_path_buf(), tmp.path().join(FILE)] {
+            let context = resolve_in(Path::new("/nonexistent"), name.to_str().unwrap()).unwrap();
+            assert_eq!((context.cluster.as_str(), context.id), ("alpha", 1));
+            assert_eq!(context.dir, dir);
+            assert_eq!(context.etcd.trusted_ca_file, Some(dir.join("pki/ca.crt")));
+            assert_eq!(context.etcd.cert_file, Some("/elsewhere/remote.crt".into()));
+            assert_eq!(context.clustermesh_config, dir.join("clustermesh"));
+            assert_eq!(context.agents[0].socket, dir.join("node1/agent.sock"));
+        }
+    }
+
+    #[test]
+    fn clusters_of_labs_are_found_by_name() {
+        let tmp = tempfile::tempdir().unwrap();
+        let labs = tmp.path();
+        assert!(refusal(resolve_in(labs, "alpha")).contains("no lab is running"));
+        assert!(refusal(only_lab_in(labs)).contains("lab up"));
+
+        lab(labs, "one", &["beta", "alpha"]);
+        let names: Vec<_> = only_lab_in(labs).unwrap().into_iter().map(|c| c.cluster.to_string()).collect();
+        assert_eq!(names, ["alpha", "beta"]);
+        assert_eq!(resolve_in(labs, "alpha").unwrap().cluster.as_str(), "alpha");
+
+        lab(labs, "two", &["alpha"]);
+        let ambiguous = refusal(resolve_in(labs, "alpha"));
+        assert!(ambiguous.contains("one/alpha, two/alpha"), "{ambiguous}");
+        assert!(resolve_in(labs, "two/alpha").unwrap().dir.ends_with("two/alpha"));
+        assert!(resolve_in(labs, "beta").unwrap().dir.ends_with("one/beta"));
+        assert!(refusal(only_lab_in(labs)).contains("one/alpha, one/beta, two/alpha"));
+        for unknown in ["gamma", "one/gamma", "three/alpha", "../one/alpha", ""] {
+            let missing = refusal(resolve_in(labs, unknown));
+            assert!(missing.contains("running: one/alpha, one/beta, two/alpha"), "{unknown}: {missing}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_one_line_with_the_file() {
+        let tmp = tempfile::tempdir().unwrap();
+        for (from, to, hint) in [
+            ("CLUSTER", "Alpha", "not a cluster name"),
+            ("[https://172.31.1.1:2379]", "[]", "etcd.endpoints"),
+            ("[https://172.31.1.1:2379]", "[172.31.1.1:2379]", "etcd.endpoints"),
+            ("  key-file: pki/remote.key\n", "", "etcd.key-file"),
+            ("- {node: node1, socket: node1/agent.sock}", "  []", "agents"),
+            ("clustermeshConfig", "clusterMeshConfig", "clusterMeshConfig"),
+            ("id: 1", "id: one", "line 1"),
+            ("cluster:", "cluster", "line 1"),
+        ] {
+            write(tmp.path(), &GOOD.replace(from, to).replace("CLUSTER", "alpha"));
+            let message = refusal(Context::load(tmp.path()));
+            assert!(message.contains(hint) && message.contains(FILE), "{to}: {message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+        }
+    }
+
+    #[test]
+    fn the_etcd_yaml_is_recognised_by_agents() {
+        let etcd = EtcdAccess {
+            endpoints: vec!["https://10.0.0.1:2379".into()],
+            trusted_ca_file: Some("/d/beta.etcd-client-ca.crt".into()),
+            cert_file: None,
+            key_file: None,
+        };
+        let yaml = etcd.to_yaml().unwrap();
+        assert!(yaml.contains("endpoints:"), "{yaml}");
+        assert_eq!(serde_saphyr::from_str::<EtcdAccess>(&yaml).unwrap(), etcd);
+    }
+
+    #[test]
+    fn the_cluster_of_an_unknown_context_is_its_last_component() {
+        assert_eq!(cluster_of("lab/beta").unwrap().as_str(), "beta");
+        assert_eq!(cluster_of("/some/dir/beta/").unwrap().as_str(), "beta");
+        assert!(cluster_of("..").is_none());
+    }
+}
