@@ -1,0 +1,94 @@
+//! Asking agents: every call has a deadline, and a failure is one line that says what to look at.
+
+use std::error::Error;
+use std::time::Duration;
+
+use clustermesh_agent_api::Client;
+use clustermesh_agent_api::v1::{
+    DumpTableRequest, DumpTableRow, ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
+};
+use futures::future::join_all;
+use tokio::time::timeout;
+
+use crate::context::{Agent, Context};
+
+/// An agent answers from memory; one that takes longer is stuck.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long an agent may try another cluster's etcd.
+const PROBE: Duration = Duration::from_secs(10);
+/// A table may have a million rows.
+const DUMP: Duration = Duration::from_secs(60);
+
+/// The status of all agents of `context`, asked at the same time, in the context's order.
+pub(crate) async fn statuses(context: &Context) -> Vec<Result<StatusResponse, String>> {
+    join_all(context.agents.iter().map(status)).await
+}
+
+/// Lets `agent` try the etcd of `peer` without storing anything.
+pub(crate) async fn probe(agent: &Agent, peer: &Context) -> Result<ProbePeerResponse, String> {
+    let request = ProbePeerRequest {
+        cluster_name: peer.cluster.to_string(),
+        etcd_config: peer.etcd.to_yaml().map_err(|e| e.to_string())?,
+        timeout_ms: u32::try_from(PROBE.as_millis()).unwrap_or(u32::MAX),
+    };
+    // The agent keeps to the timeout; ours is for an agent that does not.
+    let mut client = client(agent).await?;
+    let response = within(PROBE + ANSWER, client.probe_peer(request)).await?;
+    if response.error.is_empty() { Ok(response) } else { Err(one_line(&response.error)) }
+}
+
+/// All rows of one table of `agent`.
+pub(crate) async fn dump(agent: &Agent, table: &str) -> Result<Vec<DumpTableRow>, String> {
+    let mut client = client(agent).await?;
+    let mut stream = within(ANSWER, client.dump_table(DumpTableRequest { table: table.into() })).await?;
+    within(DUMP, async {
+        let mut rows = Vec::new();
+        while let Some(row) = stream.message().await? {
+            rows.push(row);
+        }
+        Ok(tonic::Response::new(rows))
+    })
+    .await
+}
+
+async fn status(agent: &Agent) -> Result<StatusResponse, String> {
+    let mut client = client(agent).await?;
+    within(ANSWER, client.status(StatusRequest {})).await
+}
+
+async fn client(agent: &Agent) -> Result<Client, String> {
+    let socket = agent.socket.display();
+    match timeout(ANSWER, clustermesh_agent_api::connect(&agent.socket)).await {
+        Ok(Ok(client)) => Ok(client),
+        Ok(Err(error)) => Err(format!("cannot reach its agent at {socket}: {}", root_cause(&error))),
+        Err(_) => Err(format!("its agent at {socket} does not answer within {} s", ANSWER.as_secs())),
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, String> {
+    match timeout(limit, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(one_line(match status.message() {
+            "" => status.code().description(),
+            message => message,
+        })),
+        Err(_) => Err(format!("its agent does not answer within {} s", limit.as_secs())),
+    }
+}
+
+/// tonic says "transport error"; what happened stands at the end of the chain.
+fn root_cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    one_line(&cause.to_string())
+}
+
+/// Messages of an agent are shown in lists and error lines.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

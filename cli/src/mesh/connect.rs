@@ -1,0 +1,230 @@
+//! `clustermesh connect`: gather facts from both sides, check them, write both entries.
+
+use anyhow::bail;
+use clap::Args;
+use clustermesh_agent_api::v1::{Peer, StatusResponse};
+use serde::Serialize;
+
+use super::entry::{self, Entry, FileSystem};
+use super::plan::{AgentFacts, Facts, Outcome, Plan, Probe, Side, plan};
+use super::status::why_not_ready;
+use super::terminal::{Style, Tone, print};
+use super::wait::{self, Pending};
+use super::{Output, Wait, agents};
+use crate::context::{self, Context};
+use crate::error::usage;
+
+/// Connect two clusters.
+///
+/// Checks first that they fit together (names, IDs, ranges, pod CIDRs, versions, and that each side's
+/// nodes reach the other side's etcd); nothing is written unless all of that holds. Then each side gets
+/// an entry for the other, or, if one of them cannot be written, neither does.
+#[derive(Debug, Args)]
+pub(crate) struct ConnectArgs {
+    /// One cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER).
+    #[arg(long)]
+    context: String,
+    /// The other cluster.
+    #[arg(long)]
+    destination_context: String,
+    /// Wait until every agent of both clusters has synced with the other one.
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait.
+    #[arg(long, value_name = "DURATION", default_value = "60s")]
+    wait_duration: Wait,
+    /// Only check, write nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// How to print the result.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+impl ConnectArgs {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// A check that failed, a file that could not be written, or agents that did not get ready in time.
+    pub(crate) async fn run(&self) -> anyhow::Result<()> {
+        let source = context::resolve(&self.context)?;
+        let destination = context::resolve(&self.destination_context)?;
+        if source.dir == destination.dir {
+            return Err(usage(format!(
+                "--context and --destination-context both mean {}: give two clusters",
+                source.dir.display()
+            )));
+        }
+        let of_source = Entry::new(&source, &destination)?;
+        let of_destination = Entry::new(&destination, &source)?;
+        let (from, to) = tokio::join!(
+            side(&source, &destination, &of_source),
+            side(&destination, &source, &of_destination)
+        );
+        let facts = Facts { source: from?, destination: to? };
+        let plan = plan(&facts);
+
+        let written = match () {
+            () if !plan.is_clear() => Ok(Verdict::Refused),
+            () if facts.already_connected() => Ok(Verdict::AlreadyConnected),
+            () if self.dry_run => Ok(Verdict::DryRun),
+            () => entry::install(&FileSystem, &[&of_source, &of_destination]).map(|()| Verdict::Connected),
+        };
+        let verdict = *written.as_ref().unwrap_or(&Verdict::Failed);
+        self.show(&facts, &plan, verdict)?;
+        written?;
+        if verdict == Verdict::Refused {
+            bail!("{}", refusal(&facts, &plan));
+        }
+        if self.wait && matches!(verdict, Verdict::Connected | Verdict::AlreadyConnected) {
+            wait_until_ready(&source, &destination, self.wait_duration).await?;
+            if self.output == Output::Text {
+                let mark = Style::of_stdout().mark(Outcome::Pass);
+                let agents = source.agents.len() + destination.agents.len();
+                print(&format!("{mark} All {agents} agents are connected and synced"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&self, facts: &Facts, plan: &Plan, verdict: Verdict) -> anyhow::Result<()> {
+        let (a, b) = (&facts.source.cluster, &facts.destination.cluster);
+        if self.output == Output::Json {
+            return print(&serde_json::to_string_pretty(&Report {
+                source: Named { name: a.as_str(), id: facts.source.id },
+                destination: Named { name: b.as_str(), id: facts.destination.id },
+                checks: plan,
+                result: verdict,
+            })?);
+        }
+        let style = Style::of_stdout();
+        let mut text = checklist(plan, style);
+        let pass = style.mark(Outcome::Pass);
+        match verdict {
+            Verdict::Connected => text += &format!("{pass} Connected cluster {a} <=> {b}!\n"),
+            Verdict::AlreadyConnected => {
+                text += &format!("{pass} {a} and {b} are already connected: nothing to do\n");
+            }
+            Verdict::DryRun => {
+                text += &format!("{pass} {a} and {b} can be connected (dry run: nothing written)\n")
+            }
+            // The error that follows says the rest.
+            Verdict::Refused | Verdict::Failed => {}
+        }
+        print(&text)
+    }
+}
+
+/// How the command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Verdict {
+    Connected,
+    AlreadyConnected,
+    DryRun,
+    /// A check failed.
+    Refused,
+    /// A file could not be written.
+    Failed,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    source: Named<'a>,
+    destination: Named<'a>,
+    result: Verdict,
+    checks: &'a Plan,
+}
+
+#[derive(Serialize)]
+struct Named<'a> {
+    name: &'a str,
+    id: u32,
+}
+
+/// Asks all agents of `context`, and lets one of them try the peer's etcd.
+async fn side(context: &Context, peer: &Context, entry: &Entry) -> anyhow::Result<Side> {
+    let statuses = agents::statuses(context).await;
+    let asked = context.agents.iter().zip(&statuses).find(|(_, status)| status.is_ok());
+    let probe = match asked {
+        Some((agent, _)) => {
+            Some(Probe { node: agent.node.clone(), result: agents::probe(agent, peer).await })
+        }
+        None => None,
+    };
+    Ok(Side {
+        cluster: context.cluster.clone(),
+        id: context.id,
+        config_dir: context.clustermesh_config.clone(),
+        agents: context
+            .agents
+            .iter()
+            .zip(statuses)
+            .map(|(agent, status)| AgentFacts { node: agent.node.clone(), status })
+            .collect(),
+        probe,
+        entry: entry.state()?,
+    })
+}
+
+fn checklist(plan: &Plan, style: Style) -> String {
+    let mut text = String::new();
+    for check in &plan.checks {
+        let message = match check.outcome {
+            Outcome::Fail => style.paint(Tone::Bad, &check.message),
+            Outcome::Warn => style.paint(Tone::Doubtful, &check.message),
+            Outcome::Pass | Outcome::Skipped => check.message.clone(),
+        };
+        text += &format!("{} {message}\n", style.mark(check.outcome));
+        if !check.hint.is_empty() {
+            text += &format!("   {} {}\n", style.pick("💡", "  ->"), check.hint);
+        }
+    }
+    text
+}
+
+fn refusal(facts: &Facts, plan: &Plan) -> String {
+    let failures: Vec<_> = plan.failures().map(|check| check.message.as_str()).collect();
+    format!(
+        "{} and {} cannot be connected, nothing was written: {}",
+        facts.source.cluster,
+        facts.destination.cluster,
+        failures.join("; ")
+    )
+}
+
+async fn wait_until_ready(a: &Context, b: &Context, limit: Wait) -> anyhow::Result<()> {
+    let goal = format!("{} and {} are connected", a.cluster, b.cluster);
+    wait::until(limit.0, &[a, b], &goal, |statuses| {
+        let mut pending = Vec::new();
+        for (context, of_agents) in statuses {
+            let peer = if context.dir == a.dir { b } else { a };
+            for (agent, status) in context.agents.iter().zip(of_agents) {
+                let why = match status {
+                    Ok(status) => lacks(status, peer),
+                    Err(error) => Some(error.clone()),
+                };
+                pending.extend(why.map(|why| Pending {
+                    cluster: context.cluster.to_string(),
+                    node: agent.node.clone(),
+                    why,
+                }));
+            }
+        }
+        pending
+    })
+    .await
+}
+
+/// Why this agent is not connected to `peer`; `None` if it is.
+fn lacks(status: &StatusResponse, peer: &Context) -> Option<String> {
+    let found: Option<&Peer> = status.remotes.iter().find(|remote| remote.name == peer.cluster.as_str());
+    match found {
+        None => Some(format!("has not read its entry for {} yet", peer.cluster)),
+        Some(remote) if !remote.ready => Some(why_not_ready(remote)),
+        Some(remote) if remote.cluster_id != peer.id => {
+            Some(format!("{} has the ID {} instead of {}", remote.name, remote.cluster_id, peer.id))
+        }
+        Some(_) => None,
+    }
+}

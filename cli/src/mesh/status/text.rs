@@ -1,0 +1,248 @@
+//! The report for people. Summary lines read like those of Cilium's status.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use clustermesh_agent_api::v1::{KindStatus, LocalCounts, Peer, StatusResponse, TableFill};
+
+use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_ready};
+use crate::mesh::plan::Outcome;
+use crate::mesh::terminal::{Style, Tone};
+
+/// The whole report.
+pub(crate) fn render(report: &Report, style: Style) -> String {
+    let clusters = report.clusters.iter().map(|cluster| Text { style, out: String::new() }.cluster(cluster));
+    clusters.collect::<Vec<_>>().join("\n")
+}
+
+struct Text {
+    style: Style,
+    out: String,
+}
+
+impl Text {
+    fn cluster(mut self, cluster: &ClusterReport) -> String {
+        self.line(0, format!("Cluster {} (ID {})", cluster.name, cluster.id));
+        self.connectivity(&cluster.connectivity);
+        for agent in &cluster.agents {
+            self.agent(agent);
+        }
+        self.out
+    }
+
+    fn connectivity(&mut self, found: &Connectivity) {
+        let (total, spread) = (found.total, &found.connected);
+        let nodes = if total == 1 { "node" } else { "nodes" };
+        if !found.clusters.is_empty() {
+            if found.not_ready == 0 {
+                let mark = self.style.mark(Outcome::Pass);
+                self.line(1, format!("{mark} All {total} {nodes} are connected to all clusters {spread}"));
+            } else {
+                let (mark, n) = (self.style.mark(Outcome::Warn), found.not_ready);
+                self.line(
+                    1,
+                    format!("{mark} {n}/{total} {nodes} are not connected to all clusters {spread}"),
+                );
+            }
+        }
+        let plug = self.style.pick("🔌 ", "");
+        if found.clusters.is_empty() {
+            self.line(1, format!("{plug}No cluster connected"));
+        } else {
+            self.line(1, format!("{plug}Cluster Connections:"));
+            for (name, counts) in &found.clusters {
+                let (configured, connected) = (counts.configured, counts.connected);
+                self.line(
+                    2,
+                    format!("- {name}: {configured}/{total} configured, {connected}/{total} connected"),
+                );
+            }
+        }
+        let services = self.style.pick("🔀 ", "");
+        self.line(1, format!("{services}Global services: {}", found.global_services));
+        if !found.errors.is_empty() {
+            let mark = self.style.mark(Outcome::Fail);
+            let n = found.errors.len();
+            self.line(1, format!("{mark} {n} {}:", if n == 1 { "error" } else { "errors" }));
+            for error in &found.errors {
+                let text = self.style.paint(Tone::Bad, &format!("{} {error}", error.node));
+                self.line(2, format!("- {text}"));
+            }
+        }
+    }
+
+    fn agent(&mut self, agent: &AgentReport) {
+        let Some(status) = &agent.status else {
+            let text = self.style.paint(Tone::Bad, agent.error.as_deref().unwrap_or_default());
+            self.line(1, format!("Node {}: {text}", agent.node));
+            return;
+        };
+        let state = self.word(status.ready);
+        self.line(1, format!("Node {}: {state}{}", agent.node, about(status)));
+        if !status.datapath_error.is_empty() {
+            let text = self.style.paint(Tone::Bad, &one_line(&status.datapath_error));
+            self.line(2, format!("datapath: {text} ({} changes pending)", status.pending_changes));
+        } else if status.pending_changes > 0 {
+            self.line(2, format!("datapath: {} changes pending", status.pending_changes));
+        }
+        if let Some(local) = &status.local {
+            self.line(2, format!("local: {}", counts(local)));
+        }
+        if let Some(own) = &status.own {
+            self.peer(own, "own etcd");
+        }
+        for peer in &status.remotes {
+            let title = match peer.cluster_id {
+                0 => peer.name.clone(),
+                id => format!("{} (ID {id})", peer.name),
+            };
+            self.peer(peer, &title);
+        }
+        if !status.tables.is_empty() {
+            let fills: Vec<_> = status.tables.iter().map(|table| self.fill(table)).collect();
+            self.line(2, format!("maps: {}", fills.join(", ")));
+        }
+    }
+
+    fn peer(&mut self, peer: &Peer, title: &str) {
+        let mut line = format!("{title}: {}", self.word(peer.ready));
+        if !peer.ready {
+            let _ = write!(line, " ({})", why_not_ready(peer));
+        }
+        if peer.connected || peer.last_event_age_ms > 0 {
+            let _ = write!(line, ", last event {} ago", age(peer.last_event_age_ms));
+        }
+        let reconnects = if peer.reconnects == 1 { "reconnect" } else { "reconnects" };
+        let _ = write!(line, ", {} {reconnects}", peer.reconnects);
+        if peer.cached {
+            line += ", through kvstoremesh";
+        }
+        self.line(2, line);
+        let kinds: Vec<_> = peer.kinds.iter().map(|kind| self.kind(kind)).collect();
+        if !kinds.is_empty() {
+            self.line(3, kinds.join(", "));
+        }
+        for kind in peer.kinds.iter().filter(|kind| kind.refused > 0) {
+            let text = self.style.paint(Tone::Doubtful, &refused(kind));
+            self.line(3, text);
+        }
+        if !peer.last_error.is_empty() {
+            let text = one_line(&peer.last_error);
+            self.line(3, format!("last error {} ago: {text}", age(peer.last_error_age_ms)));
+        }
+    }
+
+    fn kind(&self, kind: &KindStatus) -> String {
+        let text = format!("{} {}", kind.kind, kind.records);
+        if kind.synced { text } else { self.style.paint(Tone::Doubtful, &format!("{text} (not synced)")) }
+    }
+
+    /// Entries of capacity. A map that is full refuses new services or pods.
+    fn fill(&self, table: &TableFill) -> String {
+        let TableFill { name, entries, max_entries } = table;
+        // In tenths, without floating point; widened, since both are the agent's word.
+        let tenths = u128::from(*entries) * 1000 / u128::from((*max_entries).max(1));
+        let tone = match tenths {
+            900.. => Tone::Bad,
+            750.. => Tone::Doubtful,
+            _ => Tone::Good,
+        };
+        let percent = format!("{}.{}%", tenths / 10, tenths % 10);
+        format!("{name} {entries}/{max_entries} ({})", self.style.paint(tone, &percent))
+    }
+
+    fn word(&self, ready: bool) -> String {
+        if ready { self.style.paint(Tone::Good, "ready") } else { self.style.paint(Tone::Bad, "not ready") }
+    }
+
+    fn line(&mut self, depth: usize, text: impl AsRef<str>) {
+        let _ = writeln!(self.out, "{:1$}{2}", "", depth * 2, text.as_ref());
+    }
+}
+
+/// Version, datapath, uptime, memory.
+fn about(status: &StatusResponse) -> String {
+    let mut text = format!(
+        ", {} datapath, version {}, up {}",
+        status.datapath,
+        status.version,
+        age(status.uptime_seconds.saturating_mul(1000))
+    );
+    if status.resident_bytes > 0 {
+        let _ = write!(text, ", {} MiB", status.resident_bytes / (1024 * 1024));
+    }
+    text
+}
+
+fn counts(local: &LocalCounts) -> String {
+    format!(
+        "{} identities, {} endpoints, {} services ({} global), {} nodes, {} backends",
+        local.identities, local.endpoints, local.services, local.global_services, local.nodes, local.backends
+    )
+}
+
+fn refused(kind: &KindStatus) -> String {
+    let reasons: Vec<_> = kind.refused_by_reason.iter().map(|(why, n)| format!("{why} {n}")).collect();
+    let mut text = format!("refused {}: {}", kind.kind, kind.refused);
+    if !reasons.is_empty() {
+        let _ = write!(text, " ({})", reasons.join(", "));
+    }
+    if !kind.last_refused.is_empty() {
+        let _ = write!(text, ", last: {}", one_line(&kind.last_refused));
+    }
+    text
+}
+
+/// `0.4s`, `12s`, `3m12s`, `5h7m`, `2d3h`.
+fn age(millis: u64) -> String {
+    let duration = Duration::from_millis(millis);
+    let seconds = duration.as_secs();
+    match seconds {
+        0..10 => format!("{seconds}.{}s", duration.subsec_millis() / 100),
+        10..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+/// Messages of agents must not break the layout.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_short() {
+        for (millis, text) in [
+            (0, "0.0s"),
+            (450, "0.4s"),
+            (12_345, "12s"),
+            (192_000, "3m12s"),
+            (18_420_000, "5h7m"),
+            (183_600_000, "2d3h"),
+        ] {
+            assert_eq!(age(millis), text);
+        }
+    }
+
+    #[test]
+    fn fill_is_coloured_where_it_gets_dangerous() {
+        let fill = |entries, max_entries, style| {
+            Text { style, out: String::new() }.fill(&TableFill {
+                name: "ipcache".into(),
+                entries,
+                max_entries,
+            })
+        };
+        assert_eq!(fill(12, 512_000, Style::Plain), "ipcache 12/512000 (0.0%)");
+        assert_eq!(fill(0, 0, Style::Plain), "ipcache 0/0 (0.0%)");
+        assert_eq!(fill(u64::MAX, u64::MAX, Style::Plain).split(' ').next_back(), Some("(100.0%)"));
+        for (entries, code) in [(749, 32), (750, 33), (899, 33), (900, 31)] {
+            assert!(fill(entries, 1000, Style::Rich).contains(&format!("\x1b[{code}m")), "{entries}");
+        }
+    }
+}
