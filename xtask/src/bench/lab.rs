@@ -2,6 +2,7 @@
 
 use super::exec::{command, inside, run};
 use super::kernel_path::Node;
+use crate::workspace;
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
@@ -44,16 +45,11 @@ pub(super) struct Agent {
 
 impl Lab {
     /// Brings the lab up and waits until both clusters know each other's services.
-    pub(super) fn up(
-        repository: &Path,
-        scratch: &Path,
-        executables: &Path,
-        services: u16,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn up(executables: &Path, services: u16) -> anyhow::Result<Self> {
         remove_leftovers(&executables.join("clustermesh"))?;
         let name = format!("{PREFIX}{}", std::process::id());
-        let folder = scratch.join(&name);
-        write_topology(&repository.join("topology-examples/bench"), &folder, services)?;
+        let folder = workspace::target().join("bench").join(&name);
+        write_topology(&workspace::root().join("topology-examples/bench"), &folder, services)?;
         let unspecified = Ipv4Addr::UNSPECIFIED;
         let mut lab = Self {
             name,
@@ -99,7 +95,7 @@ impl Lab {
 
     /// The command line prefix that runs the rest in the client pod, in its namespace and cgroup.
     pub(super) fn in_client(&self) -> String {
-        format!("{} lab exec --name {} alpha/bench/client --", self.cli.display(), self.name)
+        format!("{} lab exec --lab {} alpha/bench/client --", self.cli.display(), self.name)
     }
 
     /// What the agents of this lab occupy now.

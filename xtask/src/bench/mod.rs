@@ -18,14 +18,13 @@ mod report;
 mod series;
 mod variant;
 
-use anyhow::{Context as _, ensure};
+use crate::workspace::{self, Profile};
+use anyhow::ensure;
 use kernel_path::KernelPath;
 use lab::Lab;
-use machine::Machine;
-use report::{Collected, LabFigures, Report};
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use machine::{Machine, Steal};
+use report::{Collected, LabFigures, Report, Settings};
+use std::path::Path;
 use variant::{Variant, Worlds};
 
 /// TCP and UDP port of the servers that answer round trips.
@@ -66,18 +65,19 @@ enum Output {
 /// Builds, measures, prints.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     ensure!(args.seconds > 0.0 && args.seconds <= 600.0, "--seconds must be more than 0 and at most 600");
-    ensure!(is_root()?, "the bench makes network namespaces and loads eBPF programs: run it as root");
+    ensure!(
+        workspace::is_root(),
+        "the bench makes network namespaces and loads eBPF programs: run it as root"
+    );
     let machine = Machine::look()?;
     ensure!(machine.cpus >= 2, "both ends poll: the bench needs two CPUs, this machine has one");
     if machine.is_busy() {
         eprintln!("this machine is busy (load {:.2}): expect noise", machine.load_before);
     }
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask is in the repository")?;
-    let target = build(repository)?;
+    let executables = workspace::build_programs(Profile::Release)?;
     interrupt::watch()?;
     // Ctrl-C also reaches the programs that measure; that they failed is then not the news.
-    let report =
-        measure(args, machine, repository, &target).or_else(|error| interrupt::check().and(Err(error)))?;
+    let report = measure(args, machine, &executables).or_else(|error| interrupt::check().and(Err(error)))?;
     match args.output {
         Output::Text => print!("{}", report.text()),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
@@ -85,12 +85,11 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(args: &BenchArgs, machine: Machine, repository: &Path, target: &Path) -> anyhow::Result<Report> {
-    let executables = target.join("release");
+fn measure(args: &BenchArgs, machine: Machine, executables: &Path) -> anyhow::Result<Report> {
     let probe = executables.join("mesh-probe");
     eprintln!("bringing up two clusters with {} services", args.services);
     // The order matters: what is declared later is removed earlier, the lab last.
-    let lab = Lab::up(repository, &target.join("bench"), &executables, args.services)?;
+    let lab = Lab::up(executables, args.services)?;
     interrupt::check()?;
     let mut kernel = KernelPath::attach(lab.nodes()?)?;
     let server = probe.display();
@@ -98,6 +97,7 @@ fn measure(args: &BenchArgs, machine: Machine, repository: &Path, target: &Path)
     kernel.serve(&format!("{SERVER_CPU} {server} throughput server --port {BULK_PORT}"))?;
     let worlds = Worlds { kernel: &kernel, lab: &lab, probe: &probe, services: args.services };
     let mut collected = Collected::default();
+    let steal = Steal::start()?;
     for round in 1..=args.rounds {
         eprint!("round {round} of {}:", args.rounds);
         for variant in in_turn(&Variant::ALL, round) {
@@ -111,40 +111,17 @@ fn measure(args: &BenchArgs, machine: Machine, repository: &Path, target: &Path)
         eprintln!();
     }
     let figures = LabFigures { up_seconds: lab.up_seconds(), agents: lab.agents()? };
-    Ok(collected.report(machine, (args.rounds, args.seconds, args.services), figures))
+    let settings = Settings {
+        rounds: args.rounds,
+        seconds_per_run: args.seconds,
+        services: args.services,
+        steal_percent: steal.percent()?,
+    };
+    Ok(collected.report(machine, settings, figures))
 }
 
 /// The variants, each round starting with another one: none always follows the same other.
 fn in_turn(variants: &[Variant], round: u32) -> impl Iterator<Item = Variant> {
     let start = round as usize % variants.len();
     variants.iter().cycle().skip(start).take(variants.len()).copied()
-}
-
-/// Builds the release executables and returns the target folder.
-fn build(repository: &Path) -> anyhow::Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(&cargo)
-        .current_dir(repository)
-        .args(["build", "--release", "-p", "clustermesh", "-p", "clustermesh-apiserver"])
-        .args(["-p", "clustermesh-agent", "-p", "mesh-probe"])
-        .stdout(std::io::stderr())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "the release build failed ({status})");
-    let metadata = Command::new(&cargo)
-        .current_dir(repository)
-        .args(["metadata", "--no-deps", "--format-version", "1"])
-        .output()
-        .context("cannot run cargo metadata")?;
-    let metadata: serde_json::Value =
-        serde_json::from_slice(&metadata.stdout).context("cargo metadata gave no JSON")?;
-    let target = metadata["target_directory"].as_str().context("cargo metadata names no target folder")?;
-    Ok(target.into())
-}
-
-fn is_root() -> anyhow::Result<bool> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let ids =
-        status.lines().find_map(|line| line.strip_prefix("Uid:")).context("no Uid in /proc/self/status")?;
-    Ok(ids.split_whitespace().nth(1) == Some("0"))
 }

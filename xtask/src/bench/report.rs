@@ -32,14 +32,23 @@ enum Metric {
 /// Everything that was measured.
 #[derive(Serialize)]
 pub(super) struct Report {
-    pub(super) machine: Machine,
-    pub(super) rounds: u32,
-    pub(super) seconds_per_run: f64,
-    pub(super) services: u16,
+    machine: Machine,
+    #[serde(flatten)]
+    settings: Settings,
     /// Round trips without an answer, over all runs.
     lost: u64,
     results: Vec<Row>,
-    pub(super) lab: LabFigures,
+    lab: LabFigures,
+}
+
+/// How it was measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Settings {
+    pub(super) rounds: u32,
+    pub(super) seconds_per_run: f64,
+    pub(super) services: u16,
+    /// CPU time that the hypervisor gave to others meanwhile.
+    pub(super) steal_percent: f64,
 }
 
 /// What the control plane took.
@@ -87,12 +96,7 @@ impl Collected {
     }
 
     /// All that was measured, with what it was measured on.
-    pub(super) fn report(
-        &self,
-        machine: Machine,
-        (rounds, seconds_per_run, services): (u32, f64, u16),
-        lab: LabFigures,
-    ) -> Report {
+    pub(super) fn report(&self, machine: Machine, settings: Settings, lab: LabFigures) -> Report {
         let median = |metric, variant| Some(self.figures.get(&(metric, variant))?.summary()?.median);
         let results = self.figures.iter().filter_map(|(&(metric, variant), series)| {
             let summary = series.summary()?;
@@ -104,15 +108,7 @@ impl Collected {
                 to_pod_on_same_path: summary.median / median(metric, variant.without_service())?,
             })
         });
-        Report {
-            machine,
-            rounds,
-            seconds_per_run,
-            services,
-            lost: self.lost,
-            results: results.collect(),
-            lab,
-        }
+        Report { machine, settings, lost: self.lost, results: results.collect(), lab }
     }
 
     fn push(&mut self, metric: Metric, variant: Variant, figure: f64) {
@@ -124,11 +120,12 @@ impl Report {
     /// Tables for people.
     pub(super) fn text(&self) -> String {
         let mut text = format!("{}\n", self.machine);
+        let settings = self.settings;
         let _ = writeln!(
             text,
             "{} interleaved rounds of {} s each; median (minimum to maximum) of the rounds; {} services, the \
-             last one is called\n{} round trips lost",
-            self.rounds, self.seconds_per_run, self.services, self.lost
+             last one is called\n{} round trips lost, {:.1} % of the CPU time stolen by the hypervisor",
+            settings.rounds, settings.seconds_per_run, settings.services, self.lost, settings.steal_percent
         );
         for (title, time, rate) in [
             (
@@ -216,8 +213,9 @@ mod tests {
             nftables: String::new(),
             iptables: String::new(),
         };
+        let settings = Settings { rounds: 3, seconds_per_run: 1.0, services: 10, steal_percent: 0.0 };
         let lab = LabFigures { up_seconds: 1.0, agents: Vec::new() };
-        let report = collected.report(machine, (3, 1.0, 10), lab);
+        let report = collected.report(machine, settings, lab);
         let nft = report.results.iter().find(|row| row.variant == Variant::VxlanNftables).expect("a row");
         assert!((nft.to_limit - 1.5).abs() < 1e-9);
         assert!((nft.to_pod_on_same_path - 1.25).abs() < 1e-9);
