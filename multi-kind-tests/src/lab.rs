@@ -101,7 +101,12 @@ impl Lab {
     /// # Errors
     /// If it fails or hangs; says what it said.
     pub fn clustermesh(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        self.try_clustermesh(arguments)?.success(&format!("clustermesh {}", arguments.join(" ")))
+        let output =
+            self.try_clustermesh(arguments)?.success(&format!("clustermesh {}", arguments.join(" ")))?;
+        if self.access.show && matches!(arguments[0], "connect" | "disconnect" | "lab") {
+            output.lines().for_each(|line| println!("  | {line}"));
+        }
+        Ok(output)
     }
 
     /// Runs `clustermesh`, whatever its status.
@@ -116,7 +121,8 @@ impl Lab {
 
     /// A command that runs inside a pod (`CLUSTER/NAMESPACE/POD`).
     pub fn in_pod(&self, pod: &str, arguments: &[&str]) -> Command {
-        let mut command = self.access.binaries.clustermesh(&["lab", "exec"]);
+        // With standard input, whose end is the end of a load.
+        let mut command = self.access.binaries.clustermesh(&["lab", "exec", "--stdin"]);
         command.arg(self.context(pod)).arg("--").args(arguments);
         self.announce(&command);
         command

@@ -215,7 +215,7 @@ impl<'a> Stage<'a> {
         let context = lab.context(&process.cluster);
         let mut arguments = vec!["lab", verb, &context, &process.process];
         if process.empty {
-            arguments.push("--empty");
+            arguments.push("--fresh");
         }
         self.changed = now()?;
         lab.clustermesh(&arguments)?;

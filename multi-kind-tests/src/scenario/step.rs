@@ -130,7 +130,7 @@ pub struct ProcessRef {
     pub cluster: String,
     /// `etcd`, `apiserver` or `agent:NODE`.
     pub process: String,
-    /// For `start`: lose all data first.
+    /// For `start` of an etcd: lose all data first, and get a new cluster ID.
     #[serde(default)]
     pub empty: bool,
 }
