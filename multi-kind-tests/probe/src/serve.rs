@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -30,6 +31,20 @@ pub(crate) struct ServeArgs {
     /// Answer HTTP with this text; `{pod}`, `{namespace}`, `{node}` and `{cluster}` are filled in.
     #[arg(long, value_name = "TEXT", env = "MESH_PROBE_ANSWER")]
     answer: Option<String>,
+    /// Answer HTTP with the text of this file, read for each answer.
+    #[arg(long, value_name = "FILE", conflicts_with = "answer")]
+    answer_file: Option<PathBuf>,
+}
+
+/// What HTTP requests are answered with.
+#[derive(Clone)]
+enum Page {
+    /// Who we are.
+    Whoami,
+    /// The same text always.
+    Text(String),
+    /// What is in a file at the time.
+    File(PathBuf),
 }
 
 /// Serves until killed.
@@ -39,14 +54,18 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         "nothing to serve: give at least one of --http, --udp, --stream"
     );
     let who = Arc::new(args.who.clone());
-    let own_answer: Option<Arc<str>> = args.answer.as_deref().map(|text| who.fill(text).into());
+    let page = match (&args.answer, &args.answer_file) {
+        (Some(text), _) => Page::Text(format!("{}\n", who.fill(text))),
+        (None, Some(file)) => Page::File(file.clone()),
+        (None, None) => Page::Whoami,
+    };
     let mut workers = Vec::new();
     // All ports are bound before the first is served: a server that says it is up is up on all.
     for &port in &args.http {
         let listener = listen(port).with_context(|| format!("cannot listen on TCP port {port}"))?;
-        let (who, own_answer) = (who.clone(), own_answer.clone());
+        let (who, page) = (who.clone(), page.clone());
         workers.push(thread::spawn(move || {
-            accept_all(&listener, move |stream, peer| answer_http(&stream, peer, &who, own_answer.as_deref()))
+            accept_all(&listener, move |stream, peer| answer_http(&stream, peer, &who, &page))
         }));
     }
     for &port in &args.stream {
@@ -122,15 +141,16 @@ where
     }
 }
 
-fn answer_http(stream: &TcpStream, peer: SocketAddr, who: &Whoami, own: Option<&str>) -> io::Result<()> {
+fn answer_http(stream: &TcpStream, peer: SocketAddr, who: &Whoami, page: &Page) -> io::Result<()> {
     stream.set_read_timeout(Some(IO_TIMEOUT))?;
     stream.set_write_timeout(Some(IO_TIMEOUT))?;
     stream.set_nodelay(true)?;
     let (method, _path) = http::read_request(stream)?;
     let answer = who.answer(canonical(peer));
-    let body = match own {
-        Some(text) => format!("{text}\n"),
-        None => format!("{}\n", serde_json::to_string(&answer)?),
+    let body = match page {
+        Page::Text(text) => text.clone(),
+        Page::File(file) => std::fs::read_to_string(file)?,
+        Page::Whoami => format!("{}\n", serde_json::to_string(&answer)?),
     };
     http::write_answer(stream, &answer, &body, method == "HEAD")
 }

@@ -50,10 +50,27 @@ pub(crate) fn resolve(authority: &str, default_port: Option<u16>) -> anyhow::Res
         None if bare => bail!("`{authority}` needs a port, as in 10.96.0.10:5353 or [fd00::10]:5353"),
         _ => authority.to_owned(),
     };
+    let full = match full.rsplit_once(':') {
+        Some((name, port)) => match service_address(name, |variable| std::env::var(variable).ok()) {
+            Some(address) if address.contains(':') => format!("[{address}]:{port}"),
+            Some(address) => format!("{address}:{port}"),
+            None => full,
+        },
+        None => full,
+    };
     full.to_socket_addrs()
         .with_context(|| format!("cannot resolve `{full}`"))?
         .next()
         .with_context(|| format!("`{full}` has no address"))
+}
+
+/// The ClusterIP of a service by its name, from the environment that Kubernetes gives to a pod.
+fn service_address(name: &str, environment: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if name.is_empty() || !name.chars().all(plain) {
+        return None;
+    }
+    environment(&format!("{}_SERVICE_HOST", name.to_ascii_uppercase().replace('-', "_")))
 }
 
 #[cfg(test)]
@@ -71,6 +88,15 @@ mod tests {
         assert_eq!(address("http://[fd00::1]/"), "[fd00::1]:80");
         assert_eq!(address("[fd00::1]:81"), "[fd00::1]:81");
         assert_eq!(address("udp://[fd00::1]:53"), "[fd00::1]:53");
+    }
+
+    #[test]
+    fn a_service_is_found_by_its_name() {
+        let environment = |name: &str| (name == "REBEL_BASE_SERVICE_HOST").then(|| "10.96.3.4".to_owned());
+        assert_eq!(service_address("rebel-base", environment).as_deref(), Some("10.96.3.4"));
+        assert_eq!(service_address("other", environment), None);
+        assert_eq!(service_address("10.96.0.5", |_| Some("wrong".into())), None);
+        assert_eq!(service_address("[fd00::1]", |_| Some("wrong".into())), None);
     }
 
     #[test]
