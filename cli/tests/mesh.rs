@@ -129,7 +129,7 @@ fn status_of_all_clusters_of_the_lab() {
     for line in [
         "Cluster alpha (ID 1)",
         "Cluster beta (ID 2)",
-        "[ok]   All 1 node are connected to all clusters [min:1 / avg:1.0 / max:1]",
+        "[ok]   All 1 nodes are connected to all clusters [min:1 / avg:1.0 / max:1]",
         "- beta: 1/1 configured, 1/1 connected",
         "Global services: [min:2 / avg:2.0 / max:2]",
         "refused ip: 3 (bad_identity 3), last: 10.9.9.9: identity 99 is not beta's",
@@ -149,7 +149,7 @@ fn status_of_all_clusters_of_the_lab() {
 
     alpha.lock().unwrap().stuck = Some("connection refused".into());
     let text = mesh.run(&["status", "--context", "alpha"]).ok();
-    assert!(text.contains("[warn] 1/1 node are not connected to all clusters"), "{text}");
+    assert!(text.contains("[warn] 1/1 nodes are not connected to all clusters"), "{text}");
     assert!(text.contains("alpha-1 is not connected to cluster beta: connection refused"), "{text}");
     let ran = mesh.run(&["status", "--wait", "--wait-duration", "300ms"]);
     assert!(ran.error(1).contains("alpha/alpha-1: is not connected to cluster beta: connection refused"));
@@ -188,7 +188,7 @@ fn bpf_lists_rows_of_all_nodes() {
     let list = ["bpf", "ipcache", "list", "--context", "alpha"];
     let text = mesh.run(&list).ok();
     let words: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(words[0], ["NODE", "TABLE", "CLUSTER", "ID"]);
+    assert_eq!(words[0], ["NODE", "TABLE", "CLUSTER-ID"]);
     assert_eq!(words[1..], [["alpha-1", "ipcache", "1"], ["alpha-1", "ipcache", "2"]]);
 
     let json = mesh.run(&with(&list, &["-o", "json", "--node", "alpha-1"])).ok();

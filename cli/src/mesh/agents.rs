@@ -10,6 +10,7 @@ use clustermesh_agent_api::v1::{
 use futures::future::join_all;
 use tokio::time::timeout;
 
+use super::terminal::one_line;
 use crate::context::{Agent, Context};
 
 /// An agent answers from memory; one that takes longer is stuck.
@@ -86,9 +87,4 @@ fn root_cause(error: &dyn Error) -> String {
         cause = deeper;
     }
     one_line(&cause.to_string())
-}
-
-/// Messages of an agent are shown in lists and error lines.
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

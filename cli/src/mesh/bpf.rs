@@ -7,7 +7,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use futures::future::join_all;
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
 
-use super::terminal::print;
+use super::terminal::{one_line, print};
 use super::{Output, agents};
 use crate::context::{self, Context};
 use crate::error::usage;
@@ -130,10 +130,16 @@ fn table(rows: &[NodeRow<'_>]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     let Some(first) = rows.first() else { return "no entries".into() };
-    let header = first.row.columns.iter().map(|column| column.name.to_uppercase().replace('_', " "));
+    let header = first.row.columns.iter().map(|column| column.name.to_uppercase().replace('_', "-"));
     table.set_header(std::iter::once("NODE".to_string()).chain(header));
     for NodeRow { node, row } in rows {
-        table.add_row(std::iter::once(*node).chain(row.columns.iter().map(|column| column.value.as_str())));
+        table.add_row(
+            std::iter::once((*node).to_string())
+                .chain(row.columns.iter().map(|column| one_line(&column.value))),
+        );
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
     }
     table.lines().map(|line| line.trim_end().to_string()).collect::<Vec<_>>().join("\n")
 }
@@ -161,7 +167,7 @@ mod tests {
         );
         let text = table(&rows);
         let words: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-        assert_eq!(words[0], ["NODE", "IP", "CLUSTER", "ID"]);
+        assert_eq!(words[0], ["NODE", "IP", "CLUSTER-ID"]);
         assert_eq!(words[2], ["n2", "fd00::1", "1"]);
         assert_eq!(table(&[]), "no entries");
     }

@@ -103,7 +103,7 @@ impl ConnectArgs {
         match verdict {
             Verdict::Connected => text += &format!("{pass} Connected cluster {a} <=> {b}!\n"),
             Verdict::AlreadyConnected => {
-                text += &format!("{pass} {a} and {b} are already connected: nothing to do\n");
+                text += &format!("{pass} Nothing to do\n");
             }
             Verdict::DryRun => {
                 text += &format!("{pass} {a} and {b} can be connected (dry run: nothing written)\n")

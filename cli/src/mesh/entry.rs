@@ -5,6 +5,7 @@
 //! configuration appears, changes or vanishes, so it is written last and removed first. Each file is
 //! replaced by a rename; no agent ever reads half of one. [`install`] writes several entries or none.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -137,6 +138,21 @@ pub(crate) fn remove(disk: &impl Disk, dir: &Path, peer: &ClusterName) -> anyhow
             .map_err(|e| anyhow::anyhow!("cannot remove {}: {e}; remove it by hand", path.display()))?;
     }
     Ok(existed)
+}
+
+/// The clusters for which there is an entry, by the rule that agents use: a file that is named like a
+/// cluster, other than their own, and contains `endpoints:`. None if the directory cannot be read.
+pub(crate) fn peers(context: &Context) -> BTreeSet<ClusterName> {
+    let entries = fs::read_dir(&context.clustermesh_config).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            entry.file_name().to_str()?.parse::<ClusterName>().ok().map(|name| (name, entry.path()))
+        })
+        .filter(|(name, path)| {
+            *name != context.cluster && fs::read_to_string(path).is_ok_and(|text| text.contains("endpoints:"))
+        })
+        .map(|(name, _)| name)
+        .collect()
 }
 
 /// Not everything could be written.
@@ -339,6 +355,7 @@ mod tests {
         assert_eq!(entry.state().unwrap(), EntryState::Absent);
         install(&FileSystem, &[&entry]).unwrap();
         assert_eq!(entry.state().unwrap(), EntryState::Same);
+        assert_eq!(peers(&alpha), BTreeSet::from([beta.cluster.clone()]));
 
         let dir = &alpha.clustermesh_config;
         let found = files(dir);

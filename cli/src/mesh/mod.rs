@@ -46,6 +46,7 @@ impl Command {
 pub(crate) enum Output {
     /// For people.
     #[default]
+    #[value(alias = "summary")]
     Text,
     /// For programs.
     Json,

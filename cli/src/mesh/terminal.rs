@@ -65,6 +65,13 @@ impl Style {
     }
 }
 
+/// `text` on one line and without control characters. Messages of agents quote keys and errors of other
+/// clusters, which must not break the layout, let alone drive the terminal.
+pub(crate) fn one_line(text: &str) -> String {
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ")
+}
+
 /// Prints `text` and a line feed. A reader that has gone away (`| head`) is not an error.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     use std::io::Write as _;
@@ -72,5 +79,23 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_text_cannot_drive_the_terminal() {
+        assert_eq!(one_line("a key\n\x1b[2Jgone\u{9b}31m\tok "), "a key [2Jgone 31m ok");
+    }
+
+    #[test]
+    fn plain_output_is_ascii() {
+        for outcome in [Outcome::Pass, Outcome::Warn, Outcome::Fail, Outcome::Skipped] {
+            assert!(Style::Plain.mark(outcome).is_ascii());
+        }
+        assert_eq!(Style::Plain.paint(Tone::Bad, "text"), "text");
     }
 }

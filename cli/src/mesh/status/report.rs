@@ -7,9 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
+use clustermesh_kvstore::cluster::ClusterName;
 use serde::Serialize;
 
 use crate::context::Context;
+use crate::mesh::entry;
+use crate::mesh::terminal::one_line;
 
 /// All clusters that were asked for.
 #[derive(Debug, Serialize)]
@@ -113,23 +116,26 @@ impl ClusterReport {
         Self {
             name: context.cluster.to_string(),
             id: context.id,
-            connectivity: Connectivity::of(&agents),
+            connectivity: Connectivity::of(&agents, entry::peers(context)),
             agents,
         }
     }
 }
 
 impl Connectivity {
-    fn of(agents: &[AgentReport]) -> Self {
+    /// `configured`: the remote clusters that stand in the agents' directory.
+    fn of(agents: &[AgentReport], configured: BTreeSet<ClusterName>) -> Self {
         let answers = || agents.iter().filter_map(|agent| agent.status.as_ref());
-        let mut clusters: BTreeMap<String, Counts> = BTreeMap::new();
+        let mut clusters: BTreeMap<String, Counts> =
+            configured.into_iter().map(|name| (name.to_string(), Counts::default())).collect();
         for peer in answers().flat_map(|status| &status.remotes) {
             let counts = clusters.entry(peer.name.clone()).or_default();
             counts.id = counts.id.max(peer.cluster_id);
             counts.configured += 1;
             counts.connected += usize::from(peer.ready);
         }
-        // What one agent knows all have to know: they read the same directory.
+        // What one agent knows all have to know, since they read the same directory; and what stands there
+        // counts even if no agent has seen it yet, or waiting would end before it began.
         let expected: BTreeSet<&str> = clusters.keys().map(String::as_str).collect();
         let errors: Vec<_> = agents.iter().flat_map(|agent| errors_of(agent, &expected)).collect();
         let faulty: BTreeSet<_> = errors.iter().map(|error| error.node.as_str()).collect();
@@ -184,7 +190,7 @@ fn errors_of(agent: &AgentReport, expected: &BTreeSet<&str>) -> Vec<AgentError> 
         let why = match &status.own {
             Some(own) if !own.ready => format!("its own cluster is not synced: {}", why_not_ready(own)),
             _ if !status.datapath_error.is_empty() => {
-                format!("its datapath fails: {}", status.datapath_error)
+                format!("its datapath fails: {}", one_line(&status.datapath_error))
             }
             _ => format!("its datapath is not up to date: {} changes pending", status.pending_changes),
         };
@@ -204,7 +210,7 @@ fn errors_of(agent: &AgentReport, expected: &BTreeSet<&str>) -> Vec<AgentError> 
 pub(crate) fn why_not_ready(peer: &Peer) -> String {
     let or_last_error = |otherwise: &str| match peer.last_error.as_str() {
         "" => otherwise.to_string(),
-        error => error.split_whitespace().collect::<Vec<_>>().join(" "),
+        error => one_line(error),
     };
     if !peer.connected {
         return or_last_error("not connected to its etcd");

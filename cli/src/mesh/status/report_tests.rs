@@ -25,13 +25,17 @@ fn agent(node: &str, remotes: Vec<Peer>) -> AgentReport {
     AgentReport { node: node.into(), error: None, status: Some(status) }
 }
 
+fn none() -> BTreeSet<ClusterName> {
+    BTreeSet::new()
+}
+
 fn texts(found: &Connectivity) -> Vec<String> {
     found.errors.iter().map(|error| format!("{} {error}", error.node)).collect()
 }
 
 #[test]
 fn all_connected() {
-    let found = Connectivity::of(&["n1", "n2"].map(|node| agent(node, vec![peer("beta", true)])));
+    let found = Connectivity::of(&["n1", "n2"].map(|node| agent(node, vec![peer("beta", true)])), none());
     assert_eq!((found.total, found.not_ready), (2, 0));
     assert_eq!(found.connected.to_string(), "[min:1 / avg:1.0 / max:1]");
     assert_eq!(found.clusters["beta"], Counts { id: 2, configured: 2, connected: 2 });
@@ -40,17 +44,26 @@ fn all_connected() {
 
 #[test]
 fn an_agent_that_lacks_a_cluster_is_not_ready() {
-    let found = Connectivity::of(&[agent("n1", vec![peer("beta", true)]), agent("n2", vec![])]);
+    let found = Connectivity::of(&[agent("n1", vec![peer("beta", true)]), agent("n2", vec![])], none());
     assert_eq!(found.not_ready, 1);
     assert_eq!(found.connected, Spread { min: 0, avg: 0.5, max: 1 });
     assert_eq!(found.clusters["beta"], Counts { id: 2, configured: 1, connected: 1 });
     assert_eq!(texts(&found), ["n2 is not connected to cluster beta: it has not read the configuration yet"]);
 }
 
+/// Right after `connect`, before any agent has read the new entry.
+#[test]
+fn a_cluster_that_no_agent_has_seen_yet_is_waited_for() {
+    let found = Connectivity::of(&[agent("n1", vec![])], ["beta".parse().unwrap()].into());
+    assert_eq!(found.not_ready, 1);
+    assert_eq!(found.clusters["beta"], Counts::default());
+    assert_eq!(texts(&found), ["n1 is not connected to cluster beta: it has not read the configuration yet"]);
+}
+
 #[test]
 fn an_agent_that_does_not_answer_counts() {
     let silent = AgentReport { node: "n2".into(), error: Some("connection refused".into()), status: None };
-    let found = Connectivity::of(&[agent("n1", vec![peer("beta", true)]), silent]);
+    let found = Connectivity::of(&[agent("n1", vec![peer("beta", true)]), silent], none());
     assert_eq!((found.total, found.not_ready), (2, 1));
     assert_eq!(texts(&found), ["n2 connection refused"]);
     assert_eq!(found.global_services, Spread { min: 1, avg: 1.0, max: 1 }, "of those that answer");
@@ -68,7 +81,7 @@ fn an_agent_that_is_not_ready_itself_says_why() {
     broken.status.as_mut().unwrap().ready = false;
     broken.status.as_mut().unwrap().datapath_error = "cm_ipcache is full".into();
     assert_eq!(
-        texts(&Connectivity::of(&[unsynced, broken])),
+        texts(&Connectivity::of(&[unsynced, broken], none())),
         ["n1 its own cluster is not synced: connection refused", "n2 its datapath fails: cm_ipcache is full"]
     );
 }

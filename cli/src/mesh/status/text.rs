@@ -7,7 +7,7 @@ use clustermesh_agent_api::v1::{KindStatus, LocalCounts, Peer, StatusResponse, T
 
 use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_ready};
 use crate::mesh::plan::Outcome;
-use crate::mesh::terminal::{Style, Tone};
+use crate::mesh::terminal::{Style, Tone, one_line};
 
 /// The whole report.
 pub(crate) fn render(report: &Report, style: Style) -> String {
@@ -32,17 +32,13 @@ impl Text {
 
     fn connectivity(&mut self, found: &Connectivity) {
         let (total, spread) = (found.total, &found.connected);
-        let nodes = if total == 1 { "node" } else { "nodes" };
         if !found.clusters.is_empty() {
             if found.not_ready == 0 {
                 let mark = self.style.mark(Outcome::Pass);
-                self.line(1, format!("{mark} All {total} {nodes} are connected to all clusters {spread}"));
+                self.line(1, format!("{mark} All {total} nodes are connected to all clusters {spread}"));
             } else {
                 let (mark, n) = (self.style.mark(Outcome::Warn), found.not_ready);
-                self.line(
-                    1,
-                    format!("{mark} {n}/{total} {nodes} are not connected to all clusters {spread}"),
-                );
+                self.line(1, format!("{mark} {n}/{total} nodes are not connected to all clusters {spread}"));
             }
         }
         let plug = self.style.pick("🔌 ", "");
@@ -204,11 +200,6 @@ fn age(millis: u64) -> String {
         3600..86_400 => format!("{}h{}m", seconds / 3600, seconds % 3600 / 60),
         _ => format!("{}d{}h", seconds / 86_400, seconds % 86_400 / 3600),
     }
-}
-
-/// Messages of agents must not break the layout.
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
