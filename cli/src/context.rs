@@ -9,6 +9,7 @@ use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
 
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::etcd::EtcdConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::usage;
@@ -23,7 +24,7 @@ pub(crate) struct ContextFile {
     /// Who the cluster is.
     pub(crate) cluster: ClusterEntry,
     /// What a remote cluster has to use to read this cluster's etcd.
-    pub(crate) etcd: EtcdAccess,
+    pub(crate) etcd: EtcdConfig,
     /// The directory in which this cluster's agents look for their remote clusters.
     pub(crate) clustermesh_config: PathBuf,
     /// This cluster's agents.
@@ -36,40 +37,6 @@ pub(crate) struct ContextFile {
 pub(crate) struct ClusterEntry {
     pub(crate) name: String,
     pub(crate) id: u32,
-}
-
-/// Cilium's etcd client configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub(crate) struct EtcdAccess {
-    pub(crate) endpoints: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) trusted_ca_file: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) cert_file: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) key_file: Option<PathBuf>,
-}
-
-impl EtcdAccess {
-    /// The file that an agent reads. It contains the word `endpoints:` on a line of its own, by which
-    /// agents tell configurations from the certificates beside them.
-    pub(crate) fn to_yaml(&self) -> anyhow::Result<String> {
-        Ok(serde_saphyr::to_string(self)?)
-    }
-
-    fn check(&self) -> Result<(), &'static str> {
-        if self.endpoints.is_empty() {
-            return Err("etcd.endpoints is empty: name at least one https://HOST:PORT");
-        }
-        if self.endpoints.iter().any(|e| !e.starts_with("https://") && !e.starts_with("http://")) {
-            return Err("etcd.endpoints must be https://HOST:PORT");
-        }
-        if self.cert_file.is_some() != self.key_file.is_some() {
-            return Err("etcd.cert-file and etcd.key-file belong together: give both or none");
-        }
-        Ok(())
-    }
 }
 
 /// One node's agent.
@@ -92,7 +59,7 @@ pub(crate) struct Context {
     /// Its ID. Not checked: the range depends on the mesh, which only the agents know.
     pub(crate) id: u32,
     /// How a remote cluster reads its etcd.
-    pub(crate) etcd: EtcdAccess,
+    pub(crate) etcd: EtcdConfig,
     /// Where its agents look for remote clusters.
     pub(crate) clustermesh_config: PathBuf,
     /// Its agents, at least one.
@@ -113,7 +80,8 @@ impl Context {
         options.with_snippet = false;
         let read: ContextFile = serde_saphyr::from_str_with_options(&text, options).map_err(|e| bad(&e))?;
         let cluster = read.cluster.name.parse().map_err(|e| bad(&e))?;
-        read.etcd.check().map_err(|e| bad(&e))?;
+        // Through its text, which is where its rules are checked.
+        let etcd = EtcdConfig::parse(&read.etcd.to_yaml()).map_err(|e| bad(&e))?;
         if read.agents.is_empty() {
             return Err(bad(&"agents is empty: name at least one {node, socket}"));
         }
@@ -122,11 +90,11 @@ impl Context {
         Ok(Self {
             cluster,
             id: read.cluster.id,
-            etcd: EtcdAccess {
-                trusted_ca_file: read.etcd.trusted_ca_file.map(absolute),
-                cert_file: read.etcd.cert_file.map(absolute),
-                key_file: read.etcd.key_file.map(absolute),
-                endpoints: read.etcd.endpoints,
+            etcd: EtcdConfig {
+                trusted_ca_file: etcd.trusted_ca_file.map(absolute),
+                cert_file: etcd.cert_file.map(absolute),
+                key_file: etcd.key_file.map(absolute),
+                ..etcd
             },
             clustermesh_config: absolute(read.clustermesh_config),
             agents: read
@@ -331,10 +299,11 @@ agents:
         let tmp = tempfile::tempdir().unwrap();
         for (from, to, hint) in [
             ("CLUSTER", "Alpha", "not a cluster name"),
-            ("[https://172.31.1.1:2379]", "[]", "etcd.endpoints"),
-            ("[https://172.31.1.1:2379]", "[172.31.1.1:2379]", "etcd.endpoints"),
-            ("  key-file: pki/remote.key\n", "", "etcd.key-file"),
+            ("[https://172.31.1.1:2379]", "[]", "`endpoints` is empty"),
+            ("[https://172.31.1.1:2379]", "[172.31.1.1:2379]", "https://host:port"),
+            ("  key-file: pki/remote.key\n", "", "`key-file`"),
             ("- {node: node1, socket: node1/agent.sock}", "  []", "agents"),
+            ("  trusted-ca-file: pki/ca.crt\n", "", "`trusted-ca-file`"),
             ("clustermeshConfig", "clusterMeshConfig", "clusterMeshConfig"),
             ("id: 1", "id: one", "line 1"),
             ("cluster:", "cluster", "line 1"),
@@ -344,19 +313,6 @@ agents:
             assert!(message.contains(hint) && message.contains(FILE), "{to}: {message}");
             assert_eq!(message.lines().count(), 1, "{message}");
         }
-    }
-
-    #[test]
-    fn the_etcd_yaml_is_recognised_by_agents() {
-        let etcd = EtcdAccess {
-            endpoints: vec!["https://10.0.0.1:2379".into()],
-            trusted_ca_file: Some("/d/beta.etcd-client-ca.crt".into()),
-            cert_file: None,
-            key_file: None,
-        };
-        let yaml = etcd.to_yaml().unwrap();
-        assert!(yaml.contains("endpoints:"), "{yaml}");
-        assert_eq!(serde_saphyr::from_str::<EtcdAccess>(&yaml).unwrap(), etcd);
     }
 
     #[test]

@@ -12,12 +12,13 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::etcd::EtcdConfig;
 
 use super::plan::EntryState;
-use crate::context::{Context, EtcdAccess};
+use crate::context::Context;
 use crate::error::usage;
 
-/// Readable by the agents' user only: among the files is a private key.
+/// Readable by the agents' user only: among the files are a private key and, perhaps, a password.
 const MODE: u32 = 0o600;
 
 /// What should stand in a directory for one remote cluster.
@@ -57,13 +58,13 @@ impl Entry {
         };
         let (ca, cert, key) =
             (read(&peer.etcd.trusted_ca_file)?, read(&peer.etcd.cert_file)?, read(&peer.etcd.key_file)?);
-        let yaml = EtcdAccess {
-            endpoints: peer.etcd.endpoints.clone(),
+        let yaml = EtcdConfig {
             trusted_ca_file: ca.as_ref().map(|_| paths.ca.clone()),
             cert_file: cert.as_ref().map(|_| paths.cert.clone()),
             key_file: key.as_ref().map(|_| paths.key.clone()),
+            ..peer.etcd.clone()
         }
-        .to_yaml()?;
+        .to_yaml();
         let mut files = vec![(paths.ca, ca), (paths.cert, cert), (paths.key, key)];
         // Certificates that are no longer named go after the configuration that named them.
         files.sort_by_key(|(_, contents)| contents.is_none());
@@ -323,11 +324,13 @@ mod tests {
         Context {
             cluster: cluster.parse().unwrap(),
             id: 1,
-            etcd: EtcdAccess {
-                endpoints: vec![format!("https://{cluster}:2379")],
+            etcd: EtcdConfig {
+                endpoints: vec![format!("{}://{cluster}:2379", if tls { "https" } else { "http" })],
                 trusted_ca_file: file("ca.crt"),
                 cert_file: file("remote.crt"),
                 key_file: file("remote.key"),
+                username: None,
+                password: None,
             },
             clustermesh_config: dir.join("clustermesh"),
             agents: vec![Agent { node: "node1".into(), socket: dir.join("agent.sock") }],
@@ -366,8 +369,8 @@ mod tests {
         );
         assert!(found.values().all(|(_, mode)| *mode == 0o600));
         assert_eq!(found["beta.etcd-client.key"].0, b"remote.key of beta");
-        let config: EtcdAccess =
-            serde_saphyr::from_str(std::str::from_utf8(&found["beta"].0).unwrap()).unwrap();
+        // As the agent reads it.
+        let config = EtcdConfig::load(&dir.join("beta")).unwrap();
         assert_eq!(config.endpoints, ["https://beta:2379"]);
         assert_eq!(config.key_file, Some(dir.join("beta.etcd-client.key")));
         assert_eq!(config.trusted_ca_file, Some(dir.join("beta.etcd-client-ca.crt")));
