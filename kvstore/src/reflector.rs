@@ -14,12 +14,13 @@ mod backoff;
 mod connection;
 pub mod core;
 mod driver;
+mod generation;
 #[cfg(test)]
 mod simulation;
 
 pub use backoff::Backoff;
-pub(crate) use connection::LiveSession;
 pub use connection::{Connection, ConnectionOptions, ConnectionStatus};
+pub(crate) use connection::{Heard, LiveSession};
 pub(crate) use driver::follow;
 
 /// What to follow.
@@ -89,7 +90,7 @@ impl ReflectorEvent {
             core::Change::Synced { revision, .. } => Self::Synced { revision },
             core::Change::Progress { revision } => Self::Progress { revision },
             core::Change::Lost { reason } => Self::Lost { reason },
-            core::Change::Restarted => return None,
+            core::Change::Restarted { .. } => return None,
         })
     }
 }

@@ -320,7 +320,11 @@ impl Session {
         if let Some(ended) = self.shared.end.borrow().clone() {
             return Err(ended);
         }
-        match timeout(self.shared.call_timeout, call).await {
+        let answer = tokio::select! {
+            answer = timeout(self.shared.call_timeout, call) => answer,
+            error = self.ended() => return Err(error),
+        };
+        match answer {
             Ok(Ok(reply)) => {
                 header(&reply).map_or(Ok(()), |header| self.check_header(&header))?;
                 Ok(reply)
@@ -379,6 +383,9 @@ fn classify(what: &str, error: EtcdError) -> SessionError {
         SessionError::LeaseNotFound
     } else if message.contains("authentication failed") || message.contains("invalid auth token") {
         SessionError::Unauthenticated { reason: message }
+    } else if message.contains("larger than max") {
+        // gRPC's own limit on the server's side, above that of etcd.
+        SessionError::Refused(message)
     } else if status.source().is_some() {
         SessionError::Lost(diagnose::explain(&status))
     } else if message.contains("etcdserver:") {

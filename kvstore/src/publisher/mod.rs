@@ -5,9 +5,11 @@
 //! * `driver` (tokio, etcd): feeds the core from a [`crate::reflector::Connection`] and carries out its effects.
 
 pub mod core;
+mod driver;
 mod leases;
 
 #[cfg(test)]
 mod sim;
 
 pub use core::{Core, Effect, Observed, Op, OwnedPrefix, PublisherSpec, PublisherStatus};
+pub use driver::Publisher;

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rand::SeedableRng;
@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::core::{Change, Timing};
+use super::generation::Generations;
 use super::{Backoff, ReflectorEvent, ReflectorSpec, follow};
 use crate::etcd::{EtcdSource, Session, SessionError, SessionOptions};
 
@@ -15,16 +16,42 @@ use crate::etcd::{EtcdSource, Session, SessionError, SessionOptions};
 #[derive(Clone, Debug)]
 pub struct Connection {
     sessions: watch::Receiver<Option<LiveSession>>,
-    status: Arc<watch::Sender<ConnectionStatus>>,
+    heard: Heard,
     timing: Timing,
     channel: usize,
 }
 
-/// A session with its number among those of a connection.
+/// What all users of a connection hear.
+#[derive(Clone, Debug)]
+pub(crate) struct Heard {
+    status: Arc<watch::Sender<ConnectionStatus>>,
+    generations: Arc<Mutex<Generations>>,
+}
+
+impl Heard {
+    /// A reply came, perhaps with etcd's revision.
+    pub(crate) fn reply(&self, revision: Option<i64>) {
+        if let Some(revision) = revision {
+            self.generations().saw(revision);
+        }
+        // Without waking those who wait for a change of status.
+        self.status.send_if_modified(|status| {
+            status.last_event = Instant::now();
+            false
+        });
+    }
+
+    fn generations(&self) -> MutexGuard<'_, Generations> {
+        // Counters only; they are whole at all times.
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A session, and which of the etcds behind a connection it is with.
 #[derive(Clone, Debug)]
 pub(crate) struct LiveSession {
-    /// Grows with each session.
-    pub(crate) number: u64,
+    /// Counts the etcds: the same number means the same history.
+    pub(crate) generation: u64,
     /// The session.
     pub(crate) session: Session,
 }
@@ -88,10 +115,12 @@ impl Connection {
             endpoints: Vec::new(),
         }));
         let (publish, sessions) = watch::channel(None);
-        let task = Task { source: config.into(), options, status: status.clone(), publish, number: 0 };
+        let heard = Heard { status: status.clone(), generations: Arc::default() };
+        let source = config.into();
+        let task = Task { source, options, status: status.clone(), heard: heard.clone(), publish, number: 0 };
         tokio::spawn(task.run());
         let receiver = status.subscribe();
-        (Self { sessions, status, timing: options.timing, channel: options.channel.max(1) }, receiver)
+        (Self { sessions, heard, timing: options.timing, channel: options.channel.max(1) }, receiver)
     }
 
     /// Follows keys. The channel is bounded; dropping it stops the reflector.
@@ -106,7 +135,7 @@ impl Connection {
     ) -> mpsc::Receiver<E> {
         let (events, receiver) = mpsc::channel(self.channel);
         let sessions = self.sessions.clone();
-        tokio::spawn(follow(sessions, self.status.clone(), spec, self.timing, events, translate));
+        tokio::spawn(follow(sessions, self.heard.clone(), spec, self.timing, events, translate));
         receiver
     }
 
@@ -133,6 +162,7 @@ struct Task {
     source: EtcdSource,
     options: ConnectionOptions,
     status: Arc<watch::Sender<ConnectionStatus>>,
+    heard: Heard,
     publish: watch::Sender<Option<LiveSession>>,
     number: u64,
 }
@@ -196,7 +226,8 @@ impl Task {
             status.reconnects = number - 1;
             status.last_event = Instant::now();
         });
-        self.publish.send_replace(Some(LiveSession { number, session: session.clone() }));
+        let generation = self.heard.generations().of(session.cluster_id(), session.revision());
+        self.publish.send_replace(Some(LiveSession { generation, session: session.clone() }));
         let error = loop {
             tokio::select! {
                 () = self.publish.closed() => return None,

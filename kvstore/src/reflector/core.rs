@@ -56,12 +56,8 @@ pub struct Ticket(u64);
 pub enum Input {
     /// There is a session.
     Connected {
-        /// Its number; grows.
-        session: u64,
-        /// The etcd it is with.
-        cluster_id: u64,
-        /// That etcd's revision.
-        revision: i64,
+        /// Counts the etcds behind the connection: the same number means the same history.
+        generation: u64,
     },
     /// The session is gone.
     Disconnected {
@@ -78,6 +74,23 @@ pub enum Input {
     Failed(Ticket, Failure),
     /// The time of [`Core::deadline`] has come.
     Tick,
+}
+
+impl Input {
+    /// etcd's revision, if this is a reply that has it.
+    pub(super) fn revision(&self) -> Option<i64> {
+        match self {
+            Self::Got(_, _, revision) => Some(*revision),
+            Self::Page(_, page) => Some(page.revision),
+            Self::Watch(
+                _,
+                WatchMessage::Created { revision }
+                | WatchMessage::Events { revision, .. }
+                | WatchMessage::Progress { revision },
+            ) => Some(*revision),
+            _ => None,
+        }
+    }
 }
 
 /// Why a request failed.
@@ -124,7 +137,10 @@ pub enum Effect {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// etcd is another one: what follows, up to `Synced`, is told anew.
-    Restarted,
+    Restarted {
+        /// Which one.
+        generation: u64,
+    },
     /// Created or changed.
     Put {
         /// Key without the prefix.
@@ -147,8 +163,8 @@ pub enum Change {
     Synced {
         /// etcd's revision.
         revision: i64,
-        /// The session by which it was.
-        session: u64,
+        /// By a list; otherwise what had been told before was resumed.
+        listed: bool,
     },
     /// Alive.
     Progress {
@@ -181,7 +197,7 @@ enum Phase {
 /// Which history the known keys belong to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Incarnation {
-    cluster_id: u64,
+    generation: u64,
     /// The canary as it was, if one is waited for: an etcd that was wiped and filled again under its old
     /// ID has another one.
     canary: Option<KeyValue>,
@@ -204,8 +220,7 @@ pub struct Core {
     backoff: Backoff,
     phase: Phase,
     ticket: Ticket,
-    session: u64,
-    cluster_id: u64,
+    generation: u64,
     /// What the state comes from; `None` until there is one.
     incarnation: Option<Incarnation>,
     /// Canary of the current session.
@@ -236,8 +251,7 @@ impl Core {
             rng: SmallRng::seed_from_u64(seed),
             phase: Phase::Away,
             ticket: Ticket(0),
-            session: 0,
-            cluster_id: 0,
+            generation: 0,
             incarnation: None,
             canary_seen: None,
             complete: false,
@@ -255,9 +269,7 @@ impl Core {
     /// Takes what happened; appends what is to be done.
     pub fn handle(&mut self, now: Instant, input: Input, out: &mut Vec<Effect>) {
         match input {
-            Input::Connected { session, cluster_id, revision } => {
-                self.connected(now, session, cluster_id, revision, out);
-            }
+            Input::Connected { generation } => self.connected(now, generation, out),
             Input::Disconnected { reason } => {
                 self.phase = Phase::Away;
                 self.new_ticket();
@@ -301,28 +313,14 @@ impl Core {
         self.known.is_empty()
     }
 
-    fn connected(
-        &mut self,
-        now: Instant,
-        session: u64,
-        cluster_id: u64,
-        revision: i64,
-        out: &mut Vec<Effect>,
-    ) {
+    fn connected(&mut self, now: Instant, generation: u64, out: &mut Vec<Effect>) {
         if self.live {
             // The session before went without a word.
             self.lose("the session was replaced".into(), out);
         }
-        self.session = session;
-        self.cluster_id = cluster_id;
+        self.generation = generation;
         self.heard = now;
         self.asked = None;
-        // An etcd whose history is shorter than what we saw is not the one we saw.
-        let same = self.incarnation.as_ref().is_some_and(|was| was.cluster_id == cluster_id);
-        if !same || revision < self.highest {
-            self.complete = false;
-            self.incarnation = None;
-        }
         self.start(out);
     }
 
@@ -361,14 +359,15 @@ impl Core {
     }
 
     fn resume_or_list(&mut self, out: &mut Vec<Effect>) {
-        let now_is = Incarnation { cluster_id: self.cluster_id, canary: self.canary_seen.clone() };
+        let now_is = Incarnation { generation: self.generation, canary: self.canary_seen.clone() };
         if self.incarnation.as_ref() != Some(&now_is) {
             self.incarnation = Some(now_is);
             self.complete = false;
             self.highest = 0;
+            self.revision = 0;
             // Revisions of another history compare with nothing: all keys have to be told again.
             self.known.values_mut().for_each(|known| known.mod_revision = 0);
-            out.push(Effect::Emit(Change::Restarted));
+            out.push(Effect::Emit(Change::Restarted { generation: self.generation }));
         }
         if self.complete { self.begin_watch(out) } else { self.begin_list(out) }
     }
@@ -409,7 +408,7 @@ impl Core {
         out[before..].sort_by(|a, b| deleted(a).cmp(&deleted(b)));
         self.complete = true;
         self.revision = pinned;
-        self.synced(out);
+        self.synced(true, out);
         self.begin_watch(out);
     }
 
@@ -447,12 +446,12 @@ impl Core {
         match message {
             WatchMessage::Created { revision } => {
                 if self.went_back(revision) {
-                    return self.relist_other(now, out);
+                    return self.end_session("etcd went back to an older revision", out);
                 }
                 self.saw(revision);
                 self.backoff.reset();
                 if !self.live {
-                    self.synced(out);
+                    self.synced(false, out);
                 }
             }
             WatchMessage::Events { revision, events } => {
@@ -472,7 +471,7 @@ impl Core {
             }
             WatchMessage::Progress { revision } => {
                 if self.went_back(revision) {
-                    return self.relist_other(now, out);
+                    return self.end_session("etcd went back to an older revision", out);
                 }
                 self.saw(revision);
                 out.push(Effect::Emit(Change::Progress { revision }));
@@ -512,11 +511,7 @@ impl Core {
             }
             (_, Some(_)) => {
                 let silent = self.timing.idle + self.timing.answer;
-                let reason = format!("etcd has been silent for {silent:?}");
-                self.phase = Phase::Away;
-                self.new_ticket();
-                self.lose(reason.clone(), out);
-                out.push(Effect::EndSession(reason));
+                self.end_session(&format!("etcd has been silent for {silent:?}"), out);
             }
         }
     }
@@ -527,11 +522,12 @@ impl Core {
         self.lose(reason, out);
     }
 
-    /// etcd went back in time: restored from a backup, or wiped. Nothing known is of its history.
-    fn relist_other(&mut self, now: Instant, out: &mut Vec<Effect>) {
-        self.incarnation = None;
-        self.complete = false;
-        self.retry(now, "etcd went back to an older revision".into(), out);
+    /// Who connects anew finds out which etcd it is.
+    fn end_session(&mut self, reason: &str, out: &mut Vec<Effect>) {
+        self.phase = Phase::Away;
+        self.new_ticket();
+        self.lose(reason.to_owned(), out);
+        out.push(Effect::EndSession(reason.to_owned()));
     }
 
     fn went_back(&self, revision: i64) -> bool {
@@ -542,10 +538,10 @@ impl Core {
         self.highest = self.highest.max(revision);
     }
 
-    fn synced(&mut self, out: &mut Vec<Effect>) {
+    fn synced(&mut self, listed: bool, out: &mut Vec<Effect>) {
         self.live = true;
         self.lost = false;
-        out.push(Effect::Emit(Change::Synced { revision: self.revision, session: self.session }));
+        out.push(Effect::Emit(Change::Synced { revision: self.revision, listed }));
     }
 
     fn lose(&mut self, reason: String, out: &mut Vec<Effect>) {

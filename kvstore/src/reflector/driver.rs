@@ -2,19 +2,18 @@
 
 use std::future::{Future, pending};
 use std::pin::Pin;
-use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::core::{Change, Core, Effect, Failure, Input, Ticket, Timing};
-use super::{ConnectionStatus, LiveSession, ReflectorSpec};
+use super::{Heard, LiveSession, ReflectorSpec};
 use crate::etcd::{KeyRange, Session, SessionError, WatchStream};
 
 /// Follows `spec` over all sessions to come, until nobody listens to `events`.
 pub(crate) async fn follow<E: Send + 'static>(
     mut sessions: watch::Receiver<Option<LiveSession>>,
-    status: Arc<watch::Sender<ConnectionStatus>>,
+    heard: Heard,
     spec: ReflectorSpec,
     timing: Timing,
     events: mpsc::Sender<E>,
@@ -45,11 +44,7 @@ pub(crate) async fn follow<E: Send + 'static>(
         let Some(input) = input else { continue };
         let now = Instant::now();
         if !matches!(input, Input::Tick | Input::Disconnected { .. }) {
-            // Without waking those who wait for a change of status.
-            status.send_if_modified(|status| {
-                status.last_event = now;
-                false
-            });
+            heard.reply(input.revision());
         }
         let mut effects = Vec::new();
         driver.core.handle(now.into_std(), input, &mut effects);
@@ -91,10 +86,9 @@ impl Driver {
         self.watch = None;
         let reason = || "etcd is not connected".to_owned();
         match live {
-            Some(LiveSession { number, session }) => {
-                let (cluster_id, revision) = (session.cluster_id(), session.revision());
+            Some(LiveSession { generation, session }) => {
                 self.session = Some(session);
-                Some(Input::Connected { session: number, cluster_id, revision })
+                Some(Input::Connected { generation })
             }
             None => self.session.take().map(|_| Input::Disconnected { reason: reason() }),
         }

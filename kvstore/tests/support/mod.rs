@@ -61,6 +61,7 @@ impl Pki {
 pub struct Etcd {
     child: Option<Child>,
     dir: TempDir,
+    listen: String,
     port: u16,
     peer: u16,
     incarnation: u32,
@@ -82,11 +83,20 @@ impl Etcd {
         etcd
     }
 
+    /// As [`Self::start_tls`], on this address.
+    pub async fn start_tls_on(address: &str) -> Self {
+        let mut etcd = Self::prepare(Some(()));
+        etcd.listen = address.to_owned();
+        etcd.run().await;
+        etcd
+    }
+
     fn prepare(tls: Option<()>) -> Self {
         let dir = tempfile::Builder::new().prefix("cm-kv-etcd-").tempdir().unwrap();
         let pki = tls.map(|()| Pki::new(dir.path()));
         let (port, peer) = free_ports();
-        Self { child: None, dir, port, peer, incarnation: 0, pki }
+        let listen = "127.0.0.1".to_owned();
+        Self { child: None, dir, listen, port, peer, incarnation: 0, pki }
     }
 
     pub fn pki(&self) -> &Pki {
@@ -119,7 +129,12 @@ impl Etcd {
         command
             .args(["--name", "m", "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--data-dir".as_ref(), self.data().as_os_str()])
-            .args(["--listen-client-urls", client, "--advertise-client-urls", client])
+            .args([
+                "--listen-client-urls",
+                &client.replace("127.0.0.1", &self.listen),
+                "--advertise-client-urls",
+                client,
+            ])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("m={peer}")])
             // A new token makes a new cluster ID.
