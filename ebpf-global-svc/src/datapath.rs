@@ -281,7 +281,7 @@ impl Datapath {
                 Some(cgroup) => {
                     links::attach_cgroup(socket_program(&mut self.programs, name)?, name, &pin, cgroup)?
                 }
-                None => pins::remove(&pin)?,
+                None => pins::detach(&pin)?,
             }
         }
         Ok(())
@@ -306,7 +306,7 @@ impl Datapath {
             let replaced = links::replace(&pin, &target, descriptor.as_fd())
                 .map_err(|error| failed(error.to_string()))?;
             if !replaced {
-                pins::remove(&pin)?;
+                pins::detach(&pin)?;
             }
         }
         Ok(())

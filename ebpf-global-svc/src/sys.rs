@@ -28,6 +28,7 @@ mod command {
     pub(super) const MAP_UPDATE_BATCH: i64 = 26;
     pub(super) const MAP_DELETE_BATCH: i64 = 27;
     pub(super) const LINK_UPDATE: i64 = 29;
+    pub(super) const LINK_DETACH: i64 = 34;
 }
 
 /// The kernel has its own error number for "not supported", without a name in libc.
@@ -175,6 +176,14 @@ pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     unsafe { bpf(command::LINK_UPDATE, &mut attributes) }.map(drop)
 }
 
+/// Takes the program of a link off its hook, now. Closing or unpinning a link does so too, but some
+/// time later.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = LinkDetach { link: fd(link) };
+    // SAFETY: the kernel reads one descriptor.
+    unsafe { bpf(command::LINK_DETACH, &mut attributes) }.map(drop)
+}
+
 /// What a link is attached to: `cgroup.cgroup_id` or `tcx.ifindex` of `bpf_link_info`, by the kind of
 /// link that the caller knows it to be. Zero: no longer attached.
 pub(crate) enum LinkTarget {
@@ -251,6 +260,12 @@ pub(crate) fn lock(file: &File, wait: bool) -> io::Result<()> {
     }
 }
 
+/// Gives a lock back now, also if a child that is about to execute something still has the file.
+pub(crate) fn unlock(file: &File) {
+    // SAFETY: a valid descriptor. It fails only for an invalid one.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+}
+
 /// Moves the calling thread into a network namespace.
 #[cfg(test)]
 pub(crate) fn enter_netns(path: &Path) -> io::Result<()> {
@@ -321,6 +336,11 @@ struct LinkUpdate {
     program: u32,
     flags: u32,
     old_program: u32,
+}
+
+#[repr(C)]
+struct LinkDetach {
+    link: u32,
 }
 
 /// # Safety

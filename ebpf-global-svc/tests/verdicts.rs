@@ -66,7 +66,7 @@ impl Node {
 
     /// Runs a packet that leaves a pod, and expects a verdict and one more of one counter.
     #[track_caller]
-    fn from_pod(&self, frame: &[u8], verdict: i32, reason: u8) -> Vec<u8> {
+    fn pod_sends(&self, frame: &[u8], verdict: i32, reason: u8) -> Vec<u8> {
         self.expect("cm_from_pod", frame, verdict, reason)
     }
 
@@ -112,7 +112,7 @@ fn a_pod_reaches_a_pod_of_its_node() {
     let node = Node::new();
     for family in [4, 6] {
         let packet = frame(pod(OWN, 1, family), pod(OWN, 2, family));
-        let after = node.from_pod(&packet, REDIRECTED, reason::FORWARDED);
+        let after = node.pod_sends(&packet, REDIRECTED, reason::FORWARDED);
         let EndpointValue { pod_mac, host_mac, .. } = endpoint(0, 0);
         assert_eq!(after[..6], pod_mac);
         assert_eq!(after[6..12], host_mac);
@@ -126,7 +126,7 @@ fn a_pod_without_a_known_mac_gets_its_packets_from_the_stack() {
     let value = EndpointValue { flags: ENDPOINT_VIA_STACK, ..endpoint(node.pod_ifindex, 7) };
     node.tables.endpoint.upsert(&[(ip_key(OWN, pod(OWN, 2, 4)), value)]).unwrap();
     let packet = frame(pod(OWN, 1, 4), pod(OWN, 2, 4));
-    assert_eq!(node.from_pod(&packet, TO_STACK, reason::TO_STACK), packet);
+    assert_eq!(node.pod_sends(&packet, TO_STACK, reason::TO_STACK), packet);
 }
 
 #[test]
@@ -135,16 +135,16 @@ fn a_remote_pod_is_reached_through_its_node_even_before_its_address_is_known() {
     for family in [4, 6] {
         let packet = frame(pod(OWN, 1, family), pod(PEER, 9, family));
         assert_eq!(
-            node.from_pod(&packet, REDIRECTED, reason::ENCAPSULATED),
+            node.pod_sends(&packet, REDIRECTED, reason::ENCAPSULATED),
             packet,
             "by its node's pod CIDR"
         );
         let entry = (ip_key(PEER, pod(PEER, 9, family)), ip_value(0x2_0009, PEER_NODE));
         node.tables.ipcache.upsert(&[entry]).unwrap();
-        assert_eq!(node.from_pod(&packet, REDIRECTED, reason::ENCAPSULATED), packet, "by its address");
+        assert_eq!(node.pod_sends(&packet, REDIRECTED, reason::ENCAPSULATED), packet, "by its address");
         let entry = (ip_key(PEER, pod(PEER, 9, family)), ip_value(0x2_0009, Ipv4Addr::UNSPECIFIED));
         node.tables.ipcache.upsert(&[entry]).unwrap();
-        node.from_pod(&packet, DROPPED, reason::NO_TUNNEL_ENDPOINT);
+        node.pod_sends(&packet, DROPPED, reason::NO_TUNNEL_ENDPOINT);
     }
 }
 
@@ -153,12 +153,12 @@ fn the_longest_prefix_names_the_cluster() {
     let mut node = Node::new();
     let entry = (prefix_key(pod(PEER, 128, 4), 25), prefix_value(3, Ipv4Addr::UNSPECIFIED));
     node.tables.prefix.upsert(&[entry]).unwrap();
-    node.from_pod(&frame(pod(OWN, 1, 4), pod(PEER, 127, 4)), REDIRECTED, reason::ENCAPSULATED);
-    node.from_pod(&frame(pod(OWN, 1, 4), pod(PEER, 128, 4)), DROPPED, reason::NO_TUNNEL_ENDPOINT);
+    node.pod_sends(&frame(pod(OWN, 1, 4), pod(PEER, 127, 4)), REDIRECTED, reason::ENCAPSULATED);
+    node.pod_sends(&frame(pod(OWN, 1, 4), pod(PEER, 128, 4)), DROPPED, reason::NO_TUNNEL_ENDPOINT);
     // The address is known in cluster 3, which is where the prefix says it is.
     let entry = (ip_key(3, pod(PEER, 128, 4)), ip_value(0x3_0001, PEER_NODE));
     node.tables.ipcache.upsert(&[entry]).unwrap();
-    node.from_pod(&frame(pod(OWN, 1, 4), pod(PEER, 128, 4)), REDIRECTED, reason::ENCAPSULATED);
+    node.pod_sends(&frame(pod(OWN, 1, 4), pod(PEER, 128, 4)), REDIRECTED, reason::ENCAPSULATED);
 }
 
 #[test]
@@ -167,15 +167,15 @@ fn a_pod_cannot_send_from_an_address_that_is_not_its_own() {
     for family in [4, 6] {
         let destination = pod(PEER, 9, family);
         // Nobody's, a remote pod's, and that of a pod behind another interface.
-        node.from_pod(&frame(pod(OWN, 77, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
-        node.from_pod(&frame(pod(PEER, 1, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
+        node.pod_sends(&frame(pod(OWN, 77, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
+        node.pod_sends(&frame(pod(PEER, 1, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
         let other = (ip_key(OWN, pod(OWN, 3, family)), endpoint(node.pod_ifindex + 1, 3));
         node.tables.endpoint.upsert(&[other]).unwrap();
-        node.from_pod(&frame(pod(OWN, 3, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
+        node.pod_sends(&frame(pod(OWN, 3, family), destination), DROPPED, reason::INVALID_SOURCE_IP);
     }
     // Nor to places outside of the mesh.
     let outside = Ipv4Addr::new(1, 1, 1, 1).into();
-    node.from_pod(&frame(pod(OWN, 77, 4), outside), DROPPED, reason::INVALID_SOURCE_IP);
+    node.pod_sends(&frame(pod(OWN, 77, 4), outside), DROPPED, reason::INVALID_SOURCE_IP);
 }
 
 #[test]
@@ -193,13 +193,13 @@ fn what_is_not_for_the_mesh_goes_to_the_stack() {
     let router_solicitation = frame(link_local, "ff02::2".parse().unwrap());
     let neighbour_solicitation = frame(link_local, "fe80::1".parse().unwrap());
     for packet in [outside4, outside6, own_node, arp, dhcp, router_solicitation, neighbour_solicitation] {
-        assert_eq!(node.from_pod(&packet, TO_STACK, reason::TO_STACK), packet);
+        assert_eq!(node.pod_sends(&packet, TO_STACK, reason::TO_STACK), packet);
     }
     // An address of this node in its own pod CIDR, known or not.
     let router = pod(OWN, 254, 4);
-    node.from_pod(&frame(pod(OWN, 1, 4), router), TO_STACK, reason::TO_STACK);
+    node.pod_sends(&frame(pod(OWN, 1, 4), router), TO_STACK, reason::TO_STACK);
     node.tables.ipcache.upsert(&[(ip_key(OWN, router), ip_value(6, THIS_NODE))]).unwrap();
-    node.from_pod(&frame(pod(OWN, 1, 4), router), TO_STACK, reason::TO_STACK);
+    node.pod_sends(&frame(pod(OWN, 1, 4), router), TO_STACK, reason::TO_STACK);
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn malformed_packets_are_dropped() {
     }
     let mut short_header = frame(pod(OWN, 1, 4), pod(PEER, 9, 4));
     short_header[14] = 0x44;
-    node.from_pod(&short_header, DROPPED, reason::INVALID_PACKET);
+    node.pod_sends(&short_header, DROPPED, reason::INVALID_PACKET);
 }
 
 #[test]
@@ -239,20 +239,20 @@ fn a_packet_that_no_tunnel_brought_is_dropped_at_the_overlay() {
 fn a_pod_cannot_pass_for_its_node_on_the_underlay() {
     let node = Node::new();
     let mut packet = frame(pod(OWN, 1, 4), PEER_NODE.into());
-    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    node.pod_sends(&packet, TO_STACK, reason::TO_STACK);
     packet[14 + 20 + 2..][..2].copy_from_slice(&8472_u16.to_be_bytes());
-    node.from_pod(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
+    node.pod_sends(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
     // With options the port is elsewhere.
     packet[14] = 0x46;
-    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    node.pod_sends(&packet, TO_STACK, reason::TO_STACK);
     packet[14 + 24 + 2..][..2].copy_from_slice(&8472_u16.to_be_bytes());
-    node.from_pod(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
+    node.pod_sends(&packet, DROPPED, reason::ENCAPSULATION_PROHIBITED);
     // A later fragment has no ports; TCP has another purpose for them.
     packet[14 + 7] = 1;
-    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    node.pod_sends(&packet, TO_STACK, reason::TO_STACK);
     packet[14 + 7] = 0;
     packet[14 + 9] = 6;
-    node.from_pod(&packet, TO_STACK, reason::TO_STACK);
+    node.pod_sends(&packet, TO_STACK, reason::TO_STACK);
 }
 
 #[test]

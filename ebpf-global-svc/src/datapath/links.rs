@@ -41,7 +41,7 @@ pub(super) fn attach_cgroup(
     if replace(pin, &LinkTarget::Cgroup(id), descriptor.as_fd()).map_err(|error| failed(error.to_string()))? {
         return Ok(());
     }
-    pins::remove(pin)?;
+    pins::detach(pin)?;
     // `Single` is flags 0, the only ones that the kernel takes for a link, which then admits others.
     let link = program
         .attach(folder, CgroupAttachMode::Single)
@@ -71,7 +71,7 @@ pub(super) fn attach_interface(
     {
         return Ok(());
     }
-    pins::remove(pin)?;
+    pins::detach(pin)?;
     let link = program
         .attach_with_options(&device, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))
         .and_then(|id| program.take_link(id))
@@ -88,7 +88,7 @@ pub(super) fn detach_interface(
     interface: u32,
     direction: TcAttachType,
 ) -> Result<(), DatapathError> {
-    pins::remove(pin)?;
+    pins::detach(pin)?;
     if has_tcx() {
         return Ok(());
     }

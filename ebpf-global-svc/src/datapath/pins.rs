@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
@@ -14,7 +15,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 #[derive(Debug)]
 pub(super) struct Pins {
     root: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl Pins {
@@ -29,7 +30,7 @@ impl Pins {
             io::ErrorKind::WouldBlock => DatapathError::InUse { root: root.to_owned() },
             _ => failed("lock", root, source),
         })?;
-        Ok(Self { root: root.to_owned(), _lock: lock })
+        Ok(Self { root: root.to_owned(), lock })
     }
 
     pub(super) fn map(&self, name: &str) -> PathBuf {
@@ -48,8 +49,23 @@ impl Pins {
     }
 }
 
+impl Drop for Pins {
+    fn drop(&mut self) {
+        sys::unlock(&self.lock);
+    }
+}
+
+/// Takes a pinned link off its hook and removes the pin. One that is gone is fine.
+pub(super) fn detach(path: &Path) -> Result<(), DatapathError> {
+    if let Ok(link) = sys::open_pin(path) {
+        // It fails if the interface or cgroup is gone, and with it the attachment.
+        let _ = sys::detach_link(link.as_fd());
+    }
+    remove(path)
+}
+
 /// Removes a pin. One that is gone is fine.
-pub(super) fn remove(path: &Path) -> Result<(), DatapathError> {
+fn remove(path: &Path) -> Result<(), DatapathError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, source)),
         _ => Ok(()),
@@ -58,7 +74,8 @@ pub(super) fn remove(path: &Path) -> Result<(), DatapathError> {
 
 /// Removes the whole folder: links first, so that no program runs on maps that are half gone.
 pub(super) fn remove_all(root: &Path) -> Result<(), DatapathError> {
-    for folder in [root.join("links"), root.join("maps")] {
+    let steps: [(_, fn(&Path) -> _); 2] = [(root.join("links"), detach), (root.join("maps"), remove)];
+    for (folder, remove) in steps {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
