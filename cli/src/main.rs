@@ -3,16 +3,28 @@
 
 mod context;
 mod error;
+mod lab;
 mod mesh;
+mod output;
+mod wait;
 
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Connect clusters into one mesh, look into it, and try it on one machine.
 #[derive(Debug, Parser)]
-#[command(name = "clustermesh", version)]
+#[command(
+    name = "clustermesh",
+    version,
+    after_help = "Examples:
+  clustermesh lab up topology-examples/two-clusters/topology.yaml
+  clustermesh connect --context alpha --destination-context beta --wait
+  clustermesh status --context alpha
+  clustermesh lab exec alpha/shop/client -- mesh-probe call http://10.96.7.126 -n 200
+  clustermesh lab down"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -22,6 +34,16 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Mesh(mesh::Command),
+    /// Several clusters on this machine: start, change, break, remove
+    Lab(lab::args::LabArgs),
+    /// Print the completions of a shell
+    #[command(after_help = "Example:\n  clustermesh completions bash > /etc/bash_completion.d/clustermesh")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the version
+    Version,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +57,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
+    // Before the runtime starts threads: only a process of one thread moves to another namespace whole.
+    if let Command::Lab(args) = &cli.command
+        && lab::become_command(args)?
+    {
+        return Ok(());
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -43,6 +71,15 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     runtime.block_on(async {
         match &cli.command {
             Command::Mesh(command) => command.run().await,
+            Command::Lab(args) => lab::run(args).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(*shell, &mut Cli::command(), "clustermesh", &mut std::io::stdout());
+                Ok(())
+            }
+            Command::Version => {
+                println!("clustermesh {}", env!("CARGO_PKG_VERSION"));
+                Ok(())
+            }
         }
     })
 }

@@ -1,5 +1,7 @@
 //! `clustermesh connect`: gather facts from both sides, check them, write both entries.
 
+use std::path::Path;
+
 use anyhow::bail;
 use clap::Args;
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
@@ -42,6 +44,18 @@ pub(crate) struct ConnectArgs {
 }
 
 impl ConnectArgs {
+    /// The clusters in two directories, waiting until they are connected.
+    pub(crate) fn waiting(source: &Path, destination: &Path, limit: Wait) -> Self {
+        Self {
+            context: source.display().to_string(),
+            destination_context: destination.display().to_string(),
+            wait: true,
+            wait_duration: limit,
+            dry_run: false,
+            output: Output::Text,
+        }
+    }
+
     /// Runs the command.
     ///
     /// # Errors

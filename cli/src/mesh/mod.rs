@@ -4,8 +4,14 @@
 //! are entries in the directories that agents watch ([`entry`]). Whether two clusters may be connected
 //! is decided by plain code ([`plan`]), and only then something is written.
 
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
+
+use clustermesh_agent_api::v1::StatusResponse;
+
+use self::status::why_not_ready;
+use crate::context::Context;
 
 mod agents;
 mod bpf;
@@ -41,6 +47,43 @@ impl Command {
     }
 }
 
+/// Waits until all agents of the clusters in `dirs` have read their own cluster and programmed the kernel.
+///
+/// # Errors
+/// When `limit` is over: what each agent still lacks.
+pub(crate) async fn until_synced(dirs: &[PathBuf], limit: Duration) -> anyhow::Result<()> {
+    let contexts = dirs.iter().map(|dir| Context::load(dir)).collect::<anyhow::Result<Vec<_>>>()?;
+    let contexts: Vec<&Context> = contexts.iter().collect();
+    wait::until(limit, &contexts, "all agents are ready", |statuses| {
+        statuses.iter().flat_map(|(context, answers)| not_ready(context, answers)).collect()
+    })
+    .await
+}
+
+/// Connects the clusters in two directories, as `connect --wait` does.
+///
+/// # Errors
+/// As `connect`.
+pub(crate) async fn connect(source: &Path, destination: &Path, limit: Duration) -> anyhow::Result<()> {
+    connect::ConnectArgs::waiting(source, destination, Wait(limit)).run().await
+}
+
+fn not_ready(context: &Context, answers: &wait::Statuses) -> Vec<wait::Pending> {
+    let why = |answer: &Result<StatusResponse, String>| match answer {
+        Ok(status) if status.ready => None,
+        Ok(status) if !status.datapath_error.is_empty() => Some(status.datapath_error.clone()),
+        Ok(status) => Some(status.own.as_ref().map_or("no status of its own cluster".into(), why_not_ready)),
+        Err(error) => Some(error.clone()),
+    };
+    let pairs = context.agents.iter().zip(answers);
+    pairs
+        .filter_map(|(agent, answer)| {
+            let (cluster, node) = (context.cluster.to_string(), agent.node.clone());
+            why(answer).map(|why| wait::Pending { cluster, node, why })
+        })
+        .collect()
+}
+
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Output {
@@ -55,6 +98,13 @@ pub(crate) enum Output {
 /// A duration as people write it: `500ms`, `60s`, `5m`, `1h30m`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wait(Duration);
+
+impl Wait {
+    /// How long.
+    pub(crate) fn duration(self) -> Duration {
+        self.0
+    }
+}
 
 impl FromStr for Wait {
     type Err = String;
