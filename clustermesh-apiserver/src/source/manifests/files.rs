@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::parse::{ManifestError, parse};
+use super::parse::{ManifestError, Parsed};
 use crate::objects::{Change, Object, ObjectKey};
 
 /// What the files of a directory say, file by file.
@@ -17,6 +17,7 @@ pub struct Files {
 struct File {
     /// As of the last time that it could be read.
     objects: BTreeMap<ObjectKey, Object>,
+    parsed: Parsed,
     error: Option<ManifestError>,
 }
 
@@ -52,10 +53,11 @@ impl Files {
         content: Result<&str, ManifestError>,
     ) -> (Vec<Change>, Option<Problem>) {
         let file = self.files.entry(name.to_owned()).or_default();
-        match content.and_then(parse) {
-            Ok(objects) => {
+        match content.and_then(|text| Parsed::parse(text, &file.parsed)) {
+            Ok(parsed) => {
+                file.parsed = parsed;
                 let mended = file.error.take().map(|_| Problem::Mended);
-                let objects = objects.into_iter().map(|object| (object.key(), object)).collect();
+                let objects = file.parsed.objects().map(|object| (object.key(), object)).collect();
                 (self.replace(name, objects), mended)
             }
             Err(error) => {
@@ -134,6 +136,7 @@ impl Files {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::parse::parse;
     use super::*;
 
     fn namespace(name: &str, label: &str) -> String {

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::{core::v1, discovery};
@@ -13,16 +13,35 @@ use crate::objects::{EndpointSlice, Namespace, Node, Object, ObjectError, Pod, S
 /// # Errors
 /// The first thing that is wrong. Nothing of such a text counts: half of a change may be worse than none.
 pub fn parse(text: &str) -> Result<Vec<Object>, ManifestError> {
-    let mut objects = Vec::new();
-    for document in documents(text) {
-        document.read_into(&mut objects)?;
-    }
-    let mut keys = BTreeSet::new();
-    match objects.iter().map(Object::key).find(|key| !keys.insert(key.clone())) {
-        Some(twice) => {
-            Err(ManifestError::of_file(format_args!("{twice} is described twice: remove one of them")))
+    Ok(Parsed::parse(text, &Parsed::default())?.objects().collect())
+}
+
+/// A text that was understood, document by document, so that the next version of it costs no more than
+/// what is different about it.
+#[derive(Default)]
+pub(super) struct Parsed(BTreeMap<Box<str>, Vec<Object>>);
+
+impl Parsed {
+    /// Parses `text`, an earlier version of which gave `earlier`.
+    pub(super) fn parse(text: &str, earlier: &Self) -> Result<Self, ManifestError> {
+        let mut parsed = BTreeMap::new();
+        let mut keys = BTreeSet::new();
+        for document in documents(text) {
+            let objects = match earlier.0.get(document.text) {
+                Some(objects) => objects.clone(),
+                None => document.read()?,
+            };
+            if let Some(twice) = objects.iter().map(Object::key).find(|key| !keys.insert(key.clone())) {
+                return Err(document.error(format_args!("{twice} is described twice: remove one of them")));
+            }
+            parsed.insert(document.text.into(), objects);
         }
-        None => Ok(objects),
+        Ok(Self(parsed))
+    }
+
+    /// All objects of the text.
+    pub(super) fn objects(&self) -> impl Iterator<Item = Object> {
+        self.0.values().flatten().cloned()
     }
 }
 
@@ -122,28 +141,21 @@ impl Document<'_> {
         })
     }
 
-    fn read_into(&self, objects: &mut Vec<Object>) -> Result<(), ManifestError> {
-        let Some(head) = self.read::<Option<Head>>()? else { return Ok(()) };
+    fn read(&self) -> Result<Vec<Object>, ManifestError> {
+        let Some(head) = self.deserialize::<Option<Head>>()? else { return Ok(Vec::new()) };
         let (Some(api_version), Some(kind)) = (&head.api_version, &head.kind) else {
             return Err(self.error("this is not a Kubernetes object: apiVersion or kind is missing"));
         };
         match kind.strip_suffix("List") {
-            Some(item_kind) => self.read_list(api_version, item_kind, objects),
-            None => {
-                objects.extend(self.read_object(api_version, kind)?);
-                Ok(())
-            }
+            Some(item_kind) => self.read_list(api_version, item_kind),
+            None => Ok(self.read_object(api_version, kind)?.into_iter().collect()),
         }
     }
 
     /// A `List` whose items say what they are, or for example a `PodList` whose items need not.
-    fn read_list(
-        &self,
-        api_version: &str,
-        item_kind: &str,
-        objects: &mut Vec<Object>,
-    ) -> Result<(), ManifestError> {
-        for (index, item) in self.read::<List>()?.items.into_iter().enumerate() {
+    fn read_list(&self, api_version: &str, item_kind: &str) -> Result<Vec<Object>, ManifestError> {
+        let mut objects = Vec::new();
+        for (index, item) in self.deserialize::<List>()?.items.into_iter().enumerate() {
             let field = |name: &str| item.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
             let kind = field("kind").unwrap_or_else(|| item_kind.to_owned());
             let version = field("apiVersion").unwrap_or_else(|| api_version.to_owned());
@@ -156,7 +168,7 @@ impl Document<'_> {
             objects
                 .extend(object.map_err(|error| self.error(format_args!("items[{index}]: {}", error.what)))?);
         }
-        Ok(())
+        Ok(objects)
     }
 
     fn read_object(&self, api_version: &str, kind: &str) -> Result<Option<Object>, ManifestError> {
@@ -181,11 +193,11 @@ impl Document<'_> {
         K: DeserializeOwned,
         T: TryFrom<K, Error = ObjectError>,
     {
-        let object = self.read::<K>()?;
+        let object = self.deserialize::<K>()?;
         T::try_from(object).map(|object| Some(object.into())).map_err(|error| self.error(error))
     }
 
-    fn read<T: DeserializeOwned>(&self) -> Result<T, ManifestError> {
+    fn deserialize<T: DeserializeOwned>(&self) -> Result<T, ManifestError> {
         match self.syntax {
             Syntax::Json => serde_json::from_str(self.text).map_err(|error| ManifestError {
                 line: Some(error.line()),

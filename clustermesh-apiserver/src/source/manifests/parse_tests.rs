@@ -82,8 +82,8 @@ fn errors_say_where_and_what() {
     let address = POD.replace("10.1.0.1", "10.1.0");
     assert_eq!(error(&address), "line 1: Pod shop/web: status.podIPs: \"10.1.0\" is not an IP address");
 
-    let twice = format!("{POD}---\n{POD}");
-    assert_eq!(error(&twice), "Pod shop/web is described twice: remove one of them");
+    let twice = format!("{POD}---\n# again\n{POD}");
+    assert_eq!(error(&twice), "line 16: Pod shop/web is described twice: remove one of them");
 
     assert_eq!(
         error("---\n# x\nfoo: bar\n"),
