@@ -18,16 +18,10 @@ pub(super) struct Dirty {
 impl Dirty {
     /// Marks all that may look different since one object has changed, which `objects` knows already.
     pub(super) fn mark(&mut self, before: Option<&Object>, after: Option<&Object>, objects: &Objects) {
-        match (before, after) {
-            (Some(Object::Node(_)) | None, Some(Object::Node(_))) | (Some(Object::Node(_)), None) => {
-                self.mark_node(node(before), node(after), objects);
-            }
-            _ => {
-                for object in [before, after].into_iter().flatten() {
-                    self.mark_object(object, objects);
-                }
-            }
+        for object in [before, after].into_iter().flatten() {
+            self.mark_object(object, objects);
         }
+        self.mark_node(node(before), node(after), objects);
     }
 
     fn mark_object(&mut self, object: &Object, objects: &Objects) {
@@ -40,7 +34,7 @@ impl Dirty {
                 self.services.insert(service.name.clone());
             }
             Object::EndpointSlice(slice) => self.mark_slice(slice),
-            // Compared with its predecessor in `mark_node`.
+            // What of it differs decides: see `mark_node`.
             Object::Node(_) => {}
         }
     }
