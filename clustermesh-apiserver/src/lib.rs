@@ -6,15 +6,19 @@
 //!
 //! [`source`] turns a directory of manifests into checked [`objects`]; [`export`] keeps them and works
 //! out which keys follow, with the help of [`endpoints`] (which backends a service has) and
-//! [`identity`] (what number stands for a pod's labels); `server` connects both ends with etcd and
-//! serves metrics and health. Everything between the edges is plain code without I/O.
+//! [`identity`] (what number stands for a pod's labels); [`server`] connects both ends with etcd and
+//! serves [`status`] over [`http`]. Everything between the edges is plain code without I/O.
 #![forbid(unsafe_code)]
 
+pub mod args;
 pub mod endpoints;
 pub mod export;
+pub mod http;
 pub mod identity;
 pub mod objects;
+pub mod server;
 pub mod source;
+pub mod status;
 
 #[cfg(test)]
 mod fixtures;

@@ -1,0 +1,132 @@
+//! Command line.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
+
+use crate::export::Cluster;
+
+/// Exports a cluster's nodes, identities, addresses and services into its etcd, where the agents of all
+/// connected clusters read them.
+#[derive(Clone, Debug, Parser)]
+#[command(version)]
+pub struct Args {
+    /// Name of this cluster, unique in the mesh.
+    #[arg(long)]
+    pub cluster_name: ClusterName,
+    /// ID of this cluster, unique in the mesh: 1 to 255, or to 511 (see --max-connected-clusters).
+    #[arg(long)]
+    pub cluster_id: u32,
+    /// How many clusters the mesh may have, 255 or 511: the same in all of them, for good.
+    #[arg(long, default_value_t, value_name = "255|511")]
+    pub max_connected_clusters: MaxConnectedClusters,
+    /// Where the cluster is described: a directory of Kubernetes manifests, which is followed.
+    #[arg(long, value_name = "manifests:DIR")]
+    pub source: SourceSpec,
+    /// The cluster's etcd: endpoints and TLS files, in the form that Cilium uses.
+    #[arg(long, value_name = "FILE")]
+    pub etcd_config: PathBuf,
+    /// Serve /metrics, /healthz and /readyz here.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub http_addr: Option<SocketAddr>,
+    /// How long an identity that no pod has any more keeps its number, in seconds.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub identity_gc_grace: u64,
+    /// Form of the logs on standard error; RUST_LOG says how much of them.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+impl Args {
+    /// The cluster, if its ID fits into the mesh.
+    ///
+    /// # Errors
+    /// The ID is out of range.
+    pub fn cluster(&self) -> Result<Cluster, ClusterError> {
+        let id = ClusterId::new(self.cluster_id, self.max_connected_clusters)?;
+        Ok(Cluster { name: self.cluster_name.clone(), id })
+    }
+
+    /// `--identity-gc-grace` as a time.
+    pub fn identity_grace(&self) -> Duration {
+        Duration::from_secs(self.identity_gc_grace)
+    }
+}
+
+/// Form of the logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// A source of objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// A directory of manifests.
+    Manifests(PathBuf),
+}
+
+impl FromStr for SourceSpec {
+    type Err = SourceSpecError;
+
+    fn from_str(text: &str) -> Result<Self, SourceSpecError> {
+        match text.split_once(':') {
+            Some(("manifests", directory)) if !directory.is_empty() => Ok(Self::Manifests(directory.into())),
+            _ => Err(SourceSpecError),
+        }
+    }
+}
+
+impl fmt::Display for SourceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifests(directory) => write!(f, "manifests:{}", directory.display()),
+        }
+    }
+}
+
+/// The operator's: no such source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("use manifests:DIR, with the directory to follow")]
+pub struct SourceSpecError;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(more: &[&str]) -> Result<Args, clap::Error> {
+        let base = ["clustermesh-apiserver", "--etcd-config", "etcd.yaml"];
+        Args::try_parse_from(base.iter().chain(more))
+    }
+
+    #[test]
+    fn flags() {
+        let good = ["--cluster-name", "alpha", "--cluster-id", "300", "--source", "manifests:/m"];
+        let args = parse(&good).unwrap();
+        assert_eq!(args.source, SourceSpec::Manifests("/m".into()));
+        assert!(args.cluster().is_err());
+        let args = parse(&[&good[..], &["--max-connected-clusters", "511"]].concat()).unwrap();
+        assert_eq!(args.cluster().unwrap().id.get(), 300);
+    }
+
+    #[test]
+    fn bad_flags_say_what_is_right() {
+        for (flags, expected) in [
+            (["--cluster-name", "Alpha", "--source", "manifests:/m"], "lower-case letters"),
+            (["--cluster-name", "alpha", "--source", "kubernetes"], "manifests:DIR"),
+        ] {
+            let error = parse(&[&flags[..], &["--cluster-id", "1"]].concat()).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+}

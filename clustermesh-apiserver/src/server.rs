@@ -1,0 +1,321 @@
+//! Connects both ends: events of the source in, keys for the publisher out.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clustermesh_kvstore::cluster::{ClusterError, MaxConnectedClusters};
+use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError, KeyRange, SessionError};
+use clustermesh_kvstore::key::{self, Kind, Layout};
+use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
+use clustermesh_kvstore::record::{ClusterConfig, IdentityRecord, Record};
+use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::{Args, SourceSpec};
+use crate::export::{Cluster, Exporter, KeyChange};
+use crate::http;
+use crate::identity::Allocator;
+use crate::source::SourceEvent;
+use crate::source::manifests::{self, WatchError};
+use crate::status::Status;
+
+/// A server whose inputs exist and whose address is its own.
+pub struct Server {
+    cluster: Cluster,
+    max: MaxConnectedClusters,
+    identity_grace: Duration,
+    source: mpsc::Receiver<SourceEvent>,
+    connection: Connection,
+    connection_status: watch::Receiver<ConnectionStatus>,
+    http: Option<TcpListener>,
+    status: Arc<Status>,
+}
+
+impl Server {
+    /// Checks all that the operator said and takes hold of it. Whether etcd answers is left open: it may
+    /// come later.
+    ///
+    /// # Errors
+    /// Something that waiting does not cure.
+    pub async fn start(args: &Args) -> Result<Self, StartError> {
+        let cluster = args.cluster()?;
+        let etcd = EtcdConfig::load(&args.etcd_config)?;
+        for file in [&etcd.trusted_ca_file, &etcd.cert_file, &etcd.key_file].into_iter().flatten() {
+            if let Err(error) = std::fs::File::open(file) {
+                return Err(StartError::EtcdFile { file: file.display().to_string(), error });
+            }
+        }
+        let http = match args.http_addr {
+            Some(addr) => {
+                Some(TcpListener::bind(addr).await.map_err(|error| StartError::Listen { addr, error })?)
+            }
+            None => None,
+        };
+        let SourceSpec::Manifests(directory) = &args.source;
+        let source = manifests::watch(directory.clone())?;
+        // By path: certificates and endpoints may change while we run.
+        let (connection, connection_status) =
+            Connection::spawn(args.etcd_config.clone(), ConnectionOptions::default());
+        Ok(Self {
+            cluster,
+            max: args.max_connected_clusters,
+            identity_grace: args.identity_grace(),
+            source,
+            status: Arc::new(Status::new(connection_status.clone())),
+            connection,
+            connection_status,
+            http,
+        })
+    }
+
+    /// What the server knows about itself.
+    pub fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.status)
+    }
+
+    /// Where HTTP is served.
+    pub fn http_addr(&self) -> Option<SocketAddr> {
+        self.http.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+
+    /// Runs until `stop`. What was published stays, until its leases end or the next run takes it over.
+    ///
+    /// # Errors
+    /// The source or the HTTP server ended by themselves.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), RunError> {
+        let http = self.http.take();
+        let serving = serve(http, Arc::clone(&self.status), stop.clone());
+        let connection_status = self.connection_status.clone();
+        let exporting = async {
+            tokio::select! {
+                result = self.export() => result,
+                () = stop.cancelled() => Ok(()),
+            }
+        };
+        tokio::select! {
+            result = async { tokio::try_join!(serving, exporting) } => result.map(drop),
+            () = log_connection(connection_status) => Ok(()),
+        }
+    }
+
+    async fn export(&mut self) -> Result<(), RunError> {
+        let identities = self.adopt_identities().await;
+        let inherited = identities.assignments().next().is_some();
+        self.status.progress().identities_adopted = true;
+
+        let publisher = Publisher::spawn(self.connection.clone(), self.publisher_spec());
+        self.status.set_publisher(publisher.status());
+        publisher.set(key::cluster_config_key(&self.cluster.name), Some(self.cluster_config()));
+
+        let mut exporter = Exporter::new(self.cluster.clone(), identities);
+        let mut ticks = tokio::time::interval(self.identity_grace.clamp(EXPIRY_MIN, EXPIRY_MAX));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let changes = tokio::select! {
+                event = self.source.recv() => self.take(event.ok_or(RunError::SourceEnded)?, &mut exporter),
+                _ = ticks.tick() => exporter.tick(Instant::now()),
+            };
+            publish(&publisher, changes);
+            self.report(&mut exporter);
+            self.complete(&publisher, inherited);
+        }
+    }
+
+    fn take(&self, event: SourceEvent, exporter: &mut Exporter) -> Vec<KeyChange> {
+        match event {
+            SourceEvent::Changes(changes) => {
+                self.status.progress().changes += changes.len() as u64;
+                return exporter.apply(changes, Instant::now());
+            }
+            SourceEvent::Synced => self.status.progress().source_synced = true,
+            SourceEvent::Broken(broken) => self.status.progress().broken_inputs = broken,
+        }
+        Vec::new()
+    }
+
+    fn report(&self, exporter: &mut Exporter) {
+        let problems = exporter.take_problems();
+        for problem in &problems {
+            tracing::warn!("{problem}");
+        }
+        let mut progress = self.status.progress();
+        progress.problems += problems.len() as u64;
+        progress.count(exporter);
+    }
+
+    /// Tells the publisher, once, that the desired state is complete, so that it may delete what else it
+    /// finds and write the canaries.
+    ///
+    /// Of a file that is broken at the start no good state is known; but if an earlier run has published,
+    /// its keys still show it. They stay until the file is mended.
+    fn complete(&self, publisher: &Publisher, inherited: bool) {
+        let mut progress = self.status.progress();
+        if progress.state_complete || !progress.source_synced || (inherited && progress.broken_inputs > 0) {
+            return;
+        }
+        progress.state_complete = true;
+        for prefix in self.publisher_spec().owned {
+            publisher.initial_done(&prefix.prefix);
+        }
+    }
+
+    fn publisher_spec(&self) -> PublisherSpec {
+        let mut owned: Vec<OwnedPrefix> = Kind::ALL
+            .map(|kind| OwnedPrefix {
+                prefix: key::data_prefix(kind, &self.cluster.name, Layout::State),
+                canary: Some(key::canary_key(kind, &self.cluster.name, Layout::State)),
+            })
+            .into();
+        owned.push(OwnedPrefix { prefix: key::cluster_config_key(&self.cluster.name), canary: None });
+        PublisherSpec { owned, ..PublisherSpec::default() }
+    }
+
+    fn cluster_config(&self) -> Vec<u8> {
+        let config = ClusterConfig {
+            id: self.cluster.id.get().into(),
+            synced_canaries: true,
+            cached: false,
+            max_connected_clusters: Some(self.max.get().into()),
+            service_exports_enabled: Some(false),
+        };
+        config.encode()
+    }
+
+    /// The assignments that etcd holds, as soon as it answers.
+    async fn adopt_identities(&self) -> Allocator {
+        let mut complaints = BTreeSet::new();
+        loop {
+            match self.read_identities().await {
+                Ok(allocator) => return allocator,
+                Err(error) => {
+                    let error = error.to_string();
+                    if complaints.insert(error.clone()) {
+                        tracing::warn!("cannot read the identities that etcd holds, trying again: {error}");
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn read_identities(&self) -> Result<Allocator, SessionError> {
+        let range = KeyRange::of(&key::data_prefix(Kind::Identities, &self.cluster.name, Layout::State));
+        let session = self.connection.session().await;
+        let mut allocator = Allocator::new(self.cluster.id, self.max, self.identity_grace);
+        let mut last: Option<Vec<u8>> = None;
+        let mut revision = 0;
+        let now = Instant::now();
+        loop {
+            let page = session.list_page(&range, last.as_deref(), PAGE, revision).await?;
+            revision = page.revision;
+            for kv in &page.kvs {
+                let Some(suffix) = range.suffix(&kv.key) else { continue };
+                match IdentityRecord::decode(suffix, &kv.value) {
+                    Ok(record) => {
+                        if let Err(error) = allocator.adopt(record.id, &record.labels.to_string(), now) {
+                            tracing::warn!("dropping what etcd holds: {error}");
+                        }
+                    }
+                    Err(error) => tracing::warn!("dropping identity {suffix:?} that etcd holds: {error}"),
+                }
+            }
+            last = page.kvs.last().map(|kv| kv.key.clone());
+            if !page.more || last.is_none() {
+                return Ok(allocator);
+            }
+        }
+    }
+}
+
+/// How often unused identities are looked for.
+const EXPIRY_MIN: Duration = Duration::from_millis(100);
+const EXPIRY_MAX: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(1);
+const PAGE: i64 = 1000;
+
+fn publish(publisher: &Publisher, changes: Vec<KeyChange>) {
+    for KeyChange { key, value } in changes {
+        publisher.set(key, value);
+    }
+}
+
+async fn serve(
+    listener: Option<TcpListener>,
+    status: Arc<Status>,
+    stop: CancellationToken,
+) -> Result<(), RunError> {
+    let Some(listener) = listener else { return Ok(()) };
+    axum::serve(listener, http::router(status))
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .await
+        .map_err(RunError::Http)
+}
+
+/// Says when etcd is there. That it is not, and why, the connection says itself.
+async fn log_connection(mut status: watch::Receiver<ConnectionStatus>) {
+    let mut connected = false;
+    loop {
+        let now = status.borrow_and_update().clone();
+        if now.connected && !connected {
+            tracing::info!(endpoints = ?now.endpoints, "etcd is connected");
+        }
+        connected = now.connected;
+        if status.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+/// What the operator has to put right before a start makes sense.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Flags.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The etcd configuration.
+    #[error(transparent)]
+    Etcd(#[from] EtcdConfigError),
+    /// A file that the etcd configuration names.
+    #[error("cannot read {file}, which the etcd configuration names: {error}")]
+    EtcdFile {
+        /// Its path.
+        file: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The directory of manifests.
+    #[error(transparent)]
+    Manifests(#[from] WatchError),
+    /// Somebody else has the address, or it is not one of this host.
+    #[error("cannot listen on {addr}: {error}")]
+    Listen {
+        /// `--http-addr`.
+        addr: SocketAddr,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+impl StartError {
+    /// Whether flags or files are wrong, rather than the state of the host.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::Listen { .. })
+    }
+}
+
+/// Why a server ended that nobody stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A bug: sources do not end.
+    #[error("the source has ended by itself")]
+    SourceEnded,
+    /// The HTTP server.
+    #[error("the HTTP server failed: {0}")]
+    Http(io::Error),
+}
