@@ -153,7 +153,9 @@ impl Identity {
     /// The cluster ID in the identity's upper bits; 0 for reserved ones and for a cluster without ID.
     pub const fn cluster(self, max: MaxConnectedClusters) -> u16 {
         // At most nine bits remain.
-        ((self.0 >> max.identity_shift()) & max.get() as u32) as u16
+        #[allow(clippy::cast_possible_truncation)]
+        let id = ((self.0 >> max.identity_shift()) & max.get() as u32) as u16;
+        id
     }
 
     /// Whether `cluster` may allocate this identity.

@@ -1,4 +1,5 @@
 //! Records against what Cilium writes, against arbitrary bytes, and there and back again.
+#![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

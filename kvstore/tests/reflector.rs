@@ -1,4 +1,5 @@
 //! Reflectors against a real etcd.
+#![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
 mod support;
 

@@ -69,14 +69,14 @@ struct Driver {
     session: Option<Session>,
     /// The one request under way; a new one replaces it.
     request: Option<Request>,
-    watch: Option<(Ticket, WatchStream)>,
+    watch: Option<(Ticket, Box<WatchStream>)>,
 }
 
 type Request = Pin<Box<dyn Future<Output = Reply> + Send>>;
 
 enum Reply {
     Input(Input),
-    Watch(Ticket, WatchStream),
+    Watch(Ticket, Box<WatchStream>),
     Failed(Ticket, SessionError),
 }
 
@@ -123,7 +123,7 @@ impl Driver {
                 self.watch = None;
                 self.request = Some(Box::pin(async move {
                     match session.watch(&range, revision).await {
-                        Ok(stream) => Reply::Watch(ticket, stream),
+                        Ok(stream) => Reply::Watch(ticket, Box::new(stream)),
                         Err(error) => Reply::Failed(ticket, error),
                     }
                 }));
@@ -164,7 +164,7 @@ async fn reply(request: &mut Option<Request>) -> Reply {
     }
 }
 
-async fn message(watch: &mut Option<(Ticket, WatchStream)>) -> Option<Input> {
+async fn message(watch: &mut Option<(Ticket, Box<WatchStream>)>) -> Option<Input> {
     let Some((ticket, stream)) = watch else { return pending().await };
     let ticket = *ticket;
     match stream.message().await {

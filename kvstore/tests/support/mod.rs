@@ -61,7 +61,7 @@ impl Pki {
 pub struct Etcd {
     child: Option<Child>,
     dir: TempDir,
-    listen: String,
+    also: Option<String>,
     port: u16,
     peer: u16,
     incarnation: u32,
@@ -83,10 +83,10 @@ impl Etcd {
         etcd
     }
 
-    /// As [`Self::start_tls`], on this address.
-    pub async fn start_tls_on(address: &str) -> Self {
+    /// As [`Self::start_tls`], on another loopback address, too, which its certificate does not name.
+    pub async fn start_tls_also_on(address: &str) -> Self {
         let mut etcd = Self::prepare(Some(()));
-        etcd.listen = address.to_owned();
+        etcd.also = Some(address.to_owned());
         etcd.run().await;
         etcd
     }
@@ -95,8 +95,7 @@ impl Etcd {
         let dir = tempfile::Builder::new().prefix("cm-kv-etcd-").tempdir().unwrap();
         let pki = tls.map(|()| Pki::new(dir.path()));
         let (port, peer) = free_ports();
-        let listen = "127.0.0.1".to_owned();
-        Self { child: None, dir, listen, port, peer, incarnation: 0, pki }
+        Self { child: None, dir, also: None, port, peer, incarnation: 0, pki }
     }
 
     pub fn pki(&self) -> &Pki {
@@ -124,17 +123,14 @@ impl Etcd {
     pub async fn run(&mut self) {
         let client = &self.config().endpoints[0];
         let peer = format!("http://127.0.0.1:{}", self.peer);
+        let also = self.also.iter().map(|address| format!(",https://{address}:{}", self.port));
+        let listen = client.clone() + &also.collect::<String>();
         let log = std::fs::File::create(self.dir.path().join("etcd.log")).unwrap();
         let mut command = Command::new("etcd");
         command
             .args(["--name", "m", "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--data-dir".as_ref(), self.data().as_os_str()])
-            .args([
-                "--listen-client-urls",
-                &client.replace("127.0.0.1", &self.listen),
-                "--advertise-client-urls",
-                client,
-            ])
+            .args(["--listen-client-urls", &listen, "--advertise-client-urls", client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("m={peer}")])
             // A new token makes a new cluster ID.
