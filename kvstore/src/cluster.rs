@@ -151,11 +151,10 @@ impl Identity {
     }
 
     /// The cluster ID in the identity's upper bits; 0 for reserved ones and for a cluster without ID.
+    #[allow(clippy::cast_possible_truncation)]
     pub const fn cluster(self, max: MaxConnectedClusters) -> u16 {
         // At most nine bits remain.
-        #[allow(clippy::cast_possible_truncation)]
-        let id = ((self.0 >> max.identity_shift()) & max.get() as u32) as u16;
-        id
+        ((self.0 >> max.identity_shift()) & max.get() as u32) as u16
     }
 
     /// Whether `cluster` may allocate this identity.
