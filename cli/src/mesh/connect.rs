@@ -11,8 +11,7 @@ use super::entry::{self, Entry, FileSystem};
 use super::plan::{AgentFacts, Facts, Outcome, Plan, Probe, Side, plan};
 use super::status::why_not_ready;
 use super::terminal::{Style, Tone, print};
-use super::wait::{self, Pending};
-use super::{Output, Wait, agents};
+use super::{Output, Wait, agents, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -210,22 +209,7 @@ fn refusal(facts: &Facts, plan: &Plan) -> String {
 async fn wait_until_ready(a: &Context, b: &Context, limit: Wait) -> anyhow::Result<()> {
     let goal = format!("{} and {} are connected", a.cluster, b.cluster);
     wait::until(limit.0, &[a, b], &goal, |statuses| {
-        let mut pending = Vec::new();
-        for (context, of_agents) in statuses {
-            let peer = if context.dir == a.dir { b } else { a };
-            for (agent, status) in context.agents.iter().zip(of_agents) {
-                let why = match status {
-                    Ok(status) => lacks(status, peer),
-                    Err(error) => Some(error.clone()),
-                };
-                pending.extend(why.map(|why| Pending {
-                    cluster: context.cluster.to_string(),
-                    node: agent.node.clone(),
-                    why,
-                }));
-            }
-        }
-        pending
+        wait::pending(statuses, |context, status| lacks(status, if context.dir == a.dir { b } else { a }))
     })
     .await
 }

@@ -4,11 +4,10 @@ use anyhow::Context as _;
 use clap::Args;
 use clustermesh_kvstore::cluster::ClusterName;
 
-use super::Wait;
 use super::entry::{self, FileSystem};
 use super::plan::Outcome;
 use super::terminal::{Style, print};
-use super::wait::{self, Pending};
+use super::{Wait, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -105,20 +104,11 @@ impl DisconnectArgs {
 async fn wait_until_forgotten(sides: &[Forgetting<'_>], limit: Wait) -> anyhow::Result<()> {
     let contexts: Vec<_> = sides.iter().map(|side| side.context).collect();
     wait::until(limit.0, &contexts, "the clusters are disconnected", |statuses| {
-        let mut pending = Vec::new();
-        for (side, (context, of_agents)) in sides.iter().zip(statuses) {
-            for (agent, status) in context.agents.iter().zip(of_agents) {
-                let why = match status {
-                    Ok(status) if status.remotes.iter().any(|r| r.name == side.peer.as_str()) => {
-                        format!("still lists {}", side.peer)
-                    }
-                    Ok(_) => continue,
-                    Err(error) => error.clone(),
-                };
-                pending.push(Pending { cluster: context.cluster.to_string(), node: agent.node.clone(), why });
-            }
-        }
-        pending
+        wait::pending(statuses, |context, status| {
+            let side = sides.iter().find(|side| side.context.dir == context.dir)?;
+            let listed = status.remotes.iter().any(|remote| remote.name == side.peer.as_str());
+            listed.then(|| format!("still lists {}", side.peer))
+        })
     })
     .await
 }

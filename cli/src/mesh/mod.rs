@@ -8,9 +8,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clustermesh_agent_api::v1::StatusResponse;
-
-use self::status::why_not_ready;
 use crate::context::Context;
 
 mod agents;
@@ -55,7 +52,7 @@ pub(crate) async fn until_synced(dirs: &[PathBuf], limit: Duration) -> anyhow::R
     let contexts = dirs.iter().map(|dir| Context::load(dir)).collect::<anyhow::Result<Vec<_>>>()?;
     let contexts: Vec<&Context> = contexts.iter().collect();
     wait::until(limit, &contexts, "all agents are ready", |statuses| {
-        statuses.iter().flat_map(|(context, answers)| not_ready(context, answers)).collect()
+        wait::pending(statuses, |_, status| status::why_agent_not_ready(status))
     })
     .await
 }
@@ -66,22 +63,6 @@ pub(crate) async fn until_synced(dirs: &[PathBuf], limit: Duration) -> anyhow::R
 /// As `connect`.
 pub(crate) async fn connect(source: &Path, destination: &Path, limit: Duration) -> anyhow::Result<()> {
     connect::ConnectArgs::waiting(source, destination, Wait(limit)).run().await
-}
-
-fn not_ready(context: &Context, answers: &wait::Statuses) -> Vec<wait::Pending> {
-    let why = |answer: &Result<StatusResponse, String>| match answer {
-        Ok(status) if status.ready => None,
-        Ok(status) if !status.datapath_error.is_empty() => Some(status.datapath_error.clone()),
-        Ok(status) => Some(status.own.as_ref().map_or("no status of its own cluster".into(), why_not_ready)),
-        Err(error) => Some(error.clone()),
-    };
-    let pairs = context.agents.iter().zip(answers);
-    pairs
-        .filter_map(|(agent, answer)| {
-            let (cluster, node) = (context.cluster.to_string(), agent.node.clone());
-            why(answer).map(|why| wait::Pending { cluster, node, why })
-        })
-        .collect()
 }
 
 /// How results are printed.

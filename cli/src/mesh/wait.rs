@@ -23,6 +23,25 @@ pub(crate) struct Pending {
     pub(crate) why: String,
 }
 
+/// The agents that do not answer, or that `lacks` finds something missing in.
+pub(crate) fn pending(
+    statuses: &[(&Context, Statuses)],
+    lacks: impl Fn(&Context, &StatusResponse) -> Option<String>,
+) -> Vec<Pending> {
+    let mut pending = Vec::new();
+    for (context, of_agents) in statuses {
+        for (agent, status) in context.agents.iter().zip(of_agents) {
+            let why = match status {
+                Ok(status) => lacks(context, status),
+                Err(error) => Some(error.clone()),
+            };
+            let (cluster, node) = (context.cluster.to_string(), agent.node.clone());
+            pending.extend(why.map(|why| Pending { cluster, node, why }));
+        }
+    }
+    pending
+}
+
 /// Asks all agents of `contexts` until `pending` finds nothing more to wait for. Shows progress on a
 /// terminal.
 ///

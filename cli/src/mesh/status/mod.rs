@@ -11,8 +11,8 @@ use super::terminal::{Style, print};
 use super::wait::{self, Pending};
 use super::{Output, Wait, agents};
 use crate::context::{self, Context};
-pub(crate) use report::why_not_ready;
 use report::{ClusterReport, Report};
+pub(crate) use report::{why_agent_not_ready, why_not_ready};
 
 /// Show what clusters are connected to, and what their nodes have synced.
 #[derive(Debug, Args)]

@@ -185,17 +185,7 @@ fn errors_of(agent: &AgentReport, expected: &BTreeSet<&str>) -> Vec<AgentError> 
     let Some(status) = &agent.status else {
         return vec![error(None, agent.error.clone().unwrap_or_default())];
     };
-    let mut errors = Vec::new();
-    if !status.ready {
-        let why = match &status.own {
-            Some(own) if !own.ready => format!("its own cluster is not synced: {}", why_not_ready(own)),
-            _ if !status.datapath_error.is_empty() => {
-                format!("its datapath fails: {}", one_line(&status.datapath_error))
-            }
-            _ => format!("its datapath is not up to date: {} changes pending", status.pending_changes),
-        };
-        errors.push(error(None, why));
-    }
+    let mut errors: Vec<_> = why_agent_not_ready(status).map(|why| error(None, why)).into_iter().collect();
     for name in expected {
         match status.remotes.iter().find(|peer| peer.name == *name) {
             None => errors.push(error(Some(name), "it has not read the configuration yet".into())),
@@ -204,6 +194,20 @@ fn errors_of(agent: &AgentReport, expected: &BTreeSet<&str>) -> Vec<AgentError> 
         }
     }
     errors
+}
+
+/// Why an agent is not ready itself, whatever it is connected to; `None` if it is.
+pub(crate) fn why_agent_not_ready(status: &StatusResponse) -> Option<String> {
+    if status.ready {
+        return None;
+    }
+    Some(match &status.own {
+        Some(own) if !own.ready => format!("its own cluster is not synced: {}", why_not_ready(own)),
+        _ if !status.datapath_error.is_empty() => {
+            format!("its datapath fails: {}", one_line(&status.datapath_error))
+        }
+        _ => format!("its datapath is not up to date: {} changes pending", status.pending_changes),
+    })
 }
 
 /// Why a peer is not ready, in the order in which a connection comes up.
