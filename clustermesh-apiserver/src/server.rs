@@ -1,6 +1,7 @@
 //! Connects both ends: events of the source in, keys for the publisher out.
 
 use std::collections::BTreeSet;
+use std::future::IntoFuture;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -237,6 +238,8 @@ impl Server {
 const EXPIRY_MIN: Duration = Duration::from_millis(100);
 const EXPIRY_MAX: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
+/// For answers that are under way when the server stops.
+const LINGER: Duration = Duration::from_secs(1);
 const PAGE: i64 = 1000;
 
 fn publish(publisher: &Publisher, changes: Vec<KeyChange>) {
@@ -251,10 +254,13 @@ async fn serve(
     stop: CancellationToken,
 ) -> Result<(), RunError> {
     let Some(listener) = listener else { return Ok(()) };
-    axum::serve(listener, http::router(status))
-        .with_graceful_shutdown(stop.cancelled_owned())
-        .await
-        .map_err(RunError::Http)
+    let serving =
+        axum::serve(listener, http::router(status)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    tokio::select! {
+        result = serving.into_future() => result.map_err(RunError::Http),
+        // Scrapers keep their connections open; a stop does not wait for them.
+        () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => Ok(()),
+    }
 }
 
 /// Says when etcd is there. That it is not, and why, the connection says itself.

@@ -138,6 +138,8 @@ async fn an_empty_cluster_is_synced_and_http_tells() {
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
+    // An open connection does not hold up the stop.
+    let _scraper = TcpStream::connect(server.http).await.unwrap();
     server.stop().await;
 }
 
