@@ -157,6 +157,30 @@ async fn etcd_may_come_later() {
     server.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_comes_back_empty_gets_everything_again() {
+    let mut bed = TestBed::start().await;
+    bed.copy_manifests("shop");
+    let server = bed.serve().await;
+    server.ready().await;
+    bed.etcd = None;
+    std::fs::remove_dir_all(bed.state.path().join("etcd")).unwrap();
+    // What changes meanwhile arrives too.
+    std::fs::remove_file(bed.manifests.path().join("slices.json")).unwrap();
+    bed.start_etcd().await;
+    let golden = std::fs::read_to_string(testdata("shop.keys")).unwrap();
+    let canary = "cilium/synced/alpha/cilium/state/services/v1";
+    eventually("the canary", async || !bed.value(canary).await.is_empty()).await;
+    let restored = as_text(&bed.data().await);
+    let without_ledger = |text: &str| -> Vec<String> {
+        text.lines().filter(|line| !line.contains("ledger")).map(str::to_owned).collect()
+    };
+    assert_eq!(without_ledger(&restored), without_ledger(&golden));
+    let ledger = "clustermesh/local/services/v1/alpha/shop/ledger";
+    eventually("no backends", async || bed.value(ledger).await.contains(r#""backends":[]"#)).await;
+    server.stop().await;
+}
+
 #[test]
 fn what_the_operator_got_wrong_is_one_line_and_exit_2() {
     let state = tempfile::tempdir().unwrap();
