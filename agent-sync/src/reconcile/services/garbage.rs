@@ -11,7 +11,7 @@ use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{ServiceKey, SlotKey};
 
 use super::super::write::{Errors, remove_each};
-use super::Services;
+use super::{Installed, NO_BACKEND, Services};
 
 const GRACE: Duration = Duration::from_millis(50);
 
@@ -69,7 +69,10 @@ impl Services {
             return;
         }
         self.garbage.sweep_at = None;
-        let Generation { surplus, slots, orphans } = std::mem::take(&mut self.garbage.old);
+        let Generation { mut surplus, slots, mut orphans } = std::mem::take(&mut self.garbage.old);
+        // What changed again meanwhile waits as long as its youngest part.
+        surplus.retain(|service| !self.garbage.young.surplus.contains(service));
+        orphans.retain(|id| !self.garbage.young.orphans.contains(id));
         for service in surplus {
             self.sweep_surplus(service, tables, errors);
         }
@@ -92,19 +95,18 @@ impl Services {
                 pad: 0,
             }));
         }
-        if remove_each(&mut *tables.slot, &keys, errors).contains(&false) {
+        let removed = remove_each(&mut *tables.slot, &keys, errors);
+        if removed.contains(&false) {
             self.garbage.young.surplus.insert(service);
-            return;
         }
-        let counts: Vec<(u16, usize)> =
-            installed.slots.keys().map(|cluster| (*cluster, installed.count(*cluster))).collect();
-        for (cluster, count) in counts {
-            let Some(slots) = installed.slots.get_mut(&cluster) else { continue };
-            for backend in slots.drain(count.min(slots.len())..) {
-                self.backends.release(backend);
+        for (key, removed) in keys.iter().zip(removed) {
+            if removed {
+                installed.note_slot(key.cluster, key.slot, NO_BACKEND, &mut self.backends);
+            } else {
+                installed.doubt_slot(key.cluster, key.slot, NO_BACKEND);
             }
         }
-        installed.slots.retain(|_, slots| !slots.is_empty());
+        installed.forget_last_slots();
     }
 
     fn sweep_slots(&mut self, slots: Vec<(SlotKey, u32)>, tables: &mut Tables, errors: &mut Errors) {
@@ -127,8 +129,25 @@ impl Services {
             if removed {
                 self.backends.forget(id);
             } else {
+                self.backends.disown(id);
                 self.garbage.young.orphans.insert(id);
             }
         }
+    }
+}
+
+impl Installed {
+    /// Shortens the mirror by slots that are known to be missing.
+    fn forget_last_slots(&mut self) {
+        let doubtful = &self.doubtful_slots;
+        self.slots.retain(|cluster, slots| {
+            while let Some(last) = slots.len().checked_sub(1)
+                && slots[last] == NO_BACKEND
+                && !u32::try_from(last).is_ok_and(|slot| doubtful.contains_key(&(*cluster, slot)))
+            {
+                slots.pop();
+            }
+            !slots.is_empty()
+        });
     }
 }

@@ -35,13 +35,20 @@ pub(super) struct Services {
 }
 
 /// One service as it stands in the tables.
+///
+/// A call that failed may have done its work all the same. Both outcomes are then kept as possible:
+/// nothing that either could reach is deleted, and the next attempt writes in any case.
 #[derive(Debug)]
 struct Installed {
     id: u32,
     /// The value's groups; none while there is no value.
     visible: Option<Vec<Group>>,
-    /// Slots by cluster; [`NO_BACKEND`] where a slot is missing.
+    /// Groups that may be visible instead.
+    doubtful: Vec<Vec<Group>>,
+    /// Slots by cluster; [`NO_BACKEND`] where a slot is missing or unknown.
     slots: BTreeMap<u16, Vec<u32>>,
+    /// Backends that unknown slots may name.
+    doubtful_slots: HashMap<(u16, u32), Vec<u32>>,
 }
 
 /// Never allocated as an ID.
@@ -117,7 +124,7 @@ impl Services {
         let written = upsert_each(&mut *tables.backend, &entries, errors);
         for ((id, _), written) in entries.iter().zip(&written) {
             if !written {
-                self.backends.forget(*id);
+                self.backends.disown(*id);
             }
         }
         if written.contains(&false) {
@@ -135,7 +142,7 @@ impl Services {
             let last_id = &mut self.last_service_id;
             let installed = self.installed.entry(draft.key).or_insert_with(|| {
                 *last_id = next_id(*last_id);
-                Installed { id: *last_id, visible: None, slots: BTreeMap::new() }
+                Installed::new(*last_id)
             });
             for group in &draft.plan.groups {
                 let wanted: Vec<u32> = group.backends.iter().filter_map(|b| self.backends.id(b)).collect();
@@ -152,25 +159,15 @@ impl Services {
         let entries: Vec<(SlotKey, u32)> = writes.iter().map(|(_, key, backend)| (*key, *backend)).collect();
         let written = upsert_each(&mut *tables.slot, &entries, errors);
         for ((index, key, backend), written) in writes.into_iter().zip(written) {
+            let Some(installed) = self.installed.get_mut(&drafts[index].key) else { continue };
+            self.backends.acquire(backend);
             if written {
-                self.note_slot(&drafts[index].key, key, backend);
+                installed.note_slot(key.cluster, key.slot, backend, &mut self.backends);
             } else {
                 drafts[index].blocked = true;
+                installed.doubt_slot(key.cluster, key.slot, backend);
             }
         }
-    }
-
-    /// Records an installed slot in the mirror.
-    fn note_slot(&mut self, service: &ServiceKey, key: SlotKey, backend: u32) {
-        let Some(installed) = self.installed.get_mut(service) else { return };
-        let slots = installed.slots.entry(key.cluster).or_default();
-        let index = key.slot as usize;
-        if slots.len() <= index {
-            slots.resize(index + 1, NO_BACKEND);
-        }
-        let before = std::mem::replace(&mut slots[index], backend);
-        self.backends.acquire(backend);
-        self.backends.release(before);
     }
 
     fn write_values(&mut self, drafts: Vec<Draft>, tables: &mut Tables, errors: &mut Errors) {
@@ -182,7 +179,7 @@ impl Services {
                 continue;
             }
             let Some(installed) = self.installed.get(&draft.key) else { continue };
-            if installed.visible.as_ref() == Some(&draft.groups) {
+            if installed.visible.as_ref() == Some(&draft.groups) && installed.doubtful.is_empty() {
                 if installed.has_surplus() {
                     self.garbage.add_surplus(draft.key);
                 }
@@ -193,10 +190,13 @@ impl Services {
         }
         let written = upsert_each(&mut *tables.service, &entries, errors);
         for (draft, written) in owners.into_iter().zip(written) {
+            let Some(installed) = self.installed.get_mut(&draft.key) else { continue };
             if !written {
+                installed.doubt_value(draft.groups);
                 self.failed.insert(draft.key, Some(draft.plan));
-            } else if let Some(installed) = self.installed.get_mut(&draft.key) {
+            } else {
                 installed.visible = Some(draft.groups);
+                installed.doubtful.clear();
                 if installed.has_surplus() {
                     self.garbage.add_surplus(draft.key);
                 }
@@ -207,19 +207,66 @@ impl Services {
     fn remove_values(&mut self, keys: Vec<ServiceKey>, tables: &mut Tables, errors: &mut Errors) {
         let removed = remove_each(&mut *tables.service, &keys, errors);
         for (key, removed) in keys.into_iter().zip(removed) {
-            if !removed {
-                self.failed.insert(key, None);
-            } else if let Some(installed) = self.installed.remove(&key) {
-                self.garbage.add_slots(installed.slot_keys());
+            if removed {
+                if let Some(installed) = self.installed.remove(&key) {
+                    self.garbage.add_slots(installed.slot_keys());
+                }
+                continue;
+            }
+            self.failed.insert(key, None);
+            if let Some(installed) = self.installed.get_mut(&key)
+                && let Some(groups) = installed.visible.take()
+            {
+                installed.doubt_value(groups);
             }
         }
     }
 }
 
 impl Installed {
+    fn new(id: u32) -> Self {
+        Self {
+            id,
+            visible: None,
+            doubtful: Vec::new(),
+            slots: BTreeMap::new(),
+            doubtful_slots: HashMap::new(),
+        }
+    }
+
+    /// A slot was written; the caller has acquired `backend`.
+    fn note_slot(&mut self, cluster: u16, slot: u32, backend: u32, backends: &mut Backends) {
+        let before = std::mem::replace(self.slot_mut(cluster, slot), backend);
+        backends.release(before);
+        for doubtful in self.doubtful_slots.remove(&(cluster, slot)).unwrap_or_default() {
+            backends.release(doubtful);
+        }
+    }
+
+    /// A slot may hold `backend`, which the caller has acquired, or what it held before.
+    fn doubt_slot(&mut self, cluster: u16, slot: u32, backend: u32) {
+        let before = std::mem::replace(self.slot_mut(cluster, slot), NO_BACKEND);
+        self.doubtful_slots.entry((cluster, slot)).or_default().extend([before, backend]);
+    }
+
+    fn slot_mut(&mut self, cluster: u16, slot: u32) -> &mut u32 {
+        let slots = self.slots.entry(cluster).or_default();
+        let index = slot as usize;
+        if slots.len() <= index {
+            slots.resize(index + 1, NO_BACKEND);
+        }
+        &mut slots[index]
+    }
+
+    fn doubt_value(&mut self, groups: Vec<Group>) {
+        if !self.doubtful.contains(&groups) {
+            self.doubtful.push(groups);
+        }
+    }
+
     /// Slots of `cluster` that programs can reach.
     fn count(&self, cluster: u16) -> usize {
-        let groups = self.visible.iter().flatten();
+        let groups = self.visible.iter().chain(&self.doubtful).flatten();
         groups.filter(|group| group.cluster == cluster).map(|group| group.count as usize).max().unwrap_or(0)
     }
 
@@ -231,7 +278,10 @@ impl Installed {
         let mut keys = Vec::new();
         for (cluster, slots) in &self.slots {
             for (slot, backend) in (0..).zip(slots) {
-                keys.push((SlotKey { service: self.id, slot, cluster: *cluster, pad: 0 }, *backend));
+                let doubtful = self.doubtful_slots.get(&(*cluster, slot)).into_iter().flatten();
+                for backend in doubtful.chain([backend]) {
+                    keys.push((SlotKey { service: self.id, slot, cluster: *cluster, pad: 0 }, *backend));
+                }
             }
         }
         keys
@@ -296,12 +346,18 @@ impl Backends {
         self.by_id.get(&id).is_none_or(|backend| backend.references == 0)
     }
 
-    fn forget(&mut self, id: u32) {
-        if let Some(backend) = self.by_id.remove(&id)
+    /// It may or may not be in the table: nothing new refers to it.
+    fn disown(&mut self, id: u32) {
+        if let Some(backend) = self.by_id.get(&id)
             && self.by_key.get(&backend.key) == Some(&id)
         {
             self.by_key.remove(&backend.key);
         }
+    }
+
+    fn forget(&mut self, id: u32) {
+        self.disown(id);
+        self.by_id.remove(&id);
     }
 
     fn take_unreferenced(&mut self) -> Vec<u32> {

@@ -56,8 +56,7 @@ impl Services {
         slots: &mut SlotIndex,
     ) -> ServicePlan {
         let groups = &value.groups[..usize::from(value.n_groups).min(MAX_GROUPS)];
-        let mut installed =
-            Installed { id: value.id, visible: Some(groups.to_vec()), slots: BTreeMap::new() };
+        let mut installed = Installed { visible: Some(groups.to_vec()), ..Installed::new(value.id) };
         let mut damaged = !id_is_unique;
         if !id_is_unique {
             // Its slots are somebody else's: build it anew under an ID of its own.

@@ -1,0 +1,200 @@
+//! The naive answer: all tables computed at once from what every cluster says, with no memory.
+//!
+//! Where several claims are equally good, the answer depends on who came first; there the model asks
+//! the tables who holds it, and checks that the holder has a claim.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use agent_sync::desired::BackendKey;
+use agent_sync::mesh::{NodeFact, RemoteService};
+use agent_sync::wire_key;
+use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::{Affinity, BackendState, LocalService};
+use ebpf_global_svc::Tables;
+use ebpf_global_svc::abi::{IpKey, IpValue, MAX_GROUPS, ServiceKey, SlotKey};
+use ipnet::IpNet;
+
+/// What one cluster's etcd holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Truth {
+    pub nodes: BTreeMap<String, NodeFact>,
+    pub ips: BTreeMap<IpAddr, IpValue>,
+    pub services: BTreeMap<NamespacedName, RemoteService>,
+    pub local_services: BTreeMap<NamespacedName, LocalService>,
+}
+
+/// Cluster to (weight, backends).
+type Groups = BTreeMap<u16, (u16, BTreeSet<BackendKey>)>;
+
+/// Compares all tables with the naive answer. `views` is what was last heard of each cluster.
+pub(crate) fn check(own: u16, node_ip: [u8; 4], views: &BTreeMap<u16, Truth>, tables: &Tables) {
+    check_addresses(own, node_ip, views, tables);
+    check_topology(own, views, tables);
+    check_services(own, views, tables);
+}
+
+fn check_addresses(own: u16, node_ip: [u8; 4], views: &BTreeMap<u16, Truth>, tables: &Tables) {
+    let installed: BTreeMap<IpKey, IpValue> = tables.ipcache.dump().unwrap().into_iter().collect();
+    let mut wanted = BTreeMap::new();
+    let mut here = BTreeMap::new();
+    for (cluster, view) in views {
+        for (ip, value) in &view.ips {
+            wanted.insert(wire_key::ip_key(*cluster, *ip), *value);
+            if *cluster == own && value.node_ip == node_ip {
+                here.insert(wire_key::ip_key(own, *ip), value.identity);
+            }
+        }
+    }
+    assert_eq!(installed, wanted, "ipcache");
+    let endpoints: BTreeMap<IpKey, u32> =
+        tables.endpoint.dump().unwrap().into_iter().map(|(key, value)| (key, value.identity)).collect();
+    assert_eq!(endpoints, here, "endpoints");
+}
+
+fn check_topology(own: u16, views: &BTreeMap<u16, Truth>, tables: &Tables) {
+    let prefixes: Vec<(IpNet, u16)> = tables
+        .prefix
+        .dump()
+        .unwrap()
+        .into_iter()
+        .map(|(key, value)| (wire_key::prefix(&key).unwrap(), value.cluster))
+        .collect();
+    let overlap = |a: &IpNet, b: &IpNet| a.contains(b) || b.contains(a);
+    for (cluster, view) in views {
+        for claim in view.nodes.values().flat_map(|node| &node.pod_cidrs) {
+            let held = prefixes.contains(&(*claim, *cluster));
+            let rival = prefixes.iter().find(|(net, holder)| holder != cluster && overlap(net, claim));
+            assert!(held != rival.is_some(), "{claim} of {cluster}: held {held}, rival {rival:?}");
+            assert!(*cluster != own || held, "the own cluster lost {claim} to {rival:?}");
+        }
+    }
+    for (net, cluster) in &prefixes {
+        let claimed = views[cluster].nodes.values().any(|node| node.pod_cidrs.contains(net));
+        assert!(claimed, "{net} is nobody's any more");
+    }
+    let mut claims: BTreeMap<_, BTreeSet<u16>> = BTreeMap::new();
+    for (cluster, view) in views {
+        for ip in view.nodes.values().flat_map(|node| &node.internal_ips) {
+            claims.entry(wire_key::node_key(*ip)).or_default().insert(*cluster);
+        }
+    }
+    let holders: BTreeMap<_, u16> =
+        tables.node.dump().unwrap().into_iter().map(|(key, value)| (key, value.cluster)).collect();
+    assert!(holders.keys().eq(claims.keys()), "{holders:?} {claims:?}");
+    for (key, holder) in holders {
+        assert!(claims[&key].contains(&holder));
+        assert!(!claims[&key].contains(&own) || holder == own);
+    }
+}
+
+fn check_services(own: u16, views: &BTreeMap<u16, Truth>, tables: &Tables) {
+    let installed = installed_services(tables);
+    let mut wanted: BTreeMap<ServiceKey, &LocalService> = BTreeMap::new();
+    for service in views[&own].local_services.values() {
+        for (ip, ports) in &service.frontends {
+            for port in ports.values() {
+                let key = wire_key::service_key(own, *ip, port.port, port.protocol.number());
+                // The first by name has it.
+                wanted.entry(key).or_insert(service);
+            }
+        }
+    }
+    assert!(installed.keys().eq(wanted.keys()), "{:?}\n{:?}", installed.keys(), wanted.keys());
+    for (key, service) in wanted {
+        let expected = merge(own, &key, service, views, &installed[&key]);
+        assert_eq!(installed[&key], expected, "{} {:?}", service.name, service.affinity);
+    }
+    let used: BTreeSet<BackendKey> = installed
+        .values()
+        .flat_map(|groups| groups.values().flat_map(|(_, backends)| backends))
+        .copied()
+        .collect();
+    assert_eq!(tables.backend.dump().unwrap().len(), used.len(), "backends left over or doubled");
+    let slots: usize = installed.values().flat_map(|g| g.values().map(|(_, backends)| backends.len())).sum();
+    assert_eq!(tables.slot.dump().unwrap().len(), slots, "slots left over");
+}
+
+/// Services as a program sees them.
+pub(crate) fn installed_services(tables: &Tables) -> BTreeMap<ServiceKey, Groups> {
+    let backends: BTreeMap<u32, _> = tables.backend.dump().unwrap().into_iter().collect();
+    let slots: BTreeMap<SlotKey, u32> = tables.slot.dump().unwrap().into_iter().collect();
+    let mut services = BTreeMap::new();
+    for (key, value) in tables.service.dump().unwrap() {
+        let mut groups = Groups::new();
+        for group in &value.groups[..usize::from(value.n_groups)] {
+            let (_, members) = groups.entry(group.cluster).or_insert((group.weight, BTreeSet::new()));
+            for slot in 0..group.count {
+                let id = slots[&SlotKey { service: value.id, slot, cluster: group.cluster, pad: 0 }];
+                let backend = BackendKey::of(id, &backends[&id]).unwrap();
+                assert!(members.insert(backend), "{backend:?} twice");
+            }
+        }
+        services.insert(key, groups);
+    }
+    services
+}
+
+fn merge(
+    own: u16,
+    key: &ServiceKey,
+    service: &LocalService,
+    views: &BTreeMap<u16, Truth>,
+    installed: &Groups,
+) -> Groups {
+    let vip = wire_key::address(key.family, key.ip).unwrap();
+    let mut all: BTreeSet<BackendKey> = BTreeSet::new();
+    for (name, port) in &service.frontends[&vip] {
+        if (port.port.to_be(), port.protocol.number()) != (key.port, key.proto) {
+            continue;
+        }
+        let mut add =
+            |cluster, ip: IpAddr, target: Option<&clustermesh_kvstore::record::Port>, terminating| {
+                if let Some(target) = target.filter(|t| t.protocol.number() == key.proto)
+                    && ip.is_ipv4() == vip.is_ipv4()
+                {
+                    all.insert(BackendKey { cluster, ip, port: target.port, proto: key.proto, terminating });
+                }
+            };
+        for backend in &service.backends {
+            add(own, backend.ip, backend.ports.get(name), backend.state == BackendState::Terminating);
+        }
+        for (cluster, view) in views.iter().filter(|(cluster, _)| **cluster != own && service.global) {
+            let remote = view.services.get(&service.name).filter(|remote| remote.shared);
+            for (ip, ports) in remote.into_iter().flat_map(|remote| &remote.backends) {
+                add(*cluster, *ip, ports.get(name), false);
+            }
+        }
+    }
+    let own_net = |ip: &IpAddr| {
+        views[&own].nodes.values().flat_map(|node| &node.pod_cidrs).any(|cidr| cidr.contains(ip))
+    };
+    all.retain(|backend| backend.cluster == own || !own_net(&backend.ip));
+    let claims = all.clone();
+    all.retain(|backend| {
+        let claimants: BTreeSet<u16> =
+            claims.iter().filter(|other| other.ip == backend.ip).map(|other| other.cluster).collect();
+        if claimants.contains(&own) {
+            return backend.cluster == own;
+        }
+        let holder = installed.iter().find(|(_, (_, held))| held.iter().any(|b| b.ip == backend.ip));
+        let holder = holder.map(|(cluster, _)| *cluster).filter(|holder| claimants.contains(holder));
+        claimants.len() < 2 || Some(backend.cluster) == holder
+    });
+    let any_active = all.iter().any(|backend| !backend.terminating);
+    let mut groups = Groups::new();
+    for backend in all.into_iter().filter(|backend| backend.terminating != any_active) {
+        groups.entry(backend.cluster).or_default().1.insert(backend);
+    }
+    let affinity = if service.global { service.affinity } else { Affinity::None };
+    for (cluster, (weight, backends)) in &mut groups {
+        let preferred = match affinity {
+            Affinity::None => true,
+            Affinity::Local => *cluster == own,
+            Affinity::Remote => *cluster != own,
+        };
+        *weight = if preferred && any_active { u16::try_from(backends.len()).unwrap() } else { 0 };
+    }
+    assert!(groups.len() <= MAX_GROUPS, "not covered here");
+    groups
+}
