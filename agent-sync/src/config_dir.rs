@@ -68,12 +68,15 @@ pub enum ConfigDirError {
     },
 }
 
-/// Reads `dir` at once and follows it; the first changes are its present contents. The watcher ends when
-/// the receiver is dropped. Nothing is sent for `own`.
+/// Reads `dir` at once and follows it: gives its present contents, and then each change. The watcher
+/// ends when the receiver is dropped. Nothing is told of `own`.
 ///
 /// # Errors
 /// [`ConfigDirError`] if the directory cannot be read or watched at all.
-pub async fn watch(dir: &Path, own: &ClusterName) -> Result<mpsc::Receiver<ConfigChange>, ConfigDirError> {
+pub async fn watch(
+    dir: &Path,
+    own: &ClusterName,
+) -> Result<(Vec<ConfigChange>, mpsc::Receiver<ConfigChange>), ConfigDirError> {
     let unreadable = |source| ConfigDirError::Unreadable { path: dir.into(), source };
     let mut known = Known::default();
     let initial = known.update(scan(dir, own).map_err(unreadable)?);
@@ -94,14 +97,8 @@ pub async fn watch(dir: &Path, own: &ClusterName) -> Result<mpsc::Receiver<Confi
         let _watcher = watcher;
         let mut rescan = interval(RESCAN);
         rescan.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut changes = initial;
         let mut failing = false;
         loop {
-            for change in changes {
-                if tx.send(change).await.is_err() {
-                    return;
-                }
-            }
             tokio::select! {
                 () = tx.closed() => return,
                 _ = rescan.tick() => {}
@@ -110,7 +107,7 @@ pub async fn watch(dir: &Path, own: &ClusterName) -> Result<mpsc::Receiver<Confi
                     while let Ok(Some(())) = timeout_at(settled, events.recv()).await {}
                 }
             }
-            changes = match scan(&dir, &own) {
+            let changes = match scan(&dir, &own) {
                 Ok(files) => {
                     if std::mem::take(&mut failing) {
                         info!(dir = %dir.display(), "the directory of remote clusters is readable again");
@@ -125,9 +122,14 @@ pub async fn watch(dir: &Path, own: &ClusterName) -> Result<mpsc::Receiver<Confi
                     Vec::new()
                 }
             };
+            for change in changes {
+                if tx.send(change).await.is_err() {
+                    return;
+                }
+            }
         }
     });
-    Ok(rx)
+    Ok((initial, rx))
 }
 
 /// The configuration files last seen, by cluster.
@@ -208,8 +210,8 @@ mod tests {
         fs::write(file("beta"), "endpoints:\n- http://b\n").unwrap();
         fs::write(file("beta.etcd-client.crt"), "-----BEGIN CERTIFICATE-----").unwrap();
         fs::create_dir(file("gamma")).unwrap();
-        let mut rx = watch(dir.path(), &name("alpha")).await.unwrap();
-        assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("beta"), path: file("beta") });
+        let (initial, mut rx) = watch(dir.path(), &name("alpha")).await.unwrap();
+        assert_eq!(initial, [ConfigChange::Set { name: name("beta"), path: file("beta") }]);
 
         fs::write(file("delta"), "endpoints:\n- http://d\n").unwrap();
         assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("delta"), path: file("delta") });
@@ -237,8 +239,8 @@ mod tests {
         fs::write(path("..v2/beta"), "endpoints: [http://2]").unwrap();
         symlink("..v1", path("..data")).unwrap();
         symlink("..data/beta", path("beta")).unwrap();
-        let mut rx = watch(dir.path(), &name("alpha")).await.unwrap();
-        assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("beta"), path: path("beta") });
+        let (initial, mut rx) = watch(dir.path(), &name("alpha")).await.unwrap();
+        assert_eq!(initial, [ConfigChange::Set { name: name("beta"), path: path("beta") }]);
         symlink("..v2", path("..tmp")).unwrap();
         fs::rename(path("..tmp"), path("..data")).unwrap();
         assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("beta"), path: path("beta") });

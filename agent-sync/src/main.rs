@@ -1,2 +1,166 @@
-//! Entry point.
-fn main() {}
+//! `clustermesh-agent`: one per node.
+#![forbid(unsafe_code)]
+
+use std::io::IsTerminal as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agent_sync::agent::{self, AgentError, KernelOptions, Options};
+use agent_sync::peers::OwnCluster;
+use anyhow::Context as _;
+use clap::{Parser, ValueEnum};
+use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Exit status for what the command line is to blame for.
+const USAGE: u8 = 2;
+
+/// Follows all clusters of a mesh and programs this node's kernel.
+///
+/// Stopping it leaves the datapath running; starting it again takes over what is installed.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Flags {
+    /// Name of this cluster
+    #[arg(long, env = "CLUSTER_NAME")]
+    cluster_name: ClusterName,
+    /// ID of this cluster, unique in the mesh
+    #[arg(long, env = "CLUSTER_ID")]
+    cluster_id: u32,
+    /// Name of this node, as in its Node object
+    #[arg(long, env = "NODE_NAME")]
+    node_name: String,
+    /// Underlay address of this node, the source of its tunnels [default: the kernel chooses]
+    #[arg(long, env = "NODE_IP")]
+    node_ip: Option<Ipv4Addr>,
+    /// etcd configuration of this cluster (Cilium's YAML)
+    #[arg(long)]
+    etcd_config: PathBuf,
+    /// Directory of remote clusters: an etcd configuration in a file of each cluster's name
+    #[arg(long)]
+    clustermesh_config: PathBuf,
+    /// How many clusters the mesh may have, the same in all of them: 255 or 511
+    #[arg(long, default_value_t)]
+    max_connected_clusters: MaxConnectedClusters,
+    /// Where the tables are
+    #[arg(long, value_enum, default_value_t = DatapathFlag::Ebpf)]
+    datapath: DatapathFlag,
+    /// Folder of the pinned maps and programs, one for each agent
+    #[arg(long, default_value = "/sys/fs/bpf/clustermesh")]
+    bpf_root: PathBuf,
+    /// Cgroup (v2) of the processes that reach services by their cluster IPs [default: none]
+    #[arg(long)]
+    cgroup_root: Option<PathBuf>,
+    /// Unix socket on which the CLI is answered
+    #[arg(long, default_value = "/run/clustermesh/agent.sock")]
+    grpc_socket: PathBuf,
+    /// Address of /healthz, /readyz and /metrics [default: none]
+    #[arg(long)]
+    http_addr: Option<SocketAddr>,
+    /// VXLAN device, made if it is missing
+    #[arg(long, default_value = "cm_vxlan")]
+    tunnel_device: String,
+    /// UDP port of the tunnels, the same in the whole mesh
+    #[arg(long, default_value_t = 8472)]
+    tunnel_port: u16,
+    /// How log lines look; RUST_LOG says which there are
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DatapathFlag {
+    /// In the kernel; needs root
+    Ebpf,
+    /// In this process: to look at a mesh, and for tests
+    Memory,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    start_log(flags.log_format);
+    let options = match flags.options() {
+        Ok(options) => options,
+        Err(error) => return fail(&error, USAGE),
+    };
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let usage = error.downcast_ref::<AgentError>().is_some_and(AgentError::is_usage);
+            fail(error.as_ref(), if usage { USAGE } else { 1 })
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<()> {
+    // One worker for the engine and one for connections; more would only cost memory.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(4)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let stopper = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stopper.cancel();
+        });
+        Ok(agent::run(options, stop).await?)
+    })
+}
+
+fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
+    eprintln!("error: {error}");
+    ExitCode::from(status)
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+impl Flags {
+    fn options(self) -> Result<Options, ClusterError> {
+        let max = self.max_connected_clusters;
+        let own = OwnCluster { name: self.cluster_name, id: ClusterId::new(self.cluster_id, max)?, max };
+        let kernel = KernelOptions {
+            bpf_root: self.bpf_root,
+            cgroup_root: self.cgroup_root,
+            tunnel_device: self.tunnel_device,
+            tunnel_port: self.tunnel_port,
+        };
+        Ok(Options {
+            own,
+            node_name: self.node_name,
+            node_ip: self.node_ip,
+            etcd_config: self.etcd_config,
+            clustermesh_config: self.clustermesh_config,
+            kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
+            grpc_socket: self.grpc_socket,
+            http_addr: self.http_addr,
+        })
+    }
+}

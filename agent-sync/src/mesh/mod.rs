@@ -289,13 +289,14 @@ impl Mesh {
         self.endpoints.node_ip()
     }
 
-    /// Routes that this node needs for its own processes.
-    pub fn routes(&self) -> Routes {
-        let here = self.endpoints.node_ip().map(|ip| ip.octets());
-        let elsewhere = self.topology.prefixes.iter().filter(|(_, value)| Some(value.node_ip) != here);
+    /// Routes that this node needs for its own processes; none while its own node record, and with it
+    /// what is elsewhere, is unknown.
+    pub fn routes(&self) -> Option<Routes> {
+        let here = self.own_node()?;
+        let node_ip = here.tunnel_ip()?.octets();
+        let elsewhere = self.topology.prefixes.iter().filter(|(_, value)| value.node_ip != node_ip);
         let prefixes = elsewhere.filter_map(|(key, _)| wire_key::prefix(key)).collect();
-        let sources = self.own_node().map(|node| node.mesh_ips.clone()).unwrap_or_default();
-        Routes { prefixes, sources }
+        Some(Routes { prefixes, sources: here.mesh_ips.clone() })
     }
 
     /// Whether the list of `kind` of `cluster` is complete.

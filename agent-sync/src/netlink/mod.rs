@@ -4,10 +4,12 @@
 //! this node routes to, again whenever the kernel says that a link, route or neighbour changed. Only
 //! routes with our own protocol number ([`ROUTE_PROTOCOL`]) are ever removed.
 
+mod keep;
 mod overlay;
 mod pods;
 mod routes;
 
+pub use keep::keep_routes;
 pub use overlay::OverlaySpec;
 pub use pods::{PodLink, PodLinks};
 pub use routes::{ROUTE_PROTOCOL, RouteVia};

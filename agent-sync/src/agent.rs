@@ -1,0 +1,196 @@
+//! Puts the parts together and runs them until the agent is told to stop.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
+use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::config_dir::{self, ConfigChange, ConfigDirError};
+use crate::engine::{self, Channels, Engine, Setup};
+use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks};
+use crate::peers::{Directory, OwnCluster, Peers};
+use crate::serve::{self, ServeError, Source};
+
+/// VXLAN over an underlay of 1500 bytes leaves this much.
+const OVERLAY_MTU: u32 = 1450;
+
+/// What the operator decides.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Who we are.
+    pub own: OwnCluster,
+    /// This node's name, as in its node record.
+    pub node_name: String,
+    /// This node's underlay address: the source of its tunnels. None: the kernel chooses.
+    pub node_ip: Option<Ipv4Addr>,
+    /// The own etcd's configuration.
+    pub etcd_config: PathBuf,
+    /// The directory of remote clusters.
+    pub clustermesh_config: PathBuf,
+    /// The kernel's side; none: tables in memory.
+    pub kernel: Option<KernelOptions>,
+    /// The CLI's socket.
+    pub grpc_socket: PathBuf,
+    /// For probes and Prometheus; none: not served.
+    pub http_addr: Option<SocketAddr>,
+}
+
+/// How the kernel is used.
+#[derive(Clone, Debug)]
+pub struct KernelOptions {
+    /// Folder of the pins.
+    pub bpf_root: PathBuf,
+    /// Whose processes reach services; none: nobody's.
+    pub cgroup_root: Option<PathBuf>,
+    /// Name of the VXLAN device.
+    pub tunnel_device: String,
+    /// Its UDP port.
+    pub tunnel_port: u16,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The operator's: the own etcd's file.
+    #[error("--etcd-config: {0}")]
+    EtcdConfig(#[from] EtcdConfigError),
+    /// The operator's: the directory of remote clusters.
+    #[error(transparent)]
+    ConfigDir(#[from] ConfigDirError),
+    /// The kernel's tables and programs.
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    /// The node's network.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The servers.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// A part ended by itself.
+    #[error("the {0} ended unexpectedly; please report this with the log")]
+    Ended(&'static str),
+}
+
+impl AgentError {
+    /// Whether the command line is at fault, rather than the machine.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::EtcdConfig(_) | Self::ConfigDir(ConfigDirError::Unreadable { .. }))
+    }
+}
+
+/// Runs until `stop`, and leaves the datapath as it is.
+///
+/// # Errors
+/// If it cannot start, or a part of it ends.
+pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentError> {
+    // Everything that an operator may have got wrong is looked at before anything is touched.
+    EtcdConfig::load(&options.etcd_config)?;
+    let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
+    let (queries, asked) = mpsc::channel(16);
+    let directory = Directory::default();
+    let source = Source {
+        own: options.own.clone(),
+        node_name: options.node_name.clone(),
+        datapath: if options.kernel.is_some() { "ebpf" } else { "memory" },
+        queries,
+        directory: directory.clone(),
+    };
+    let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
+    let http = match options.http_addr {
+        Some(address) => Some(serve::serve_http(source, address, stop.clone()).await?),
+        None => None,
+    };
+    let http = async {
+        match http {
+            Some(http) => http.await,
+            None => std::future::pending().await,
+        }
+    };
+
+    let (routes, wanted_routes) = watch::channel(None);
+    let node = match &options.kernel {
+        Some(kernel) => Some(Node::open(&options, kernel, wanted_routes).await?),
+        None => None,
+    };
+    let (datapath, pod_links) = node.map(|node| (node.datapath, node.pod_links)).unzip();
+    let engine = Engine::new(Setup {
+        own: options.own.clone(),
+        node_name: options.node_name.clone(),
+        node_ip: options.node_ip,
+        datapath,
+        pod_links,
+    })?;
+    let (inputs, received) = mpsc::channel(engine::CHANNEL);
+    let channels = Channels { inputs: received, queries: asked, routes, stop: stop.clone() };
+    let engine = tokio::spawn(engine.run(channels));
+    let peers = Peers::new(options.own.clone(), inputs, directory);
+    let peers = tokio::spawn(follow_clusters(peers, options.etcd_config, initial, changes));
+    info!(cluster = %options.own.name, id = %options.own.id, node = options.node_name, "running");
+
+    let outcome = tokio::select! {
+        _ = engine => Err(AgentError::Ended("engine")),
+        _ = peers => Err(AgentError::Ended("follower of the config directory")),
+        served = grpc => served.map_err(AgentError::from),
+        served = http => served.map_err(AgentError::from),
+        () = stop.cancelled() => Ok(()),
+    };
+    if stop.is_cancelled() {
+        // What ended, ended because it was told to.
+        let _ = std::fs::remove_file(&options.grpc_socket);
+        info!("stopped; the datapath stays as it is");
+        return Ok(());
+    }
+    outcome
+}
+
+/// The node's devices, routes and programs.
+struct Node {
+    datapath: Datapath,
+    pod_links: watch::Receiver<Arc<PodLinks>>,
+}
+
+impl Node {
+    async fn open(
+        options: &Options,
+        kernel: &KernelOptions,
+        routes: watch::Receiver<Option<crate::mesh::Routes>>,
+    ) -> Result<Self, AgentError> {
+        let mut datapath = Datapath::open(&DatapathOptions {
+            cgroup: kernel.cgroup_root.clone(),
+            // At most 16.
+            identity_shift: if options.own.max.get() == 511 { 15 } else { 16 },
+            node_ip: options.node_ip.unwrap_or(Ipv4Addr::UNSPECIFIED),
+            ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
+        })?;
+        let netlink = Netlink::open()?;
+        let spec =
+            OverlaySpec { name: kernel.tunnel_device.clone(), port: kernel.tunnel_port, mtu: OVERLAY_MTU };
+        let overlay = netlink.ensure_overlay(&spec).await?;
+        datapath.attach_overlay(overlay)?;
+        let pod_links = netlink.watch_pod_links().await?;
+        tokio::spawn(netlink::keep_routes(netlink, overlay, routes));
+        Ok(Self { datapath, pod_links })
+    }
+}
+
+/// Follows the own cluster and whatever the directory says. Ends only with the directory's watcher.
+async fn follow_clusters(
+    mut peers: Peers,
+    etcd_config: PathBuf,
+    initial: Vec<ConfigChange>,
+    mut changes: mpsc::Receiver<ConfigChange>,
+) {
+    peers.start_own(etcd_config.into()).await;
+    for change in initial {
+        peers.change(change).await;
+    }
+    peers.all_started().await;
+    while let Some(change) = changes.recv().await {
+        peers.change(change).await;
+    }
+}

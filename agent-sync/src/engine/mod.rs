@@ -1,0 +1,235 @@
+//! The one task that owns the mesh's state and the tables.
+//!
+//! Edge, but only just: it takes what is waiting in its channels, hands it to the plain code (intake,
+//! mesh, reconciler) as one batch, and writes what follows. A single change is written at once; in a
+//! storm the batches grow, so that each key is written once per batch and not once per event.
+
+mod intake;
+mod kernel;
+mod members;
+mod query;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::key::Kind;
+use clustermesh_kvstore::reflector::ReflectorEvent;
+use ebpf_global_svc::{Datapath, DatapathError, Tables};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep_until;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::mesh::{Link, Links, Macs, Mesh, Routes};
+use crate::netlink::{PodLink, PodLinks};
+use crate::peers::OwnCluster;
+use crate::reconcile::Reconciler;
+use kernel::PodHooks;
+use members::Members;
+
+pub use intake::RefusalCounts;
+pub use query::{DumpError, KindView, Overview, Query, Row, TABLES};
+
+/// Inputs that wait while a batch is written.
+pub const CHANNEL: usize = 1024;
+
+/// What a peer's task tells.
+#[derive(Debug)]
+pub enum Input {
+    /// The cluster has a config file (or is the own one).
+    Configured(ClusterName),
+    /// Every cluster that was configured at start has been told.
+    AllConfigured,
+    /// Its cluster config is accepted, and lists of all kinds begin.
+    Accepted {
+        /// The cluster.
+        name: ClusterName,
+        /// Its ID, which nobody else has.
+        id: ClusterId,
+    },
+    /// A reflector's event.
+    Record {
+        /// The cluster.
+        name: ClusterName,
+        /// What is reflected.
+        kind: Kind,
+        /// The event.
+        event: ReflectorEvent,
+    },
+    /// It lost its ID; everything of it goes.
+    Drained(ClusterName),
+    /// Its config file is gone; everything of it goes.
+    Removed(ClusterName),
+}
+
+/// What the engine starts with.
+pub struct Setup {
+    /// Who we are.
+    pub own: OwnCluster,
+    /// This node's name, as in its node record.
+    pub node_name: String,
+    /// This node's underlay address, if the operator gave it.
+    pub node_ip: Option<std::net::Ipv4Addr>,
+    /// The kernel's side; none: tables in memory.
+    pub datapath: Option<Datapath>,
+    /// Pods that this node routes to; none: there is no network to look at.
+    pub pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
+}
+
+/// Channels of a running engine.
+pub struct Channels {
+    /// From peers.
+    pub inputs: mpsc::Receiver<Input>,
+    /// From those who want to know.
+    pub queries: mpsc::Receiver<Query>,
+    /// To the routes' keeper.
+    pub routes: watch::Sender<Option<Routes>>,
+    /// Ends the engine; the tables stay.
+    pub stop: CancellationToken,
+}
+
+/// See the module.
+pub struct Engine {
+    own: OwnCluster,
+    members: Members,
+    mesh: Mesh,
+    reconciler: Reconciler,
+    tables: Tables,
+    datapath: Option<Datapath>,
+    hooks: PodHooks,
+    pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
+    started: Instant,
+}
+
+impl Engine {
+    /// Takes over what is installed.
+    ///
+    /// # Errors
+    /// If the tables cannot be read.
+    pub fn new(setup: Setup) -> Result<Self, DatapathError> {
+        let Setup { own, node_name, node_ip, datapath, pod_links } = setup;
+        let tables = match &datapath {
+            Some(datapath) => datapath.tables()?,
+            None => Tables::memory(),
+        };
+        let started = Instant::now();
+        let (reconciler, restored) = Reconciler::restore(&tables, started)?;
+        info!(
+            services = restored.service.len(),
+            ipcache = restored.ipcache.len(),
+            "read back what is installed"
+        );
+        let hooks = PodHooks::new(datapath.as_ref())?;
+        let mesh = Mesh::new(own.id, &node_name, node_ip, restored);
+        let members = Members::new(own.clone());
+        let mut engine = Self { own, members, mesh, reconciler, tables, datapath, hooks, pod_links, started };
+        engine.take_links();
+        Ok(engine)
+    }
+
+    /// Runs until `stop`.
+    pub async fn run(mut self, mut channels: Channels) {
+        let mut batch = Vec::with_capacity(CHANNEL);
+        loop {
+            let wake = self.reconciler.deadline().into_iter().chain(self.hooks.deadline()).min();
+            let deadline = async {
+                match wake {
+                    Some(at) => sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = channels.stop.cancelled() => return,
+                Some(query) = channels.queries.recv() => {
+                    self.answer(query);
+                    continue;
+                }
+                received = channels.inputs.recv_many(&mut batch, CHANNEL) => {
+                    if received == 0 {
+                        return;
+                    }
+                }
+                () = links_changed(&mut self.pod_links) => self.take_links(),
+                () = deadline => {}
+            }
+            for input in batch.drain(..) {
+                self.members.apply(input, &mut self.mesh);
+            }
+            self.write(&channels.routes);
+        }
+    }
+
+    /// Installs what the mesh wants by now.
+    fn write(&mut self, routes: &watch::Sender<Option<Routes>>) {
+        let changes = self.mesh.compute();
+        if !changes.is_empty() {
+            debug!(changes = changes.len(), "writing");
+        }
+        let topology_changed = !changes.prefix.is_empty() || !changes.node.is_empty();
+        self.reconciler.accept(changes);
+        let before = self.reconciler.last_error().map(str::to_owned);
+        self.reconciler.run(Instant::now(), &mut self.tables);
+        if let Some(error) = self.reconciler.last_error().filter(|error| Some(*error) != before.as_deref()) {
+            warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
+        }
+        if let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) {
+            let links = links.borrow().clone();
+            let wanted = self.mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
+            let may_detach = self.mesh.is_synced(self.own.id, Kind::Ip);
+            self.hooks.sync(wanted.collect(), may_detach, Instant::now(), datapath);
+        }
+        if topology_changed || routes.borrow().is_none() {
+            let now = self.mesh.routes();
+            routes.send_if_modified(|routes| {
+                let differ = now.is_some() && *routes != now;
+                if differ {
+                    *routes = now;
+                }
+                differ
+            });
+        }
+    }
+
+    fn take_links(&mut self) {
+        let links = match &mut self.pod_links {
+            None => Links::Absent,
+            Some(links) => {
+                let links = links.borrow_and_update();
+                Links::Known(links.iter().map(|(ip, pod)| (*ip, link(pod))).collect())
+            }
+        };
+        self.mesh.set_links(links);
+    }
+
+    /// Own cluster synced, and everything installed.
+    fn is_ready(&self) -> bool {
+        let synced = self.members.own_kinds().iter().all(|kind| self.mesh.is_synced(self.own.id, *kind));
+        synced && self.reconciler.pending() == 0 && self.hooks.last_error().is_none()
+    }
+}
+
+fn link(pod: &PodLink) -> Link {
+    let macs = pod.pod_mac.map(|pod_mac| Macs { pod: pod_mac, host: pod.host_mac });
+    Link { ifindex: pod.ifindex, macs }
+}
+
+/// Waits for a change of the pods' links; for ever if nobody looks.
+async fn links_changed(links: &mut Option<watch::Receiver<Arc<PodLinks>>>) {
+    match links {
+        Some(receiver) => {
+            if receiver.changed().await.is_err() {
+                // The watcher is gone; its last view stays.
+                std::future::pending::<()>().await;
+            }
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// An address as rows show it.
+fn shown(ip: Option<IpAddr>) -> String {
+    ip.map_or_else(|| "?".into(), |ip| ip.to_string())
+}

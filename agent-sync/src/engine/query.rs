@@ -1,0 +1,320 @@
+//! Answers to those who look at the engine: sizes, states, tables as they are installed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::key::Kind;
+use ebpf_global_svc::abi::{self, IpKey};
+use ebpf_global_svc::table::Table;
+use ebpf_global_svc::{DatapathError, Tables};
+use tokio::sync::oneshot;
+
+use super::{Engine, shown};
+use crate::engine::RefusalCounts;
+use crate::mesh::{Conflict, Counts, LeftOut};
+use crate::wire_key;
+
+/// A question to the engine.
+#[derive(Debug)]
+pub enum Query {
+    /// How it is.
+    Overview(oneshot::Sender<Overview>),
+    /// What is in a table of [`TABLES`].
+    Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
+}
+
+/// Names and texts of a row's columns.
+pub type Row = Vec<(&'static str, String)>;
+
+/// Tables that can be dumped.
+pub const TABLES: [&str; 11] = [
+    "service", "slot", "backend", "ipcache", "prefix", "endpoint", "node", "cluster", "overlay", "metrics",
+    "sockrev",
+];
+
+/// A table that cannot be dumped.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// The caller's.
+    #[error("there is no table {0:?}; there are {tables}", tables = TABLES.join(", "))]
+    Unknown(String),
+    /// The kernel's.
+    #[error(transparent)]
+    Unreadable(#[from] DatapathError),
+}
+
+/// The engine at a glance.
+#[derive(Clone, Debug)]
+pub struct Overview {
+    /// Own cluster synced, everything installed.
+    pub ready: bool,
+    /// Kinds of each configured cluster.
+    pub kinds: BTreeMap<ClusterName, Vec<KindView>>,
+    /// Sizes.
+    pub counts: Counts,
+    /// Name, entries and capacity of each table.
+    pub tables: Vec<(&'static str, u64, u64)>,
+    /// Changes that are not installed.
+    pub pending: usize,
+    /// Why not.
+    pub error: Option<String>,
+    /// Refused claims to addresses of others.
+    pub conflicts: Vec<Conflict>,
+    /// Refused contributions to services.
+    pub left_out: LeftOut,
+    /// Since the start.
+    pub uptime: Duration,
+}
+
+/// One kind of a cluster.
+#[derive(Clone, Debug)]
+pub struct KindView {
+    /// The kind.
+    pub kind: Kind,
+    /// Its list is complete and its connection is up.
+    pub synced: bool,
+    /// Records held.
+    pub records: usize,
+    /// Records refused.
+    pub refused: RefusalCounts,
+}
+
+impl Engine {
+    pub(super) fn answer(&self, query: Query) {
+        // An asker that has gone away needs no answer.
+        match query {
+            Query::Overview(reply) => drop(reply.send(self.overview())),
+            Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
+        }
+    }
+
+    fn overview(&self) -> Overview {
+        let error = self.reconciler.last_error().or(self.hooks.last_error());
+        Overview {
+            ready: self.is_ready(),
+            kinds: self
+                .members
+                .iter()
+                .map(|(name, member)| (name.clone(), self.kinds(name, member)))
+                .collect(),
+            counts: self.mesh.counts(),
+            tables: fills(&self.tables),
+            pending: self.reconciler.pending() + self.hooks.pending(),
+            error: error.map(str::to_owned),
+            conflicts: self.mesh.conflicts().cloned().collect(),
+            left_out: self.mesh.left_out(),
+            uptime: self.started.elapsed(),
+        }
+    }
+
+    fn kinds(&self, name: &ClusterName, member: &super::members::Member) -> Vec<KindView> {
+        let view = |kind: &Kind| KindView {
+            kind: *kind,
+            synced: !member.lost.contains(kind) && member.id.is_some_and(|id| self.mesh.is_synced(id, *kind)),
+            records: member.id.map_or(0, |id: ClusterId| self.mesh.count(id, *kind)),
+            refused: member.intake.get(kind).map(|intake| intake.refusals().clone()).unwrap_or_default(),
+        };
+        self.members.kinds(name).iter().map(view).collect()
+    }
+
+    fn dump(&self, table: &str) -> Result<Vec<Row>, DumpError> {
+        let tables = &self.tables;
+        Ok(match table {
+            "service" => rows(&*tables.service, service_rows)?.into_iter().flatten().collect(),
+            "slot" => rows(&*tables.slot, slot_row)?,
+            "backend" => rows(&*tables.backend, backend_row)?,
+            "ipcache" => rows(&*tables.ipcache, ipcache_row)?,
+            "prefix" => rows(&*tables.prefix, prefix_row)?,
+            "endpoint" => rows(&*tables.endpoint, endpoint_row)?,
+            "node" => rows(&*tables.node, node_row)?,
+            "cluster" => rows(&*tables.cluster, cluster_row)?,
+            "overlay" => self.overlay_rows()?,
+            "metrics" => self.metric_rows()?,
+            "sockrev" => self.socket_rows()?,
+            other => return Err(DumpError::Unknown(other.chars().take(64).collect())),
+        })
+    }
+
+    fn overlay_rows(&self) -> Result<Vec<Row>, DatapathError> {
+        let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
+        let rows = datapath.overlay_rx()?.into_iter().map(|(key, counter)| {
+            vec![
+                ("identity", key.identity.to_string()),
+                ("cluster", self.cluster_of(key.identity)),
+                ("node", std::net::Ipv4Addr::from(key.node_ip).to_string()),
+                ("packets", counter.packets.to_string()),
+                ("bytes", counter.bytes.to_string()),
+            ]
+        });
+        Ok(rows.collect())
+    }
+
+    fn metric_rows(&self) -> Result<Vec<Row>, DatapathError> {
+        let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
+        let rows = datapath.metrics()?.into_iter().map(|(reason, counter)| {
+            vec![
+                ("reason", reason_name(reason)),
+                ("code", reason.to_string()),
+                ("packets", counter.packets.to_string()),
+                ("bytes", counter.bytes.to_string()),
+            ]
+        });
+        Ok(rows.collect())
+    }
+
+    fn socket_rows(&self) -> Result<Vec<Row>, DatapathError> {
+        let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
+        let rows = datapath.sock_rev()?.into_iter().map(|(key, value)| {
+            vec![
+                ("cookie", key.cookie.to_string()),
+                ("backend", shown(wire_key::address(key.family, key.ip))),
+                ("backend_port", u16::from_be(key.port).to_string()),
+                ("protocol", wire_key::protocol_name(key.proto)),
+                ("frontend", shown(wire_key::address(key.family, value.ip))),
+                ("frontend_port", u16::from_be(value.port).to_string()),
+                ("service", value.service.to_string()),
+            ]
+        });
+        Ok(rows.collect())
+    }
+
+    fn cluster_of(&self, identity: u32) -> String {
+        clustermesh_kvstore::cluster::Identity(identity).cluster(self.own.max).to_string()
+    }
+}
+
+fn rows<K: Ord, V, R>(table: &dyn Table<K, V>, row: impl Fn(K, V) -> R) -> Result<Vec<R>, DatapathError> {
+    let mut entries = table.dump()?;
+    entries.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(entries.into_iter().map(|(key, value)| row(key, value)).collect())
+}
+
+/// A row for each group; one without a cluster if there is none.
+fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Vec<Row> {
+    let row = |group: Option<&abi::Group>| {
+        let text = |field: fn(&abi::Group) -> u32| group.map_or_else(String::new, |g| field(g).to_string());
+        vec![
+            ("id", value.id.to_string()),
+            ("frontend", shown(wire_key::address(key.family, key.ip))),
+            ("port", u16::from_be(key.port).to_string()),
+            ("protocol", wire_key::protocol_name(key.proto)),
+            ("cluster", text(|group| group.cluster.into())),
+            ("weight", text(|group| group.weight.into())),
+            ("count", text(|group| group.count)),
+        ]
+    };
+    let groups = &value.groups[..usize::from(value.n_groups).min(abi::MAX_GROUPS)];
+    if groups.is_empty() { vec![row(None)] } else { groups.iter().map(|group| row(Some(group))).collect() }
+}
+
+fn slot_row(key: abi::SlotKey, backend: u32) -> Row {
+    vec![
+        ("service", key.service.to_string()),
+        ("cluster", key.cluster.to_string()),
+        ("slot", key.slot.to_string()),
+        ("backend", backend.to_string()),
+    ]
+}
+
+fn backend_row(id: u32, value: abi::BackendValue) -> Row {
+    let state = match value.state {
+        abi::backend_state::ACTIVE => "active".to_owned(),
+        abi::backend_state::TERMINATING => "terminating".to_owned(),
+        other => other.to_string(),
+    };
+    vec![
+        ("id", id.to_string()),
+        ("cluster", value.cluster.to_string()),
+        ("address", shown(wire_key::address(value.family, value.ip))),
+        ("port", u16::from_be(value.port).to_string()),
+        ("protocol", wire_key::protocol_name(value.proto)),
+        ("state", state),
+    ]
+}
+
+fn address_columns(key: &IpKey) -> Row {
+    vec![("cluster", key.cluster.to_string()), ("address", shown(wire_key::address(key.family, key.ip)))]
+}
+
+fn ipcache_row(key: IpKey, value: abi::IpValue) -> Row {
+    let mut row = address_columns(&key);
+    row.push(("identity", value.identity.to_string()));
+    row.push(("node", std::net::Ipv4Addr::from(value.node_ip).to_string()));
+    row.push(("key", value.key.to_string()));
+    row
+}
+
+fn prefix_row(key: abi::PrefixKey, value: abi::PrefixValue) -> Row {
+    vec![
+        ("prefix", wire_key::prefix(&key).map_or_else(|| "?".into(), |prefix| prefix.to_string())),
+        ("cluster", value.cluster.to_string()),
+        ("node", std::net::Ipv4Addr::from(value.node_ip).to_string()),
+    ]
+}
+
+fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
+    let mac = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+    let via_stack = value.flags & abi::ENDPOINT_VIA_STACK != 0;
+    let mut row = address_columns(&key);
+    row.push(("identity", value.identity.to_string()));
+    row.push(("ifindex", value.ifindex.to_string()));
+    row.push(("pod_mac", mac(value.pod_mac)));
+    row.push(("host_mac", mac(value.host_mac)));
+    row.push(("delivery", if via_stack { "stack" } else { "direct" }.to_owned()));
+    row
+}
+
+fn node_row(key: abi::NodeKey, value: abi::NodeValue) -> Row {
+    vec![("address", shown(wire_key::address(key.family, key.ip))), ("cluster", value.cluster.to_string())]
+}
+
+fn cluster_row(id: u32, value: abi::ClusterState) -> Row {
+    let state = match value.state {
+        abi::cluster_state::HEALTHY => "healthy".to_owned(),
+        abi::cluster_state::DRAINING => "draining".to_owned(),
+        abi::cluster_state::DEAD => "dead".to_owned(),
+        other => other.to_string(),
+    };
+    vec![("cluster", id.to_string()), ("state", state)]
+}
+
+fn reason_name(reason: u8) -> String {
+    let name = match reason {
+        abi::reason::FORWARDED => "forwarded",
+        abi::reason::ENCAPSULATED => "encapsulated",
+        abi::reason::DECAPSULATED => "decapsulated",
+        abi::reason::TO_STACK => "to-stack",
+        abi::reason::LB_SELECTED => "lb-selected",
+        abi::reason::LB_NO_BACKEND_SLOT => "lb-no-backend-slot",
+        abi::reason::LB_NO_BACKEND => "lb-no-backend",
+        abi::reason::LB_STANDBY => "lb-standby",
+        abi::reason::INVALID_SOURCE_IP => "invalid-source-ip",
+        abi::reason::INVALID_PACKET => "invalid-packet",
+        abi::reason::NO_TUNNEL_KEY => "no-tunnel-key",
+        abi::reason::UNKNOWN_TARGET => "unknown-target",
+        abi::reason::NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",
+        abi::reason::INVALID_IDENTITY => "invalid-identity",
+        abi::reason::UNKNOWN_SENDER => "unknown-sender",
+        abi::reason::INVALID_CLUSTER_ID => "invalid-cluster-id",
+        other => return other.to_string(),
+    };
+    name.to_owned()
+}
+
+/// Entries are counted by reading them all: status is asked for by people, not by loops.
+fn fills(tables: &Tables) -> Vec<(&'static str, u64, u64)> {
+    fn fill<K, V>(table: &dyn Table<K, V>) -> (&'static str, u64, u64) {
+        // A table that cannot be read shows in the error of the next write.
+        (table.name(), table.dump().map_or(0, |entries| entries.len() as u64), table.capacity())
+    }
+    vec![
+        fill(&*tables.service),
+        fill(&*tables.slot),
+        fill(&*tables.backend),
+        fill(&*tables.ipcache),
+        fill(&*tables.prefix),
+        fill(&*tables.endpoint),
+        fill(&*tables.node),
+    ]
+}

@@ -1,0 +1,155 @@
+//! One task per cluster: its etcd connection, its cluster config, and a reflector for each kind.
+//!
+//! Edge. Comes in: the own etcd's configuration and changes of the config directory. Goes out: what
+//! the clusters say, undecoded, into the engine's channel, where order counts: everything of a cluster
+//! passes through the one channel, so a drain never overtakes what it is to drain. The decisions (is
+//! this config acceptable, who holds which ID) are plain code in [`accept`] and [`ids`].
+
+mod accept;
+mod follow;
+mod ids;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::etcd::EtcdSource;
+use clustermesh_kvstore::reflector::ConnectionStatus;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::config_dir::ConfigChange;
+use crate::engine::Input;
+use follow::Follower;
+pub(crate) use follow::{OWN_KINDS, REMOTE_KINDS};
+use ids::Ids;
+
+/// Who this agent's cluster is.
+#[derive(Clone, Debug)]
+pub struct OwnCluster {
+    /// Its name.
+    pub name: ClusterName,
+    /// Its ID.
+    pub id: ClusterId,
+    /// The mesh's width.
+    pub max: MaxConnectedClusters,
+}
+
+/// A cluster as far as its connection goes.
+#[derive(Clone, Debug)]
+pub struct PeerState {
+    /// Its ID, once its config is accepted.
+    pub id: Option<ClusterId>,
+    /// Its data is a mirror's.
+    pub cached: bool,
+    /// The last error and its time; kept after it is over.
+    pub last_error: Option<(String, Instant)>,
+}
+
+/// What status shows of a cluster.
+#[derive(Clone, Debug)]
+pub struct PeerView {
+    /// State of the peer task.
+    pub state: watch::Receiver<PeerState>,
+    /// State of its connection.
+    pub connection: watch::Receiver<ConnectionStatus>,
+}
+
+/// Views of all configured clusters, the own one among them. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Directory(Arc<Mutex<BTreeMap<ClusterName, PeerView>>>);
+
+impl Directory {
+    /// The views as they are now.
+    pub fn snapshot(&self) -> BTreeMap<ClusterName, PeerView> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ClusterName, PeerView>> {
+        // Nothing panics while it is held; if something did, the map is still whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts and stops the tasks of clusters.
+pub struct Peers {
+    own: OwnCluster,
+    engine: mpsc::Sender<Input>,
+    directory: Directory,
+    ids: Arc<Mutex<Ids>>,
+    running: BTreeMap<ClusterName, Running>,
+}
+
+struct Running {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Peers {
+    /// No cluster is followed yet.
+    pub fn new(own: OwnCluster, engine: mpsc::Sender<Input>, directory: Directory) -> Self {
+        let ids = Arc::new(Mutex::new(Ids::new(own.name.clone(), own.id)));
+        Self { own, engine, directory, ids, running: BTreeMap::new() }
+    }
+
+    /// Follows the own cluster.
+    pub async fn start_own(&mut self, etcd: EtcdSource) {
+        self.start(self.own.name.clone(), etcd).await;
+    }
+
+    /// Obeys the config directory.
+    pub async fn change(&mut self, change: ConfigChange) {
+        match change {
+            ConfigChange::Set { name, path } => {
+                info!(cluster = %name, "following a remote cluster");
+                self.stop(&name).await;
+                self.start(name, path.into()).await;
+            }
+            ConfigChange::Removed { name } => {
+                info!(cluster = %name, "a remote cluster is configured no more; draining it");
+                self.stop(&name).await;
+                self.directory.lock().remove(&name);
+                self.tell(Input::Removed(name.clone())).await;
+                ids::lock(&self.ids).release(&name);
+            }
+        }
+    }
+
+    /// All clusters that were configured at start have been started.
+    pub async fn all_started(&self) {
+        self.tell(Input::AllConfigured).await;
+    }
+
+    async fn start(&mut self, name: ClusterName, etcd: EtcdSource) {
+        self.tell(Input::Configured(name.clone())).await;
+        let stop = CancellationToken::new();
+        let (follower, view) = Follower::new(
+            self.own.clone(),
+            name.clone(),
+            etcd,
+            self.ids.clone(),
+            self.engine.clone(),
+            stop.clone(),
+        );
+        self.directory.lock().insert(name.clone(), view);
+        let task = tokio::spawn(follower.run());
+        self.running.insert(name, Running { stop, task });
+    }
+
+    /// Stops a task without draining its cluster; after this it tells the engine nothing more.
+    async fn stop(&mut self, name: &ClusterName) {
+        if let Some(running) = self.running.remove(name) {
+            running.stop.cancel();
+            // It only fails if the task panicked, which has been reported.
+            let _ = running.task.await;
+        }
+    }
+
+    async fn tell(&self, input: Input) {
+        // Fails only when the engine has ended, and the agent with it.
+        let _ = self.engine.send(input).await;
+    }
+}

@@ -1,0 +1,115 @@
+//! Prometheus' view, made from the status at each scrape.
+
+use std::sync::atomic::AtomicU64;
+
+use clustermesh_agent_api::v1::{Peer, StatusResponse};
+use prometheus_client::encoding::text::encode as encode_text;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// OpenMetrics.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+type Labels = Vec<(&'static str, String)>;
+type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
+
+/// All metrics as text.
+pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error> {
+    let mut registry = Registry::with_prefix("clustermesh");
+    agent(status, &mut registry);
+    clusters(status, &mut registry);
+    let mut text = String::new();
+    encode_text(&mut text, &registry)?;
+    Ok(text)
+}
+
+fn agent(status: &StatusResponse, registry: &mut Registry) {
+    let mut one = |name, help, value| set(&gauge(registry, name, help), Labels::new(), value);
+    one("agent_ready", "The own cluster is synced and installed", status.ready.into());
+    one("datapath_pending_changes", "Desired changes that are not installed", status.pending_changes);
+    one("agent_resident_bytes", "Resident memory of the agent", status.resident_bytes);
+    if let Some(local) = &status.local {
+        one("services", "Services of the own cluster", local.services);
+        one("global_services", "Global services of the own cluster", local.global_services);
+        one("endpoints", "Pods of this node", local.endpoints);
+    }
+    let entries = gauge(registry, "table_entries", "Installed entries");
+    let capacity = gauge(registry, "table_capacity", "Entries that fit");
+    for table in &status.tables {
+        set(&entries, vec![("table", table.name.clone())], table.entries);
+        set(&capacity, vec![("table", table.name.clone())], table.max_entries);
+    }
+    let conflicts = gauge(registry, "conflicts", "Claims refused because another cluster holds the address");
+    set(&conflicts, vec![("of", "addresses".into())], status.conflicts.len() as u64);
+    set(&conflicts, vec![("of", "backends".into())], status.backend_conflicts);
+}
+
+fn clusters(status: &StatusResponse, registry: &mut Registry) {
+    let mut gauge = |name, help| gauge(registry, name, help);
+    let remotes = gauge("remote_clusters", "Remote clusters that are configured");
+    let connected = gauge("cluster_connected", "The cluster's etcd is connected");
+    let ready = gauge("cluster_ready", "Connected, config accepted, all kinds synced");
+    let silence =
+        gauge("cluster_last_event_age_seconds", "Since the last sign of life of the cluster's etcd");
+    let reconnects = gauge("cluster_reconnects", "Sessions after the first one");
+    let synced = gauge("cluster_synced", "The list of a kind is complete");
+    let records = gauge("cluster_records", "Records held");
+    let refused = gauge("cluster_refused_records", "Records refused by the import policy so far");
+    set(&remotes, Labels::new(), status.remotes.len() as u64);
+    for peer in status.own.iter().chain(&status.remotes) {
+        let labels = || vec![("target_cluster", peer.name.clone())];
+        set(&connected, labels(), peer.connected.into());
+        set(&ready, labels(), peer.ready.into());
+        set(&silence, labels(), peer.last_event_age_ms / 1000);
+        set(&reconnects, labels(), peer.reconnects);
+        set_kinds(peer, &synced, &records, &refused);
+    }
+}
+
+fn set_kinds(peer: &Peer, synced: &Gauges, records: &Gauges, refused: &Gauges) {
+    for kind in &peer.kinds {
+        let labels = || vec![("target_cluster", peer.name.clone()), ("kind", kind.kind.clone())];
+        set(synced, labels(), kind.synced.into());
+        set(records, labels(), kind.records);
+        for (reason, count) in &kind.refused_by_reason {
+            let mut labels = labels();
+            labels.push(("reason", reason.clone()));
+            set(refused, labels, *count);
+        }
+    }
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str) -> Gauges {
+    let gauges = Gauges::default();
+    registry.register(name, help, gauges.clone());
+    gauges
+}
+
+/// Values above 2^53 lose their last digits, which no gauge of ours reaches.
+#[allow(clippy::cast_precision_loss)]
+fn set(gauges: &Gauges, labels: Labels, value: u64) {
+    gauges.get_or_create(&labels).set(value as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use clustermesh_agent_api::v1::KindStatus;
+
+    use super::*;
+
+    #[test]
+    fn a_refused_record_shows_with_its_cluster_kind_and_reason() {
+        let kind = KindStatus {
+            kind: "ip".into(),
+            refused_by_reason: [("bad_json".to_owned(), 3)].into(),
+            ..KindStatus::default()
+        };
+        let beta = Peer { name: "beta".into(), kinds: vec![kind], ..Peer::default() };
+        let text = encode(&StatusResponse { remotes: vec![beta], ..StatusResponse::default() }).unwrap();
+        let line =
+            r#"clustermesh_cluster_refused_records{target_cluster="beta",kind="ip",reason="bad_json"} 3"#;
+        assert!(text.lines().any(|l| l.starts_with(line)), "{text}");
+        assert!(text.contains("clustermesh_remote_clusters 1"), "{text}");
+    }
+}
