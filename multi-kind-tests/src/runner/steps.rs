@@ -200,8 +200,14 @@ impl<'a> Stage<'a> {
     fn scale(&mut self, scale: &Scale) -> anyhow::Result<Option<String>> {
         let lab = self.lab()?;
         let context = lab.context(&scale.cluster);
+        let begin = now()?;
         lab.clustermesh(&["lab", "scale", &context, &scale.object, &scale.replicas.to_string()])?;
-        self.manifest_changed(&scale.cluster)
+        self.manifest_changed(&scale.cluster)?;
+        if scale.replicas == 0 {
+            // The manifest changes twice: pods are terminating, pods are gone. The first one counts.
+            self.changed = begin;
+        }
+        Ok(None)
     }
 
     /// The clock of a change starts when the file was written, not when the command that wrote it ended.
