@@ -19,7 +19,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 #[derive(clap::Args)]
 pub(crate) struct CallArgs {
     /// `http://HOST[:PORT]/PATH` or `udp://HOST:PORT`; IPv6 in brackets.
-    target: String,
+    #[arg(value_parser = Target::parse)]
+    target: Target,
     /// Number of calls; without it, --duration or --until-eof ends the run (one call if none is given).
     #[arg(short = 'n', long)]
     calls: Option<u64>,
@@ -78,7 +79,7 @@ struct Report {
 
 /// Exit code 1 if any call failed.
 pub(crate) fn run(args: &CallArgs) -> anyhow::Result<ExitCode> {
-    let target = Target::parse(&args.target)?;
+    let target = &args.target;
     let interval = Duration::try_from_secs_f64(args.interval / 1e3).context("--interval is out of range")?;
     let duration =
         args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration is out of range")?;
@@ -91,13 +92,13 @@ pub(crate) fn run(args: &CallArgs) -> anyhow::Result<ExitCode> {
         stop_at_eof(stop.clone());
     }
     let started = Instant::now();
-    let mut tally = Tally::new(&args.target);
+    let mut tally = Tally::new(&target.text);
     for number in 0..limit {
         let begin = Instant::now();
         if stop.load(Ordering::Relaxed) || duration.is_some_and(|duration| started.elapsed() >= duration) {
             break;
         }
-        let call = one_call(&target, number, Duration::from_millis(args.timeout.max(1)), args.unconnected);
+        let call = one_call(target, number, Duration::from_millis(args.timeout.max(1)), args.unconnected);
         if args.output == Output::Jsonl {
             println!("{}", serde_json::to_string(&call)?);
         }

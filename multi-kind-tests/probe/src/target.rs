@@ -15,8 +15,10 @@ pub(crate) enum Scheme {
 /// A parsed and resolved target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {
+    /// As the caller wrote it.
+    pub(crate) text: String,
     pub(crate) scheme: Scheme,
-    /// As the caller wrote it; the `Host` header.
+    /// The part between scheme and path; the `Host` header.
     pub(crate) authority: String,
     pub(crate) address: SocketAddr,
 }
@@ -38,7 +40,7 @@ impl Target {
             other => bail!("`{text}`: scheme `{other}` is not known; use http:// or udp://"),
         };
         let address = resolve(authority, default_port)?;
-        Ok(Self { scheme, authority: authority.to_owned(), address })
+        Ok(Self { text: text.to_owned(), scheme, authority: authority.to_owned(), address })
     }
 }
 
