@@ -1,6 +1,7 @@
 //! After any schedule of facts, faults and restarts, the tables are what a naive computation from
 //! scratch gives; and no single write on the way there leads a program to something missing.
 
+mod costs;
 mod kernel;
 mod model;
 mod schedule;

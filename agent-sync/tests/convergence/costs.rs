@@ -1,0 +1,188 @@
+//! What single changes cost, and that a restart costs nothing.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use agent_sync::mesh::{Fact, FactKey, Links, Mesh, RemoteService};
+use agent_sync::reconcile::Reconciler;
+use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
+use clustermesh_kvstore::key::Kind;
+use clustermesh_kvstore::record::{
+    Affinity, BackendState, LocalBackend, LocalService, Port, PortMap, Protocol,
+};
+use ebpf_global_svc::Tables;
+use ebpf_global_svc::abi::MAX_GROUPS;
+
+use crate::kernel::{self, Kernel};
+
+struct Agent {
+    kernel: Arc<Mutex<Kernel>>,
+    tables: Tables,
+    mesh: Mesh,
+    reconciler: Reconciler,
+}
+
+impl Agent {
+    fn start(kernel: Arc<Mutex<Kernel>>, tables: Tables) -> Self {
+        let now = kernel.lock().unwrap().now;
+        let (reconciler, restored) = Reconciler::restore(&tables, now).unwrap();
+        let mut mesh = Mesh::new(id(1), "n1", None, restored);
+        mesh.set_links(Links::Absent);
+        Self { kernel, tables, mesh, reconciler }
+    }
+
+    fn fresh() -> Self {
+        let kernel = Kernel::new(0, Instant::now());
+        let tables = kernel::tables(&kernel);
+        Self::start(kernel, tables)
+    }
+
+    fn restart(self) -> Self {
+        Self::start(self.kernel, self.tables)
+    }
+
+    /// Writes everything, swept up too; gives the writes by table.
+    fn writes(&mut self) -> BTreeMap<&'static str, usize> {
+        self.kernel.lock().unwrap().writes.clear();
+        let changes = self.mesh.compute();
+        self.reconciler.accept(changes);
+        let now = self.kernel.lock().unwrap().now;
+        self.reconciler.run(now, &mut self.tables);
+        while let Some(at) = self.reconciler.deadline() {
+            self.kernel.lock().unwrap().now = at;
+            self.reconciler.run(at, &mut self.tables);
+        }
+        self.kernel.lock().unwrap().now += Duration::from_secs(1);
+        self.kernel.lock().unwrap().writes.clone()
+    }
+
+    /// What a list says, from its begin to its end.
+    fn list(&mut self, cluster: u16, kind: Kind, facts: Vec<Fact>) {
+        self.mesh.begin_list(id(cluster), kind);
+        facts.into_iter().for_each(|fact| self.mesh.upsert(id(cluster), fact));
+        self.mesh.finish_list(id(cluster), kind);
+    }
+
+    fn clusters_in_service(&self) -> Vec<u16> {
+        let (_, value) = self.tables.service.dump().unwrap()[0];
+        value.groups[..usize::from(value.n_groups)].iter().map(|group| group.cluster).collect()
+    }
+}
+
+fn id(cluster: u16) -> ClusterId {
+    ClusterId::new(cluster.into(), MaxConnectedClusters::C255).unwrap()
+}
+
+fn name() -> NamespacedName {
+    NamespacedName { namespace: "shop".into(), name: "orders".into() }
+}
+
+fn ports(port: u16) -> PortMap {
+    [("http".to_owned(), Port { protocol: Protocol::Tcp, port })].into()
+}
+
+fn pod(cluster: u16, number: u16) -> IpAddr {
+    let [high, low] = number.to_be_bytes();
+    Ipv4Addr::new(10, u8::try_from(cluster).unwrap(), high, low).into()
+}
+
+fn remote(cluster: u16, pods: impl IntoIterator<Item = u16>) -> Fact {
+    let backends = pods.into_iter().map(|number| (pod(cluster, number), ports(8080))).collect();
+    Fact::Service(name(), RemoteService { shared: true, backends })
+}
+
+fn local(pods: &[u16]) -> Fact {
+    let backend = |number: &u16| LocalBackend {
+        ip: pod(1, *number),
+        ports: ports(8080),
+        state: BackendState::Active,
+        node: None,
+        zone: None,
+        hostname: None,
+    };
+    Fact::LocalService(Box::new(LocalService {
+        cluster: "own".into(),
+        name: name(),
+        cluster_id: 1,
+        global: true,
+        shared: true,
+        affinity: Affinity::None,
+        headless: false,
+        frontends: [(Ipv4Addr::new(10, 96, 0, 1).into(), ports(80))].into(),
+        backends: pods.iter().map(backend).collect(),
+    }))
+}
+
+#[test]
+fn a_leaving_backend_costs_the_same_whatever_the_size() {
+    for size in [3, 2000] {
+        let mut agent = Agent::fresh();
+        agent.list(1, Kind::LocalServices, vec![local(&[1])]);
+        agent.list(2, Kind::Services, vec![remote(2, 1..=size)]);
+        agent.writes();
+        agent.mesh.upsert(id(2), remote(2, (1..=size).filter(|number| *number != 2)));
+        // Hole filled and last slot removed; one value; the backend itself.
+        let expected = BTreeMap::from([("cm_slot", 2), ("cm_service", 1), ("cm_backend", 1)]);
+        assert_eq!(agent.writes(), expected, "{size}");
+    }
+}
+
+#[test]
+fn a_restart_writes_nothing_and_keeps_all_ids() {
+    let mut agent = Agent::fresh();
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 1..=3)]);
+    agent.list(3, Kind::Services, vec![remote(3, 1..=3)]);
+    agent.writes();
+    let installed = |agent: &Agent| {
+        (
+            agent.tables.service.dump().unwrap(),
+            agent.tables.slot.dump().unwrap(),
+            agent.tables.backend.dump().unwrap(),
+        )
+    };
+    let before = installed(&agent);
+
+    let mut agent = agent.restart();
+    assert_eq!(agent.writes(), BTreeMap::new());
+    // In any order, and with a cluster that takes its time.
+    agent.list(2, Kind::Services, vec![remote(2, 1..=3)]);
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    assert_eq!(agent.writes(), BTreeMap::new());
+    agent.list(3, Kind::Services, vec![remote(3, 1..=3)]);
+    assert_eq!(agent.writes(), BTreeMap::new());
+    assert_eq!(installed(&agent), before);
+
+    // What changed meanwhile is all that is written.
+    let mut agent = agent.restart();
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 1..=4)]);
+    let grown = BTreeMap::from([("cm_slot", 1), ("cm_service", 1), ("cm_backend", 1)]);
+    assert_eq!(agent.writes(), grown);
+    // Cluster 3 was removed while the agent was down.
+    agent.mesh.keep_only(&[1, 2].into());
+    agent.writes();
+    assert_eq!(agent.clusters_in_service(), [1, 2]);
+}
+
+#[test]
+fn a_full_frontend_keeps_the_own_cluster_and_the_lowest_ids() {
+    let mut agent = Agent::fresh();
+    let remotes = u16::try_from(MAX_GROUPS).unwrap() + 3;
+    // The own backends come last, and still get their place.
+    agent.list(1, Kind::LocalServices, vec![local(&[])]);
+    for cluster in 2..2 + remotes {
+        agent.list(cluster, Kind::Services, vec![remote(cluster, 1..=1)]);
+    }
+    agent.writes();
+    agent.mesh.upsert(id(1), local(&[1]));
+    agent.writes();
+    let clusters = agent.clusters_in_service();
+    assert_eq!(clusters, (1..=u16::try_from(MAX_GROUPS).unwrap()).collect::<Vec<_>>());
+    assert_eq!(agent.mesh.left_out().clusters, 4);
+    agent.mesh.delete(id(5), &FactKey::Service(name()));
+    agent.writes();
+    assert_eq!((agent.clusters_in_service().len(), agent.mesh.left_out().clusters), (MAX_GROUPS, 3));
+}
