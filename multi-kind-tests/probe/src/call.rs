@@ -53,6 +53,7 @@ struct Call {
     us: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster: Option<String>,
+    /// `CLUSTER/POD`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pod: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -70,6 +71,7 @@ struct Report {
     /// Failed calls by reason.
     failures: BTreeMap<&'static str, u64>,
     by_cluster: BTreeMap<String, u64>,
+    /// By `CLUSTER/POD`.
     by_pod: BTreeMap<String, u64>,
     /// Calls whose socket named another peer than the one that was called.
     peername_differs: u64,
@@ -152,8 +154,9 @@ fn one_call(target: &Target, number: u64, timeout: Duration, unconnected: bool) 
         Ok((answer, peer)) => Call {
             t,
             us,
+            // Pods of two clusters may well have the same name.
+            pod: Some(format!("{}/{}", answer.cluster, answer.pod)),
             cluster: Some(answer.cluster),
-            pod: Some(answer.pod),
             error: None,
             peername_differs: canonical(peer) != canonical(target.address),
         },

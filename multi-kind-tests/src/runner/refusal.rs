@@ -15,13 +15,17 @@ pub(super) fn fails_clearly(stage: &Stage<'_>, fails: &Fails) -> anyhow::Result<
     let words: Vec<String> =
         fails.run.iter().map(|word| fill(stage, &folder, word)).collect::<Result<_, _>>()?;
     let (program, arguments) = words.split_first().context("`run` is empty")?;
-    let program = stage.options.binaries.path(program);
+    let mut program = stage.options.binaries.path(program);
     let mut prefix: Vec<String> = Vec::new();
     if let Some(node) = &fails.on {
         let namespace = stage.lab()?.node_namespace(node);
         prefix.extend(["nsenter".to_owned(), format!("--net={}", namespace.display()), "--".to_owned()]);
     }
     if fails.unprivileged {
+        // Where the programs are, that user may not be allowed to go.
+        let copy = folder.0.join("program");
+        std::fs::copy(&program, &copy)?;
+        program = copy;
         prefix.extend(
             [
                 "setpriv",
@@ -62,8 +66,7 @@ pub(super) fn fails_clearly(stage: &Stage<'_>, fails: &Fails) -> anyhow::Result<
 
 fn fill(stage: &Stage<'_>, folder: &Scratch, text: &str) -> anyhow::Result<String> {
     let mut text = text.replace("{dir}", &folder.0.to_string_lossy());
-    let scenario = stage.scenario.base.canonicalize()?;
-    text = text.replace("{scenario}", &scenario.to_string_lossy());
+    text = text.replace("{scenario}", &stage.scenario.base.to_string_lossy());
     if text.contains("{lab}") {
         text = text.replace("{lab}", stage.lab()?.name());
     }

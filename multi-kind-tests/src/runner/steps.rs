@@ -30,6 +30,8 @@ pub(super) struct Stage<'a> {
     streams: BTreeMap<String, RunningStream>,
     /// When the last step changed something, in microseconds since the Unix epoch.
     changed: u64,
+    /// What that step was.
+    change: String,
 }
 
 /// What a step is called in reports.
@@ -44,9 +46,9 @@ pub(super) fn title(step: &Step) -> String {
             None => format!("apply a manifest in {}", apply.cluster),
         },
         Step::Annotate(annotate) => {
-            format!("annotate {} in {}: {}", annotate.object, annotate.cluster, annotate.set.join(" "))
+            format!("{} annotates {}: {}", annotate.cluster, annotate.object, annotate.set.join(" "))
         }
-        Step::Scale(scale) => format!("scale {} in {} to {}", scale.object, scale.cluster, scale.replicas),
+        Step::Scale(scale) => format!("{} scales {} to {}", scale.cluster, scale.object, scale.replicas),
         Step::Kill(process) => format!("kill -9 {} of {}", process.process, process.cluster),
         Step::Stop(process) => format!("stop {} of {}", process.process, process.cluster),
         Step::Start(process) => {
@@ -56,7 +58,7 @@ pub(super) fn title(step: &Step) -> String {
         Step::Restart(process) => format!("restart {} of {}", process.process, process.cluster),
         Step::Cut(node) => format!("cut {} off", node.node),
         Step::Heal(node) => format!("heal {}", node.node),
-        Step::Call(call) => format!("{} calls {}", call.from, call.to),
+        Step::Call(_) => "call".into(),
         Step::Load(load) => format!("{} keeps calling {} ({})", load.from, load.to, load.name),
         Step::Shift(shift) => {
             format!("{} within {}: answered by {}", shift.load, shift.within, shift.to.join(" and "))
@@ -75,7 +77,15 @@ pub(super) fn title(step: &Step) -> String {
 
 impl<'a> Stage<'a> {
     pub(super) fn new(options: &'a Options, lab: Option<&'a Lab>, scenario: &'a Scenario) -> Self {
-        Self { options, scenario, lab, loads: BTreeMap::new(), streams: BTreeMap::new(), changed: 0 }
+        Self {
+            options,
+            scenario,
+            lab,
+            loads: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            changed: 0,
+            change: String::new(),
+        }
     }
 
     /// Makes the connections that the scenario starts from.
@@ -98,6 +108,9 @@ impl<'a> Stage<'a> {
 
     /// Does one step; gives what it measured, if it measures.
     pub(super) fn step(&mut self, step: &Step) -> anyhow::Result<Option<String>> {
+        if is_change(step) {
+            self.change = title(step);
+        }
         match step {
             Step::Say(_) => Ok(None),
             Step::Connect(pair) => self.connect(pair),
@@ -164,7 +177,7 @@ impl<'a> Stage<'a> {
                 &format!("{left}s"),
             ])?;
         }
-        Ok(Some(format!("ready after {:.2} s", begin.elapsed().as_secs_f64())))
+        Ok(Some(format!("{}: all ready after {:.2} s", self.change, begin.elapsed().as_secs_f64())))
     }
 
     fn apply(&mut self, apply: &Apply) -> anyhow::Result<Option<String>> {
@@ -245,7 +258,7 @@ impl<'a> Stage<'a> {
             anyhow::ensure!(differences.is_empty(), "{}; got {}", differences.join("; "), report.summary());
             Ok(report)
         })?;
-        Ok(Some(report.summary()))
+        Ok(Some(format!("{} calls {}: {}", call.from, call.to, report.summary())))
     }
 
     fn calls(&self, from: &str, to: &str, calls: u32, unconnected: bool) -> anyhow::Result<CallReport> {
@@ -302,7 +315,7 @@ impl<'a> Stage<'a> {
         );
         load.settled = Some((shift.to.clone(), shifted.since));
         let failures = if failed > 0 { format!(", {failed} calls failed meanwhile") } else { String::new() };
-        Ok(Some(format!("{} after {millis:.0} ms{failures}", shift.to.join(" and "))))
+        Ok(Some(format!("{}: {} after {millis:.0} ms{failures}", self.change, shift.to.join(" and "))))
     }
 
     fn unchanged(&mut self, unchanged: &Unchanged) -> anyhow::Result<Option<String>> {
@@ -331,7 +344,7 @@ impl<'a> Stage<'a> {
         let timeline = load.stop(&self.options.interrupt)?;
         anyhow::ensure!(!timeline.is_empty(), "the load made no calls");
         anyhow::ensure!(timeline.failed() <= usize::try_from(stop.max_failed)?, timeline.summary());
-        Ok(Some(timeline.summary()))
+        Ok(Some(format!("all of {}: {}", stop.load, timeline.summary())))
     }
 
     fn stream(&mut self, stream: &Stream) -> anyhow::Result<Option<String>> {
@@ -385,6 +398,25 @@ impl<'a> Stage<'a> {
     ) -> anyhow::Result<process::Finished> {
         process::run(command, deadline, &self.options.interrupt)
     }
+}
+
+/// Whether a step changes what others then see.
+fn is_change(step: &Step) -> bool {
+    !matches!(
+        step,
+        Step::Say(_)
+            | Step::Ready(_)
+            | Step::Call(_)
+            | Step::Load(_)
+            | Step::Shift(_)
+            | Step::Unchanged(_)
+            | Step::LoadStop(_)
+            | Step::Stream(_)
+            | Step::StreamEnd(_)
+            | Step::Check(_)
+            | Step::Fails(_)
+            | Step::IdentitySeen(_)
+    )
 }
 
 /// Whether a load went on as it had settled, up to the next change.

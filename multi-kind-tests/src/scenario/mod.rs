@@ -87,7 +87,8 @@ impl Scenario {
         let mut scenario: Self =
             serde_saphyr::from_str(&text).map_err(|error| malformed(error.to_string()))?;
         scenario.name = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
-        scenario.base = path.parent().unwrap_or(Path::new(".")).to_path_buf();
+        let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        scenario.base = full.parent().unwrap_or(Path::new("/")).to_path_buf();
         if scenario.steps.is_empty() {
             return Err(malformed("it has no steps, so it could not fail".into()));
         }
