@@ -1,5 +1,8 @@
 //! Tables for people, JSON for programs.
 
+use std::fmt::Display;
+use std::io::Write;
+
 use comfy_table::{Cell, Color, Row, Table, presets};
 use serde::Serialize;
 
@@ -8,8 +11,14 @@ use serde::Serialize;
 /// # Errors
 /// If it cannot be written as JSON.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    print_line(serde_json::to_string_pretty(value)?);
     Ok(())
+}
+
+/// Prints a line. A reader that has gone away (`| head`) is none of our business: a command that changes
+/// something must not stop half-way because of it.
+pub(crate) fn print_line(text: impl Display) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
 /// Prints columns under upper-case headings, without lines: easy to read and to cut.
@@ -21,8 +30,8 @@ pub(crate) fn print_table<R: Into<Row>>(headings: &[&str], rows: Vec<R>) {
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    for line in table.to_string().lines() {
-        println!("{}", line.trim_end());
+    for row in table.to_string().lines() {
+        print_line(row.trim_end());
     }
 }
 

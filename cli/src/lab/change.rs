@@ -12,8 +12,9 @@ use super::objects::{ObjectRef, Objects};
 use super::state::{ClusterState, Lock};
 use super::system::{Process, SystemProcess, new_etcd_token};
 use super::topology::manifest_files;
-use super::{Lab, network, requirements};
+use super::{Lab, network, read_manifest, requirements};
 use crate::error::usage;
+use crate::output::print_line;
 use crate::wait::until;
 
 pub(crate) async fn apply(
@@ -25,9 +26,7 @@ pub(crate) async fn apply(
     let change = |objects: &mut Objects| {
         for file in files {
             for manifest in manifest_files(file)? {
-                for kind in objects.read(&manifest)? {
-                    println!("note: {}: a lab has no use for {kind}; left out", manifest.display());
-                }
+                read_manifest(objects, &manifest)?;
             }
         }
         Ok(())
@@ -106,7 +105,7 @@ pub(crate) async fn stop(lab: Option<&str>, args: &ProcessArgs) -> anyhow::Resul
     let (lab, cluster, _lock) = lock(lab, &args.cluster)?;
     let process = SystemProcess::new(&lab.layout, lab.cluster(&cluster)?, args.process.clone())?;
     if !process.stop().await? {
-        println!("{} of cluster {cluster} did not run", args.process);
+        print_line(format!("{} of cluster {cluster} did not run", args.process));
     }
     Ok(())
 }

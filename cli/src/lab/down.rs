@@ -33,8 +33,12 @@ pub(crate) async fn remove(layout: &Layout) -> anyhow::Result<bool> {
     let namespaces: String =
         own_namespaces(layout).iter().map(|name| format!("netns del {name}\n")).collect();
     netns::ip(None, &namespaces).await?;
-    // A killed process leaves its cgroup a moment after it stopped counting as alive.
-    until(deadline, async || Ok(cgroup.remove().is_ok().then_some(()))).await?;
+    // Again and again: a process that `up` had just started may have entered its cgroup after the first time.
+    until(deadline, async || {
+        cgroup.kill()?;
+        Ok(cgroup.remove().is_ok().then_some(()))
+    })
+    .await?;
     remove_tree(&layout.dir())?;
     for shared in [layout.cgroup(), layout.bpf()] {
         // Only if this was the last lab: fails otherwise, as it should.

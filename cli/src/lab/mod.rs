@@ -34,16 +34,18 @@ mod up;
 #[cfg(test)]
 mod testing;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
 use self::args::{DownArgs, LabArgs, LabCommand};
 use self::layout::Layout;
+use self::objects::Objects;
 use self::pods::Pods;
 use self::state::{LabState, Lock, names};
 use self::topology::{Cluster, Topology, lab_name};
 use crate::error::usage;
+use crate::output::print_line;
 
 /// A lab that exists.
 #[derive(Debug)]
@@ -182,10 +184,19 @@ async fn down(lab: Option<&str>, args: &DownArgs) -> anyhow::Result<()> {
         let lock = Lock::acquire(&layout)?;
         let existed = down::remove(&layout).await?;
         lock.remove();
-        println!(
-            "{}",
-            if existed { format!("Removed lab {name}") } else { format!("There is no lab {name}") }
-        );
+        let said = if existed { "Removed" } else { "There is no" };
+        print_line(format!("{said} lab {name}"));
+    }
+    Ok(())
+}
+
+/// Adds the objects of a manifest, and says what of it a lab has no use for.
+///
+/// # Errors
+/// A usage error with file and field.
+fn read_manifest(objects: &mut Objects, file: &Path) -> anyhow::Result<()> {
+    for kind in objects.read(file)? {
+        print_line(format!("note: {}: a lab has no use for {kind}; left out", file.display()));
     }
     Ok(())
 }

@@ -116,10 +116,13 @@ pub(crate) fn binaries() -> Option<PathBuf> {
     std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_path_buf))
 }
 
-/// The last lines of a log, for an error message.
+/// The last lines of a log, indented, for an error message.
 pub(crate) fn log_tail(log: &Path, lines: usize) -> String {
     let text = std::fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    let all: Vec<&str> = text.lines().collect();
+    let all: Vec<String> = text.lines().map(|line| format!("  {line}")).collect();
+    if all.is_empty() {
+        return "  (it wrote nothing)".to_owned();
+    }
     all[all.len().saturating_sub(lines)..].join("\n")
 }

@@ -1,6 +1,6 @@
 //! Commands that show a lab.
 
-use std::io::copy;
+use std::io::{ErrorKind, copy};
 
 use anyhow::Context;
 use comfy_table::Cell;
@@ -13,7 +13,7 @@ use super::state::{ClusterState, LabState, names};
 use super::system::{Process, SystemProcess};
 use crate::error::usage;
 use crate::mesh::Output;
-use crate::output::{coloured, print_json, print_table};
+use crate::output::{coloured, print_json, print_line, print_table};
 
 #[derive(Serialize)]
 struct LabView {
@@ -93,7 +93,7 @@ pub(crate) fn list() -> anyhow::Result<()> {
         rows.push(row);
     }
     if rows.is_empty() {
-        println!("No lab runs; start one with `clustermesh lab up FILE`");
+        print_line("No lab runs; start one with `clustermesh lab up FILE`");
     } else {
         print_table(&["name", "status", "since", "topology"], rows);
     }
@@ -106,9 +106,9 @@ pub(crate) fn status(lab: &Lab, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
         return print_json(&view);
     }
-    println!("Lab {} ({})", view.name, if view.complete { "up" } else { "half-made" });
+    print_line(format!("Lab {} ({})", view.name, if view.complete { "up" } else { "half-made" }));
     for cluster in &view.clusters {
-        println!("\nCluster {} (ID {})", cluster.name, cluster.id);
+        print_line(format!("\nCluster {} (ID {})", cluster.name, cluster.id));
         let nodes =
             cluster.nodes.iter().map(|n| vec![n.name.clone(), n.address.clone(), n.pod_cidrs.join(", ")]);
         print_table(&["node", "address", "pod CIDRs"], nodes.collect());
@@ -117,19 +117,19 @@ pub(crate) fn status(lab: &Lab, output: Output) -> anyhow::Result<()> {
             let status = if p.running { coloured("running", true) } else { coloured("stopped", false) };
             vec![Cell::new(&p.name), Cell::new(&p.node), status, Cell::new(pids.join(","))]
         });
-        println!();
+        print_line("");
         print_table(&["process", "node", "status", "pid"], processes.collect());
         let pods = cluster.pods.iter().map(|p| {
             let status = coloured(p.status, p.status == "Ready");
             let name = format!("{}/{}", p.namespace, p.name);
             vec![Cell::new(name), Cell::new(&p.node), status, Cell::new(p.ips.join(", "))]
         });
-        println!();
+        print_line("");
         print_table(&["pod", "node", "status", "addresses"], pods.collect());
         let services = cluster.services.iter().map(|s| {
             vec![format!("{}/{}", s.namespace, s.name), s.cluster_ips.join(", "), s.ports.join(", ")]
         });
-        println!();
+        print_line("");
         print_table(&["service", "cluster IPs", "ports"], services.collect());
     }
     Ok(())
@@ -147,8 +147,10 @@ pub(crate) fn logs(lab: Option<&str>, target: &str) -> anyhow::Result<()> {
     let mut file = std::fs::File::open(&path).with_context(|| {
         format!("there is no log {}; `clustermesh lab status` lists processes and pods", path.display())
     })?;
-    copy(&mut file, &mut std::io::stdout().lock()).context("cannot print the log")?;
-    Ok(())
+    match copy(&mut file, &mut std::io::stdout().lock()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(e).context("cannot print the log"),
+        _ => Ok(()),
+    }
 }
 
 fn view(lab: &Lab) -> anyhow::Result<LabView> {

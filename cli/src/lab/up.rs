@@ -14,9 +14,10 @@ use super::pods::Pods;
 use super::state::{ClusterState, LabState, Lock, names};
 use super::system::{self, SystemProcess, binary};
 use super::topology::{Topology, TopologyFile, lab_name};
-use super::{down, network, requirements};
+use super::{down, network, read_manifest, requirements};
 use crate::error::usage;
 use crate::mesh;
+use crate::output::print_line;
 
 /// Starts a lab.
 ///
@@ -43,33 +44,44 @@ pub(crate) async fn up(args: &UpArgs) -> anyhow::Result<()> {
         );
     }
     let started = Instant::now();
-    println!("Starting lab {} ({} clusters)", layout.lab(), topology.clusters.len());
+    print_line(format!("Starting lab {} ({} clusters)", layout.lab(), topology.clusters.len()));
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for Ctrl-C")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
     let result = tokio::select! {
         result = start(&layout, &topology, state, clusters, args.wait_timeout.duration()) => result,
-        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
-        _ = terminate.recv() => Err(anyhow::anyhow!("asked to stop")),
+        _ = interrupt.recv() => Err(Interrupted.into()),
+        _ = terminate.recv() => Err(Interrupted.into()),
     };
     if let Err(error) = result {
-        let kept = down::keep_logs(&layout);
-        eprintln!("Removing what was started of lab {}", layout.lab());
-        down::remove(&layout).await.context("cannot clean up after the failure below")?;
-        lock.remove();
-        return Err(match kept {
-            Some(logs) => {
-                error.context(format!("lab {} did not start (logs: {})", layout.lab(), logs.display()))
-            }
-            None => error.context(format!("lab {} did not start", layout.lab())),
-        });
+        return Err(undo(&layout, lock, error).await);
     }
-    println!(
+    print_line(format!(
         "Lab {} is up after {:.1} s; logs are in {}",
         layout.lab(),
         started.elapsed().as_secs_f32(),
         layout.logs().display()
-    );
+    ));
     Ok(())
+}
+
+/// Ctrl-C or SIGTERM.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
+/// Removes what was started, and says what to tell the caller.
+async fn undo(layout: &Layout, lock: Lock, error: anyhow::Error) -> anyhow::Error {
+    eprintln!("Removing what was started of lab {}", layout.lab());
+    let logs = if error.is::<Interrupted>() { None } else { down::keep_logs(layout) };
+    let logs = logs.map(|dir| format!(" (logs: {})", dir.display())).unwrap_or_default();
+    let error = error.context(format!("lab {} did not start{logs}", layout.lab()));
+    match down::remove(layout).await {
+        Ok(_) => {
+            lock.remove();
+            error
+        }
+        Err(left) => anyhow::anyhow!("{error:#}; and it could not be removed: {left:#}"),
+    }
 }
 
 fn read(args: &UpArgs) -> anyhow::Result<(Topology, LabState)> {
@@ -101,9 +113,7 @@ fn desired_clusters(layout: &Layout, topology: &Topology, file: &Path) -> anyhow
             ..ClusterState::default()
         };
         for manifest in cluster.manifest_files(base)? {
-            for kind in state.objects.read(&manifest)? {
-                println!("note: {}: a lab has no use for {kind}; left out", manifest.display());
-            }
+            read_manifest(&mut state.objects, &manifest)?;
         }
         Pods { layout, cluster, images: &topology.images }
             .check(&state)
@@ -126,7 +136,7 @@ async fn start(
     lab.save(layout)?;
     network::create(layout, topology).await.map_err(|e| explain_leftovers(layout, e))?;
     let nodes: usize = topology.clusters.iter().map(|c| c.nodes.len()).sum();
-    println!("  network: {nodes} nodes on {}", topology.underlay);
+    print_line(format!("  network: {nodes} nodes on {}", topology.underlay));
     let clusters = topology.clusters.iter().zip(states).map(|(cluster, state)| {
         let (pods, mesh) = (Pods { layout, cluster, images: &topology.images }, lab.mesh);
         async move {
@@ -140,7 +150,7 @@ async fn start(
         let dirs: Vec<PathBuf> = topology.clusters.iter().map(|c| layout.cluster(c.name.as_str())).collect();
         let left = || deadline.saturating_duration_since(Instant::now());
         mesh::until_synced(&dirs, left()).await?;
-        println!("  agents: ready");
+        print_line("  agents: ready");
         for (a, b) in &topology.connect {
             mesh::connect(&layout.cluster(a.as_str()), &layout.cluster(b.as_str()), left()).await?;
         }
@@ -167,12 +177,12 @@ async fn start_cluster(
     for (process, child) in &mut launched {
         process.wait_listening(child, deadline).await?;
     }
-    println!(
+    print_line(format!(
         "  {}: {} processes and {count} pods on {} nodes",
         cluster.name,
         processes.len(),
         cluster.nodes.len()
-    );
+    ));
     Ok(())
 }
 
