@@ -3,6 +3,7 @@
 use crate::interrupt::Interrupt;
 use crate::process::{self, Finished};
 use anyhow::Context as _;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -154,6 +155,27 @@ impl Lab {
         micros(newest)
     }
 
+    /// Pairs of clusters that are connected, each in alphabetical order.
+    ///
+    /// # Errors
+    /// If the lab's files cannot be read.
+    pub fn connections(&self) -> anyhow::Result<BTreeSet<(String, String)>> {
+        let mut pairs = BTreeSet::new();
+        for entry in std::fs::read_dir(self.folder()).context("the lab has no files")? {
+            let entry = entry?;
+            let cluster = entry.file_name().to_string_lossy().into_owned();
+            let Ok(peers) = std::fs::read_dir(entry.path().join("clustermesh")) else { continue };
+            for peer in peers {
+                let peer = peer?.file_name().to_string_lossy().into_owned();
+                // Certificates lie beside the entries; cluster names have no dots.
+                if !peer.contains('.') {
+                    pairs.insert(ordered(&cluster, &peer));
+                }
+            }
+        }
+        Ok(pairs)
+    }
+
     /// The network namespace of a node (`CLUSTER/NODE`).
     pub fn node_namespace(&self, node: &str) -> PathBuf {
         PathBuf::from(format!("/run/netns/cm-{}-{}", self.name, node.replace('/', "-")))
@@ -211,6 +233,12 @@ impl Drop for Lab {
             eprintln!("lab {} was not taken down: {error:#}", self.name);
         }
     }
+}
+
+/// A pair in alphabetical order.
+pub fn ordered(one: &str, other: &str) -> (String, String) {
+    let (first, second) = if one <= other { (one, other) } else { (other, one) };
+    (first.to_owned(), second.to_owned())
 }
 
 /// Microseconds since the Unix epoch.

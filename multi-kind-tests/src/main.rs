@@ -44,9 +44,9 @@ struct RunArgs {
     /// Print every command that the scenarios give.
     #[arg(long)]
     show_commands: bool,
-    /// Where the logs of failed labs are kept.
-    #[arg(long, value_name = "DIR", default_value = "target/scenario-logs")]
-    logs: PathBuf,
+    /// Where the logs of failed labs are kept; default: `scenario-logs` beside the programs' folder.
+    #[arg(long, value_name = "DIR")]
+    logs: Option<PathBuf>,
     /// Write the outcomes as JSON into this file.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -96,11 +96,12 @@ fn carry_out(args: RunArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcom
             std::env::current_exe()?.parent().map(Path::to_path_buf).context("this program has no folder")?
         }
     };
+    let beside = || folder.parent().unwrap_or(&folder).join("scenario-logs");
     let options = Options {
         binaries: Binaries::in_folder(&folder)?,
         adopt: args.lab,
         show_commands: args.show_commands,
-        log_folder: args.logs,
+        log_folder: args.logs.unwrap_or_else(beside),
         interrupt: Interrupt::on_signals().context("cannot listen for Ctrl-C")?,
     };
     Ok(Runner::new(options).run_all(scenarios, |line| println!("{line}")))

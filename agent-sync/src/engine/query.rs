@@ -142,7 +142,7 @@ impl Engine {
             vec![
                 ("identity", key.identity.to_string()),
                 ("cluster", self.cluster_of(key.identity)),
-                ("node", std::net::Ipv4Addr::from(key.node_ip).to_string()),
+                ("sender", std::net::Ipv4Addr::from(key.node_ip).to_string()),
                 ("packets", counter.packets.to_string()),
                 ("bytes", counter.bytes.to_string()),
             ]
@@ -240,7 +240,7 @@ fn address_columns(key: &IpKey) -> Row {
 fn ipcache_row(key: IpKey, value: abi::IpValue) -> Row {
     let mut row = address_columns(&key);
     row.push(("identity", value.identity.to_string()));
-    row.push(("node", std::net::Ipv4Addr::from(value.node_ip).to_string()));
+    row.push(("tunnel_endpoint", std::net::Ipv4Addr::from(value.node_ip).to_string()));
     row.push(("key", value.key.to_string()));
     row
 }
@@ -249,7 +249,7 @@ fn prefix_row(key: abi::PrefixKey, value: abi::PrefixValue) -> Row {
     vec![
         ("prefix", wire_key::prefix(&key).map_or_else(|| "?".into(), |prefix| prefix.to_string())),
         ("cluster", value.cluster.to_string()),
-        ("node", std::net::Ipv4Addr::from(value.node_ip).to_string()),
+        ("tunnel_endpoint", std::net::Ipv4Addr::from(value.node_ip).to_string()),
     ]
 }
 

@@ -3,6 +3,7 @@
 use super::steps::Stage;
 use crate::scenario::Fails;
 use anyhow::Context as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -10,7 +11,9 @@ use std::process::Command;
 pub(super) fn fails_clearly(stage: &Stage<'_>, fails: &Fails) -> anyhow::Result<Option<String>> {
     let folder = Scratch::new()?;
     for (name, text) in &fails.files {
-        std::fs::write(folder.0.join(name), fill(stage, &folder, text)?)?;
+        let file = folder.0.join(name);
+        std::fs::create_dir_all(file.parent().unwrap_or(&folder.0))?;
+        std::fs::write(file, fill(stage, &folder, text)?)?;
     }
     let words: Vec<String> =
         fails.run.iter().map(|word| fill(stage, &folder, word)).collect::<Result<_, _>>()?;
@@ -26,6 +29,7 @@ pub(super) fn fails_clearly(stage: &Stage<'_>, fails: &Fails) -> anyhow::Result<
         let copy = folder.0.join("program");
         std::fs::copy(&program, &copy)?;
         program = copy;
+        std::fs::set_permissions(&folder.0, std::fs::Permissions::from_mode(0o777))?;
         prefix.extend(
             [
                 "setpriv",

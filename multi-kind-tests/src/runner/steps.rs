@@ -3,7 +3,7 @@
 use super::background::{RunningLoad, RunningStream};
 use super::{Options, json};
 use crate::evidence::CallReport;
-use crate::lab::{Lab, micros};
+use crate::lab::{Lab, micros, ordered};
 use crate::process;
 use crate::scenario::{
     Annotate, Apply, Call, Check, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready, Scale,
@@ -88,17 +88,21 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Makes the connections that the scenario starts from.
+    /// Makes the connections that the scenario starts from, and no others.
     pub(super) fn connect_first(&mut self) -> anyhow::Result<()> {
-        let pairs = self.scenario.connected.clone();
-        for (from, to) in &pairs {
-            let entry = self.lab()?.folder().join(from).join("clustermesh").join(to);
-            if !entry.exists() {
-                self.connect(&Pair { from: from.clone(), to: to.clone() })?;
+        let Some(lab) = self.lab else { return Ok(()) };
+        let wanted: BTreeSet<_> =
+            self.scenario.connected.iter().map(|(from, to)| ordered(from, to)).collect();
+        let present = lab.connections()?;
+        for (verb, pairs) in [("disconnect", &present - &wanted), ("connect", &wanted - &present)] {
+            for (from, to) in pairs {
+                let (from, to) = (lab.context(&from), lab.context(&to));
+                let arguments = [verb, "--context", &from, "--destination-context", &to, "--wait"];
+                lab.clustermesh(&arguments).context("before the first step")?;
             }
         }
-        if !pairs.is_empty() {
-            let clusters: BTreeSet<String> = pairs.into_iter().flat_map(|(from, to)| [from, to]).collect();
+        if !wanted.is_empty() {
+            let clusters: BTreeSet<String> = wanted.into_iter().flat_map(|(from, to)| [from, to]).collect();
             let within = crate::scenario::Span::seconds(15);
             self.ready(&Ready { clusters: clusters.into_iter().collect(), within })
                 .context("before the first step")?;

@@ -35,7 +35,7 @@ pub struct Scenario {
     /// Topology file of the lab, relative to this file; none: the steps need no lab.
     #[serde(default)]
     pub topology: Option<PathBuf>,
-    /// Pairs of clusters that are connected before the first step.
+    /// Pairs of clusters that are connected before the first step; no others are.
     #[serde(default)]
     pub connected: Vec<(String, String)>,
     /// The lab is not shared with other scenarios, and gone afterwards.

@@ -279,7 +279,7 @@ pub struct Fails {
     /// Program (`clustermesh`, `clustermesh-agent`, `clustermesh-apiserver`) and arguments;
     /// `{lab}`, `{dir}` (a fresh folder), `{scenario}` (the scenario's folder) are filled in.
     pub run: Vec<String>,
-    /// Files to write into `{dir}` first.
+    /// Files to write into `{dir}` first; names may lead into folders.
     #[serde(default)]
     pub files: std::collections::BTreeMap<String, String>,
     /// Run as the user nobody.
