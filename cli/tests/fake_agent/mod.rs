@@ -148,13 +148,11 @@ impl Answers {
                 datapath: "memory".into(),
                 ready: true,
                 own: Some(own),
-                remotes: Vec::new(),
                 local: Some(LocalCounts { services: 5, global_services: 2, ..Default::default() }),
                 tables: vec![TableFill { name: "cm_ipcache".into(), entries: 128, max_entries: 512 }],
                 resident_bytes: 20 << 20,
                 uptime_seconds: 192,
-                pending_changes: 0,
-                datapath_error: String::new(),
+                ..Default::default()
             },
             probe: ProbePeerResponse {
                 cluster_id: peer_id,
