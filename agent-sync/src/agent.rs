@@ -164,7 +164,8 @@ impl Node {
             cgroup: kernel.cgroup_root.clone(),
             // At most 16.
             identity_shift: if options.own.max.get() == 511 { 15 } else { 16 },
-            node_ip: options.node_ip.unwrap_or(Ipv4Addr::UNSPECIFIED),
+            node_ip: options.node_ip,
+            overlay_port: kernel.tunnel_port,
             ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
         })?;
         let netlink = Netlink::open()?;

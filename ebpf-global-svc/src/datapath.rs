@@ -12,6 +12,7 @@ mod pins;
 
 use std::{
     collections::BTreeMap,
+    net::Ipv4Addr,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
@@ -156,6 +157,20 @@ impl Datapath {
         // Pods may send there from now on.
         self.config.overlay_ifindex = ifindex;
         maps::write_config(&self.pins.map("cm_config"), &self.config)
+    }
+
+    /// Tells the programs this node's underlay address; the one they have already is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_node_ip(&mut self, node_ip: Ipv4Addr) -> Result<(), DatapathError> {
+        if self.config.node_ip == node_ip.octets() {
+            return Ok(());
+        }
+        let config = Config { node_ip: node_ip.octets(), ..self.config };
+        maps::write_config(&self.pins.map("cm_config"), &config)?;
+        self.config = config;
+        Ok(())
     }
 
     /// Tables over the kernel's maps. Entries of earlier lives are in them.
@@ -351,15 +366,18 @@ fn load_maps(pins: &Pins, specs: &[MapSpec]) -> Result<Ebpf, DatapathError> {
     loader.load(OBJECT).map_err(open_failed)
 }
 
-/// Writes what this node is. The overlay stays: pods send through it while the agent restarts.
+/// Writes what this node is. What this life does not know yet stays as an earlier one left it: packets
+/// flow through the overlay while the agent restarts.
 fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathError> {
     let path = pins.map("cm_config");
+    let before = maps::read_config(&path)?;
+    let node_ip = options.node_ip.map_or(before.node_ip, |ip| ip.octets());
     let config = Config {
         schema: SCHEMA_VERSION,
         cluster: options.cluster,
         identity_shift: options.identity_shift,
-        overlay_ifindex: maps::read_config(&path)?.overlay_ifindex,
-        node_ip: options.node_ip.octets(),
+        overlay_ifindex: before.overlay_ifindex,
+        node_ip,
         overlay_port: options.overlay_port,
         pad: 0,
         reserved: [0; 3],

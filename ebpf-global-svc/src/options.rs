@@ -16,8 +16,9 @@ pub struct DatapathOptions {
     pub cluster: u16,
     /// Bits of the cluster-local part of an identity: 16 (255 clusters) or 15 (511 clusters).
     pub identity_shift: u16,
-    /// Own underlay address; unspecified: none.
-    pub node_ip: Ipv4Addr,
+    /// Own underlay address; `None` leaves the one that an earlier life set, if any: see
+    /// [`Datapath::set_node_ip`](crate::Datapath::set_node_ip).
+    pub node_ip: Option<Ipv4Addr>,
     /// UDP port of the overlay.
     pub overlay_port: u16,
     /// Entries per map.
@@ -33,7 +34,7 @@ impl DatapathOptions {
             cgroup: None,
             cluster,
             identity_shift: 16,
-            node_ip: Ipv4Addr::UNSPECIFIED,
+            node_ip: None,
             overlay_port: 8472,
             sizes: MapSizes::default(),
         }

@@ -94,7 +94,7 @@ impl Node {
         }
 
         let root = Root::new();
-        let options = DatapathOptions { node_ip: underlay(cluster), ..root.options(cluster) };
+        let options = DatapathOptions { node_ip: Some(underlay(cluster)), ..root.options(cluster) };
         let mut datapath = Datapath::open(&options).unwrap();
         let (veth, overlay) = (netns.ifindex("lxc0"), netns.ifindex("cm_vxlan"));
         netns.run(|| {

@@ -42,7 +42,7 @@ impl Node {
         let overlay = netns.ifindex("cm_vxlan");
         let root = Root::new();
         let mut options = root.options(OWN);
-        options.node_ip = THIS_NODE;
+        options.node_ip = Some(THIS_NODE);
         let mut datapath = Datapath::open(&options).unwrap();
         netns.run(|| datapath.attach_overlay(overlay).unwrap());
         let mut tables = datapath.tables().unwrap();

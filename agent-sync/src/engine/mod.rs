@@ -180,6 +180,10 @@ impl Engine {
             let wanted = self.mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
             let may_detach = self.mesh.is_synced(self.own.id, Kind::Ip);
             self.hooks.sync(wanted.collect(), may_detach, Instant::now(), datapath);
+            // Known with the node's record at the latest; until then an earlier life's holds.
+            if let Some(Err(error)) = self.mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
+                warn!(%error, "cannot tell the datapath this node's address");
+            }
         }
         if topology_changed || routes.borrow().is_none() {
             let now = self.mesh.routes();
