@@ -1,6 +1,7 @@
 //! The rtnetlink edge against the real kernel, in a network namespace of its own.
 //!
 //! Needs root, as the agent does; fails (rather than skips) without.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
 use std::collections::BTreeMap;
 use std::fs::File;
