@@ -9,7 +9,7 @@ use super::cgroup::Cgroup;
 use super::objects::ObjectName;
 use super::process::{Place, become_command, environment};
 use super::state::ClusterState;
-use super::{Lab, container, netns};
+use super::{Lab, container, netns, requirements};
 use crate::error::usage;
 
 /// Becomes the command, so that signals, terminal and exit status are its own.
@@ -17,6 +17,7 @@ use crate::error::usage;
 /// # Errors
 /// If there is no such pod or command.
 pub(crate) fn exec(lab: Option<&str>, args: &ExecArgs) -> anyhow::Result<()> {
+    requirements(&[])?;
     let (lab, cluster, target) = Lab::locate(lab, &args.target)?;
     let cluster = lab.cluster(&cluster)?;
     let name = cluster.name.as_str();

@@ -202,5 +202,5 @@ fn load<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
 }
 
 fn save(path: &Path, state: &impl Serialize) -> anyhow::Result<()> {
-    write_atomically(path, &serde_json::to_vec_pretty(state)?, 0o600)
+    write_atomically(path, &serde_json::to_vec_pretty(state)?, 0o644)
 }

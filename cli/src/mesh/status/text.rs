@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use clustermesh_agent_api::v1::{KindStatus, LocalCounts, Peer, StatusResponse, TableFill};
+use clustermesh_agent_api::v1::{Conflict, KindStatus, LocalCounts, Peer, StatusResponse, TableFill};
 
 use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_ready};
 use crate::mesh::plan::Outcome;
@@ -94,9 +94,34 @@ impl Text {
             };
             self.peer(peer, &title);
         }
+        self.conflicts(status);
         if !status.tables.is_empty() {
             let fills: Vec<_> = status.tables.iter().map(|table| self.fill(table)).collect();
             self.line(2, format!("maps: {}", fills.join(", ")));
+        }
+    }
+
+    /// What one cluster claims and another one holds: it is refused as long as both claim it.
+    fn conflicts(&mut self, status: &StatusResponse) {
+        for conflict in &status.conflicts {
+            let Conflict { cluster_id, claim, holder_id } = conflict;
+            let text = format!(
+                "conflict: cluster {cluster_id} claims {}, which is cluster {holder_id}'s",
+                one_line(claim)
+            );
+            self.line(2, self.style.paint(Tone::Bad, &text));
+        }
+        if status.backend_conflicts > 0 {
+            let text = format!(
+                "conflict: {} backends left out, their addresses are another cluster's",
+                status.backend_conflicts
+            );
+            self.line(2, self.style.paint(Tone::Bad, &text));
+        }
+        if status.clusters_left_out > 0 {
+            let text =
+                format!("{} times a service had no room for another cluster", status.clusters_left_out);
+            self.line(2, self.style.paint(Tone::Doubtful, &text));
         }
     }
 
@@ -235,5 +260,25 @@ mod tests {
         for (entries, code) in [(749, 32), (750, 33), (899, 33), (900, 31)] {
             assert!(fill(entries, 1000, Style::Rich).contains(&format!("\x1b[{code}m")), "{entries}");
         }
+    }
+
+    #[test]
+    fn conflicts_say_who_claims_what_of_whom() {
+        let mut text = Text { style: Style::Plain, out: String::new() };
+        text.conflicts(&StatusResponse::default());
+        assert_eq!(text.out, "");
+        text.conflicts(&StatusResponse {
+            conflicts: vec![Conflict { cluster_id: 2, claim: "10.1.0.0/24".into(), holder_id: 1 }],
+            backend_conflicts: 3,
+            ..StatusResponse::default()
+        });
+        let lines: Vec<&str> = text.out.lines().map(str::trim).collect();
+        assert_eq!(
+            lines,
+            [
+                "conflict: cluster 2 claims 10.1.0.0/24, which is cluster 1's",
+                "conflict: 3 backends left out, their addresses are another cluster's"
+            ]
+        );
     }
 }
