@@ -81,7 +81,9 @@ impl KernelPath {
     /// Starts a server in the server pod and waits until it listens, which it says in its first line. It
     /// is killed with this process or this path.
     pub(super) fn serve(&mut self, line: &str) -> anyhow::Result<()> {
-        let mut child = command(&format!("setpriv --pdeathsig KILL {} {line}", inside(&self.server)))?
+        // In a session of its own like the lab's processes: the kernel's autogroups divide CPU time
+        // between sessions first.
+        let mut child = command(&format!("setpriv --pdeathsig KILL setsid {} {line}", inside(&self.server)))?
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
