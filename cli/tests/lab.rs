@@ -129,7 +129,7 @@ fn a_lab_that_cannot_start_says_why_and_leaves_nothing() {
         let said = stderr(&failed);
         assert!(said.contains(expected), "{said}");
         assert_eq!(said.lines().filter(|line| line.starts_with("error")).count(), 1, "{said}");
-        assert_eq!(lab.leftovers(), Vec::<String>::new());
+        assert_eq!(lab.leftovers(), Vec::<String>::new(), "{said}");
     }
 }
 

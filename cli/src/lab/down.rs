@@ -24,8 +24,12 @@ pub(crate) async fn remove(layout: &Layout) -> anyhow::Result<bool> {
     let before = leftovers(layout);
     let cgroup = Cgroup::at(layout.cgroup());
     let deadline = Instant::now() + Duration::from_secs(10);
-    cgroup.kill()?;
-    until(deadline, async || Ok((!cgroup.is_populated()).then_some(())))
+    // Again and again: a process that `up` had just started may have entered its cgroup after the first time.
+    let ended = async || {
+        cgroup.kill()?;
+        Ok((!cgroup.is_populated()).then_some(()))
+    };
+    until(deadline, ended)
         .await?
         .with_context(|| format!("the kernel does not end the processes in {}", cgroup.path().display()))?;
     // Unpinned before their cgroups go: a pinned link keeps its program and maps alive.
@@ -33,7 +37,6 @@ pub(crate) async fn remove(layout: &Layout) -> anyhow::Result<bool> {
     let namespaces: String =
         own_namespaces(layout).iter().map(|name| format!("netns del {name}\n")).collect();
     netns::ip(None, &namespaces).await?;
-    // Again and again: a process that `up` had just started may have entered its cgroup after the first time.
     until(deadline, async || {
         cgroup.kill()?;
         Ok(cgroup.remove().is_ok().then_some(()))
