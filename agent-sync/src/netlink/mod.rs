@@ -15,11 +15,16 @@ pub use pods::{PodLink, PodLinks};
 pub use routes::{ROUTE_PROTOCOL, RouteVia};
 
 use std::io;
+use std::sync::Arc;
+
+use tokio::sync::Mutex;
 
 /// A netlink connection of this network namespace. Cheap to clone.
 #[derive(Clone)]
 pub struct Netlink {
     handle: rtnetlink::Handle,
+    /// A netlink socket carries one dump at a time; another meanwhile is refused as busy.
+    dumping: Arc<Mutex<()>>,
 }
 
 /// What went wrong between the agent and the kernel's network configuration.
@@ -57,7 +62,7 @@ impl Netlink {
     pub fn open() -> Result<Self, NetlinkError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self { handle, dumping: Arc::default() })
     }
 }
 

@@ -14,7 +14,7 @@ use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
 use netlink_packet_route::route::{RouteAttribute, RouteType};
 use rtnetlink::MulticastGroup;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use tracing::warn;
 
 use super::{Netlink, NetlinkError, request, routes};
@@ -23,6 +23,9 @@ use super::{Netlink, NetlinkError, request, routes};
 const SETTLE: Duration = Duration::from_millis(5);
 /// Read again this often even if the kernel said nothing: multicast messages may be lost.
 const RESCAN: Duration = Duration::from_secs(10);
+
+/// After a failed read the next one follows this soon.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// The host's side of a pod's veth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,10 +83,12 @@ impl Netlink {
         tokio::spawn(async move {
             let mut rescan = interval(RESCAN);
             rescan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut failed = false;
             loop {
                 tokio::select! {
                     () = tx.closed() => return,
                     _ = rescan.tick() => {}
+                    () = sleep(RETRY), if failed => {}
                     change = changes.next() => {
                         if change.is_none() {
                             return;
@@ -92,7 +97,9 @@ impl Netlink {
                         while let Ok(Some(_)) = timeout_at(settled, changes.next()).await {}
                     }
                 }
-                match netlink.pod_links().await {
+                let read = netlink.pod_links().await;
+                failed = read.is_err();
+                match read {
                     Ok(pods) => {
                         tx.send_if_modified(|current| {
                             let changed = **current != pods;
@@ -113,6 +120,7 @@ impl Netlink {
 
     /// MAC address of each veth of this namespace.
     async fn veths(&self) -> Result<HashMap<u32, [u8; 6]>, NetlinkError> {
+        let _one_dump = self.dumping.lock().await;
         let mut veths = HashMap::new();
         let mut links = self.handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(request("cannot list devices"))? {
@@ -134,6 +142,7 @@ impl Netlink {
     }
 
     async fn neighbours(&self) -> Result<HashMap<(u32, IpAddr), [u8; 6]>, NetlinkError> {
+        let _one_dump = self.dumping.lock().await;
         let mut macs = HashMap::new();
         let mut entries = Box::pin(self.handle.neighbours().get().execute());
         while let Some(entry) = entries.try_next().await.map_err(request("cannot list neighbours"))? {

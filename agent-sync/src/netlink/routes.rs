@@ -64,6 +64,7 @@ impl Netlink {
 
     /// All routes of the main table, both families.
     pub(super) async fn main_table(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let _one_dump = self.dumping.lock().await;
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut filter = RouteMessage::default();
