@@ -43,6 +43,11 @@ impl Interrupt {
         self.state.1.notify_all();
     }
 
+    /// Whether we were interrupted.
+    pub fn is_set(&self) -> bool {
+        *self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits for this long, or less if interrupted.
     ///
     /// # Errors

@@ -62,12 +62,19 @@ impl Runner {
         Self { options, lab: None, labs_made: 0 }
     }
 
-    /// Runs all; an outcome for each. `progress` gets lines for people while it goes.
+    /// Runs all; an outcome for each that was begun. `progress` gets lines for people while it goes.
     pub fn run_all(&mut self, scenarios: &[Scenario], mut progress: impl FnMut(&str)) -> Vec<Outcome> {
         let mut order: Vec<&Scenario> = scenarios.iter().collect();
         // Stable: within a topology in the given order, those that share a lab first.
         order.sort_by_key(|scenario| (scenario.topology_file(), scenario.own_lab));
-        let outcomes = order.into_iter().map(|scenario| self.run(scenario, &mut progress)).collect();
+        let mut outcomes = Vec::new();
+        for scenario in order {
+            if self.options.interrupt.is_set() {
+                progress("interrupted: the other scenarios are not run");
+                break;
+            }
+            outcomes.push(self.run(scenario, &mut progress));
+        }
         self.drop_lab(&mut progress);
         outcomes
     }
@@ -76,7 +83,7 @@ impl Runner {
         progress(&format!("\n{}: {}", scenario.name, scenario.about));
         let mut figures = Vec::new();
         let mut begin = Instant::now();
-        let mut outcome = self.prepare(scenario, progress);
+        let mut outcome = self.prepare(scenario, &mut figures, progress);
         if outcome.is_ok() {
             begin = Instant::now();
             outcome = self.carry_out(scenario, &mut figures, progress);
@@ -105,17 +112,27 @@ impl Runner {
     }
 
     /// Makes sure of a lab with the connections that the scenario starts from.
-    fn prepare(&mut self, scenario: &Scenario, progress: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
+    fn prepare(
+        &mut self,
+        scenario: &Scenario,
+        figures: &mut Vec<String>,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<()> {
         let Some(topology) = scenario.topology_file() else { return Ok(()) };
         let usable = self.lab.as_ref().is_some_and(|lab| lab.topology() == topology) && !scenario.own_lab;
         if !usable {
             self.drop_lab(progress);
-            self.lab = Some(self.make_lab(&topology, progress)?);
+            self.lab = Some(self.make_lab(&topology, figures, progress)?);
         }
         Ok(())
     }
 
-    fn make_lab(&mut self, topology: &Path, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Lab> {
+    fn make_lab(
+        &mut self,
+        topology: &Path,
+        figures: &mut Vec<String>,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Lab> {
         let Options { binaries, interrupt, adopt, show_commands, .. } = &self.options;
         let access =
             Access { binaries: binaries.clone(), interrupt: interrupt.clone(), show: *show_commands };
@@ -126,7 +143,9 @@ impl Runner {
         let name = format!("t{}-{}", std::process::id(), self.labs_made);
         let begin = Instant::now();
         let lab = Lab::up(access, topology, &name)?;
-        progress(&format!("  lab {name} is up after {:.1} s", begin.elapsed().as_secs_f64()));
+        let figure = format!("lab up and synced after {:.1} s", begin.elapsed().as_secs_f64());
+        progress(&format!("  {name}: {figure}"));
+        figures.push(figure);
         Ok(lab)
     }
 
