@@ -34,7 +34,7 @@ pub enum Step {
     Start(ProcessRef),
     /// `lab restart`.
     Restart(ProcessRef),
-    /// `lab cut`: the node loses its underlay.
+    /// `lab cut`: a node, or a whole cluster, is cut off.
     Cut(NodeRef),
     /// `lab heal`.
     Heal(NodeRef),
@@ -135,11 +135,11 @@ pub struct ProcessRef {
     pub empty: bool,
 }
 
-/// A node.
+/// A node, or all nodes of a cluster.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct NodeRef {
-    /// `CLUSTER/NODE`.
+    /// `CLUSTER/NODE` or `CLUSTER`.
     pub node: String,
 }
 
