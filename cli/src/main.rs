@@ -73,11 +73,13 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Command::Mesh(command) => command.run().await,
             Command::Lab(args) => lab::run(args).await,
             Command::Completions { shell } => {
-                clap_complete::generate(*shell, &mut Cli::command(), "clustermesh", &mut std::io::stdout());
+                let mut script = Vec::new();
+                clap_complete::generate(*shell, &mut Cli::command(), "clustermesh", &mut script);
+                output::print_line(String::from_utf8_lossy(&script).trim_end());
                 Ok(())
             }
             Command::Version => {
-                println!("clustermesh {}", env!("CARGO_PKG_VERSION"));
+                output::print_line(format_args!("clustermesh {}", env!("CARGO_PKG_VERSION")));
                 Ok(())
             }
         }

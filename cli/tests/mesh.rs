@@ -225,3 +225,17 @@ fn usage_errors_are_one_line_and_status_2() {
         assert_eq!(mesh.run(bad).code, 2, "{bad:?}");
     }
 }
+
+#[test]
+fn a_reader_that_has_gone_is_no_error() {
+    let (mesh, ..) = Mesh::of_two();
+    for args in [
+        &["version"][..],
+        &["completions", "bash"],
+        &["status", "--context", "alpha"],
+        &["bpf", "ipcache", "list", "--context", "alpha", "-o", "json"],
+    ] {
+        let ran = mesh.run_unread(args);
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{args:?}");
+    }
+}

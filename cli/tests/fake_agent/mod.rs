@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use clustermesh_agent_api::v1::agent_server::{Agent, AgentServer};
@@ -88,6 +88,19 @@ impl Mesh {
     pub(crate) fn run(&self, args: &[&str]) -> Ran {
         Ran::of(self.root.path(), args)
     }
+
+    /// Runs into a pipe that nobody reads.
+    pub(crate) fn run_unread(&self, args: &[&str]) -> Ran {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Ran::from(command(self.root.path(), args).stdout(writer).stderr(Stdio::piped()))
+    }
+}
+
+fn command(run_dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_clustermesh"));
+    command.args(args).env("CLUSTERMESH_RUN_DIR", run_dir);
+    command
 }
 
 /// What the program printed and how it ended.
@@ -99,11 +112,11 @@ pub(crate) struct Ran {
 
 impl Ran {
     pub(crate) fn of(run_dir: &Path, args: &[&str]) -> Self {
-        let Output { status, stdout, stderr } = Command::new(env!("CARGO_BIN_EXE_clustermesh"))
-            .args(args)
-            .env("CLUSTERMESH_RUN_DIR", run_dir)
-            .output()
-            .unwrap();
+        Self::from(&mut command(run_dir, args))
+    }
+
+    fn from(command: &mut Command) -> Self {
+        let Output { status, stdout, stderr } = command.output().unwrap();
         let ran = Self {
             code: status.code().unwrap(),
             stdout: String::from_utf8(stdout).unwrap(),
