@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::ClusterName;
-use notify::{RecursiveMode, Watcher as _};
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{info, warn};
@@ -84,9 +85,11 @@ pub async fn watch(
     // One pending wake-up stands for any number of events.
     let (wake, mut events) = mpsc::channel::<()>(1);
     let watch_error = |source| ConfigDirError::Watch { path: dir.into(), source };
-    let mut watcher = notify::recommended_watcher(move |_| {
-        // Full: a wake-up is pending already.
-        let _ = wake.try_send(());
+    let mut watcher = notify::recommended_watcher(move |event| {
+        if may_be_a_change(&event) {
+            // Full: a wake-up is pending already.
+            let _ = wake.try_send(());
+        }
     })
     .map_err(watch_error)?;
     watcher.watch(dir, RecursiveMode::NonRecursive).map_err(watch_error)?;
@@ -130,6 +133,16 @@ pub async fn watch(
         }
     });
     Ok((initial, rx))
+}
+
+/// Whether to look again. Our own looks make events too: waking for them would never end.
+fn may_be_a_change(event: &notify::Result<notify::Event>) -> bool {
+    let Ok(event) = event else { return true };
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
 }
 
 /// The configuration files last seen, by cluster.
@@ -244,6 +257,24 @@ mod tests {
         symlink("..v2", path("..tmp")).unwrap();
         fs::rename(path("..tmp"), path("..data")).unwrap();
         assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("beta"), path: path("beta") });
+    }
+
+    #[test]
+    fn a_look_at_the_directory_is_no_reason_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("beta"), "endpoints: [http://b]").unwrap();
+        let (tx, events) = std::sync::mpsc::channel();
+        let mut watcher = notify::recommended_watcher(move |event| {
+            let _ = tx.send(event);
+        })
+        .unwrap();
+        watcher.watch(dir.path(), RecursiveMode::NonRecursive).unwrap();
+        assert_eq!(scan(dir.path(), &name("alpha")).unwrap().len(), 1);
+        let delta = dir.path().join("delta");
+        fs::write(&delta, "endpoints: [http://d]").unwrap();
+        // Events come in order: the first that wakes us must be the writer's.
+        let first = events.iter().find(may_be_a_change).unwrap().unwrap();
+        assert_eq!(first.paths, [delta]);
     }
 
     #[tokio::test]
