@@ -31,6 +31,14 @@ pub(crate) const OWN_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip
 /// Kinds that it reads of others.
 pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services];
 
+/// Where backends are and who they are. A cluster's services are followed only after these: a backend
+/// that is chosen before the way to it is known makes calls fail.
+const BEFORE_SERVICES: [Kind; 2] = [Kind::Nodes, Kind::Ip];
+
+fn is_service(kind: Kind) -> bool {
+    matches!(kind, Kind::Services | Kind::LocalServices)
+}
+
 /// Events of one kind's reflector.
 struct ReflectedKind {
     kind: Kind,
@@ -58,6 +66,8 @@ pub(super) struct Follower {
     /// The config as last seen, if it could not be accepted.
     refused: Option<Vec<u8>>,
     records: SelectAll<ReflectedKind>,
+    /// Of [`BEFORE_SERVICES`], those whose first list is not complete.
+    awaited: Vec<Kind>,
 }
 
 impl Follower {
@@ -84,6 +94,7 @@ impl Follower {
             accepted: None,
             refused: None,
             records: SelectAll::new(),
+            awaited: Vec::new(),
         };
         (follower, view)
     }
@@ -104,7 +115,12 @@ impl Follower {
             };
             tokio::select! {
                 Some((kind, event)) = self.records.next(), if !self.records.is_empty() => {
+                    let is_complete = matches!(event, ReflectorEvent::Synced { .. });
+                    // The engine gets it first: what it gets of services comes after.
                     self.tell(Input::Record { name: self.name.clone(), kind, event }).await;
+                    if is_complete {
+                        self.note_complete(kind);
+                    }
                 }
                 config = configs.recv() => match config {
                     Some(ReflectorEvent::Upsert { value, .. }) => {
@@ -166,12 +182,27 @@ impl Follower {
         self.follow_records(accepted).await;
     }
 
-    /// Starts a reflector for each kind, in place of those that ran before.
+    /// Starts a reflector for each kind but services, in place of those that ran before.
     async fn follow_records(&mut self, accepted: Accepted) {
         self.records.clear();
+        self.awaited = BEFORE_SERVICES.to_vec();
         self.tell(Input::Accepted { name: self.name.clone(), id: accepted.id }).await;
+        self.follow_kinds(accepted, |kind| !is_service(kind));
+    }
+
+    /// The list of a kind is complete; after the last one that services wait for, they follow.
+    fn note_complete(&mut self, kind: Kind) {
+        if let Some(at) = self.awaited.iter().position(|awaited| *awaited == kind) {
+            self.awaited.swap_remove(at);
+            if let (Some(accepted), []) = (self.accepted, &self.awaited[..]) {
+                self.follow_kinds(accepted, is_service);
+            }
+        }
+    }
+
+    fn follow_kinds(&mut self, accepted: Accepted, wanted: fn(Kind) -> bool) {
         let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
-        for kind in kinds {
+        for kind in kinds.into_iter().filter(|kind| wanted(*kind)) {
             let events = self.connection.reflect(accepted.reflector(kind, &self.name));
             self.records.push(ReflectedKind { kind, events });
         }
