@@ -34,9 +34,14 @@ pub(crate) async fn remove(layout: &Layout) -> anyhow::Result<bool> {
         .with_context(|| format!("the kernel does not end the processes in {}", cgroup.path().display()))?;
     // Unpinned before their cgroups go: a pinned link keeps its program and maps alive.
     remove_tree(&layout.bpf())?;
-    let namespaces: String =
-        own_namespaces(layout).iter().map(|name| format!("netns del {name}\n")).collect();
-    netns::ip(None, &namespaces).await?;
+    // Again here too: an `ip` of an `up` that was killed goes on until it has made all it was told to.
+    until(deadline, async || {
+        let namespaces = own_namespaces(layout);
+        let commands: String = namespaces.iter().map(|name| format!("netns del {name}\n")).collect();
+        netns::ip(None, &commands).await?;
+        Ok(namespaces.is_empty().then_some(()))
+    })
+    .await?;
     until(deadline, async || {
         cgroup.kill()?;
         Ok(cgroup.remove().is_ok().then_some(()))
