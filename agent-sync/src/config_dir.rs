@@ -3,10 +3,11 @@
 //! Edge. Follows Cilium's rules, so that a Secret mounted for its agents works as it is: a file counts
 //! only if it contains `endpoints:` (keys, certificates and `..data` lie beside it); a file named after
 //! the own cluster is ignored; contents are compared by hash, so that touching a file does nothing.
+//! Unlike Cilium's, an empty file is one that is just being written, not the end of a connection.
 //! A Secret mount replaces its contents by swapping a symlink: the directory itself is watched, and
 //! re-read in whole after every event and once in [`RESCAN`] in case an event was lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -80,7 +81,8 @@ pub async fn watch(
 ) -> Result<(Vec<ConfigChange>, mpsc::Receiver<ConfigChange>), ConfigDirError> {
     let unreadable = |source| ConfigDirError::Unreadable { path: dir.into(), source };
     let mut known = Known::default();
-    let initial = known.update(scan(dir, own).map_err(unreadable)?);
+    let mut refused = BTreeSet::new();
+    let initial = known.update(scan(dir, own, &mut refused).map_err(unreadable)?);
 
     // One pending wake-up stands for any number of events.
     let (wake, mut events) = mpsc::channel::<()>(1);
@@ -110,7 +112,7 @@ pub async fn watch(
                     while let Ok(Some(())) = timeout_at(settled, events.recv()).await {}
                 }
             }
-            let changes = match scan(&dir, &own) {
+            let changes = match scan(&dir, &own, &mut refused) {
                 Ok(files) => {
                     if std::mem::take(&mut failing) {
                         info!(dir = %dir.display(), "the directory of remote clusters is readable again");
@@ -145,6 +147,14 @@ fn may_be_a_change(event: &notify::Result<notify::Event>) -> bool {
     }
 }
 
+/// A file of the directory.
+enum File {
+    /// A configuration, with the hash of its contents.
+    Configuration(PathBuf, u64),
+    /// Empty: somebody has truncated it and will write it next.
+    Unwritten,
+}
+
 /// The configuration files last seen, by cluster.
 #[derive(Default)]
 struct Known(BTreeMap<ClusterName, u64>);
@@ -152,25 +162,32 @@ struct Known(BTreeMap<ClusterName, u64>);
 impl Known {
     /// Replaces what is known by `files` and tells the difference: removals first, so that a renamed
     /// cluster lets go of its ID before the new name asks for it.
-    fn update(&mut self, files: BTreeMap<ClusterName, (PathBuf, u64)>) -> Vec<ConfigChange> {
+    fn update(&mut self, files: BTreeMap<ClusterName, File>) -> Vec<ConfigChange> {
         let mut changes: Vec<_> = self
             .0
             .keys()
             .filter(|name| !files.contains_key(*name))
             .map(|name| ConfigChange::Removed { name: name.clone() })
             .collect();
-        for (name, (path, hash)) in &files {
-            if self.0.get(name) != Some(hash) {
-                changes.push(ConfigChange::Set { name: name.clone(), path: path.clone() });
+        self.0.retain(|name, _| files.contains_key(name));
+        for (name, file) in files {
+            if let File::Configuration(path, hash) = file
+                && self.0.insert(name.clone(), hash) != Some(hash)
+            {
+                changes.push(ConfigChange::Set { name, path });
             }
         }
-        self.0 = files.into_iter().map(|(name, (_, hash))| (name, hash)).collect();
         changes
     }
 }
 
-/// All configurations in `dir` with the hash of their contents.
-fn scan(dir: &Path, own: &ClusterName) -> io::Result<BTreeMap<ClusterName, (PathBuf, u64)>> {
+/// All files in `dir` that are configurations, or may become one.
+/// What cannot be one is told once and remembered in `refused`.
+fn scan(
+    dir: &Path,
+    own: &ClusterName,
+    refused: &mut BTreeSet<PathBuf>,
+) -> io::Result<BTreeMap<ClusterName, File>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
@@ -181,20 +198,25 @@ fn scan(dir: &Path, own: &ClusterName) -> io::Result<BTreeMap<ClusterName, (Path
             continue;
         }
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
-        if !text.contains("endpoints:") {
+        if !text.is_empty() && !text.contains("endpoints:") {
             continue;
         }
         match name.parse::<ClusterName>() {
             Ok(name) if name == *own => {}
+            Ok(name) if text.is_empty() => {
+                found.insert(name, File::Unwritten);
+            }
             Ok(name) => {
                 let mut hasher = DefaultHasher::new();
                 text.hash(&mut hasher);
-                found.insert(name, (path, hasher.finish()));
+                found.insert(name, File::Configuration(path, hasher.finish()));
             }
             // Temporary files of editors and of our own CLI start with a dot.
             Err(_) if name.starts_with('.') => {}
+            Err(_) if refused.contains(&path) => {}
             Err(error) => {
-                warn!(file = %path.display(), %error, "ignored: the file's name must be a cluster's")
+                warn!(file = %path.display(), %error, "ignored: the file's name must be a cluster's");
+                refused.insert(path);
             }
         }
     }
@@ -233,12 +255,23 @@ mod tests {
         fs::remove_file(file("beta")).unwrap();
         assert_eq!(next(&mut rx).await, ConfigChange::Removed { name: name("beta") });
         fs::write(file("delta"), "endpoints:\n- http://d2\n").unwrap();
-        // A reader may catch the file truncated for a moment; the last word is the new contents.
-        let mut last = next(&mut rx).await;
-        if last == (ConfigChange::Removed { name: name("delta") }) {
-            last = next(&mut rx).await;
-        }
-        assert_eq!(last, ConfigChange::Set { name: name("delta"), path: file("delta") });
+        assert_eq!(next(&mut rx).await, ConfigChange::Set { name: name("delta"), path: file("delta") });
+    }
+
+    #[test]
+    fn a_file_that_is_just_being_written_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("beta");
+        let mut known = Known::default();
+        let mut write = |text: &str| {
+            fs::write(&path, text).unwrap();
+            known.update(scan(dir.path(), &name("alpha"), &mut BTreeSet::new()).unwrap())
+        };
+        assert_eq!(write(""), []);
+        assert_eq!(write("endpoints: [http://b]").len(), 1);
+        assert_eq!(write(""), []);
+        assert_eq!(write("endpoints: [http://b]"), []);
+        assert_eq!(write("no configuration"), [ConfigChange::Removed { name: name("beta") }]);
     }
 
     #[tokio::test]
@@ -269,7 +302,7 @@ mod tests {
         })
         .unwrap();
         watcher.watch(dir.path(), RecursiveMode::NonRecursive).unwrap();
-        assert_eq!(scan(dir.path(), &name("alpha")).unwrap().len(), 1);
+        assert_eq!(scan(dir.path(), &name("alpha"), &mut BTreeSet::new()).unwrap().len(), 1);
         let delta = dir.path().join("delta");
         fs::write(&delta, "endpoints: [http://d]").unwrap();
         // Events come in order: the first that wakes us must be the writer's.
