@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::core::KEYS_PER_LEASE;
-
+/// Keys attached to one lease at most, as Cilium does: etcd's cost per attached write grows with the
+/// keys of a lease (etcd issue 15993).
+pub(super) const KEYS_PER_LEASE: usize = 1000;
 /// After an unanswered keep-alive the next one follows after this.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::core::{Core, Effect, KEYS_PER_LEASE, Observed, Op, OwnedPrefix, PublisherSpec};
+use super::leases::KEYS_PER_LEASE;
+use super::{Core, Effect, Observed, Op, OwnedPrefix, PublisherSpec};
 
 const TTL: Duration = Duration::from_secs(30);
 const POISON: &[u8] = b"too large";
