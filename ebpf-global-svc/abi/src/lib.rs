@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Layouts of the kernel maps, shared by the eBPF programs and user space.
 //!
 //! Every struct is `repr(C)` without implicit padding (`const` asserts below): the kernel compares

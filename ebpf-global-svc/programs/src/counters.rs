@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! `cm_metrics` and `cm_overlay_rx`.
 
 use ebpf_global_svc_abi::{Counter, OverlayKey};

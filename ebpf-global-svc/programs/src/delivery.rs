@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! What can become of a packet, each with its counter.
 
 use aya_ebpf::{

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! The programs that carry the mesh's traffic.
 //!
 //! * `sockets`: cgroup hooks; an application that names a service talks to a backend.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! The maps; names, keys and values are the contract with user space (`ebpf-global-svc-abi`).
 //!
 //! Sizes are placeholders: the loader sets `max_entries` before it creates a map. Hash maps are not

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Both directions of the VXLAN device. The VNI of every packet is the identity of its sender.
 
 use aya_ebpf::{

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Addresses of a packet, in the form in which every map has them.
 
 use aya_ebpf::{helpers::bpf_skb_pull_data, programs::TcContext};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Traffic that leaves a pod of this node: ingress of the host side of its veth.
 
 use aya_ebpf::{macros::classifier, programs::TcContext};

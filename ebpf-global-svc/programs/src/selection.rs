@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Which backend answers: first a cluster (by weight and health), then a slot of that cluster.
 //!
 //! User space changes services while programs read them. It writes backends, then slots, then the

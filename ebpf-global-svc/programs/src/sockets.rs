@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Service addresses at sockets: the application names a frontend, the kernel talks to a backend,
 //! and no packet needs translation on its way.
 //!
