@@ -1,7 +1,8 @@
 //! Puts the parts together and runs them until the agent is told to stop.
 
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
@@ -62,6 +63,14 @@ pub enum AgentError {
     /// The operator's: the directory of remote clusters.
     #[error(transparent)]
     ConfigDir(#[from] ConfigDirError),
+    /// The operator's: whose processes reach services.
+    #[error("--cgroup-root: {path} is no cgroup of version 2 ({source}); see `findmnt -t cgroup2`")]
+    Cgroup {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The kernel's tables and programs.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
@@ -79,7 +88,10 @@ pub enum AgentError {
 impl AgentError {
     /// Whether the command line is at fault, rather than the machine.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::EtcdConfig(_) | Self::ConfigDir(ConfigDirError::Unreadable { .. }))
+        matches!(
+            self,
+            Self::EtcdConfig(_) | Self::Cgroup { .. } | Self::ConfigDir(ConfigDirError::Unreadable { .. })
+        )
     }
 }
 
@@ -89,7 +101,10 @@ impl AgentError {
 /// If it cannot start, or a part of it ends.
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentError> {
     // Everything that an operator may have got wrong is looked at before anything is touched.
-    EtcdConfig::load(&options.etcd_config)?;
+    EtcdConfig::load_with_files(&options.etcd_config)?;
+    if let Some(cgroup) = options.kernel.as_ref().and_then(|kernel| kernel.cgroup_root.as_deref()) {
+        check_cgroup(cgroup)?;
+    }
     let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
@@ -146,6 +161,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         return Ok(());
     }
     outcome
+}
+
+/// Only version 2 has programs; each of its cgroups says which controllers it has.
+fn check_cgroup(path: &Path) -> Result<(), AgentError> {
+    match std::fs::metadata(path.join("cgroup.controllers")) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(AgentError::Cgroup { path: path.into(), source }),
+    }
 }
 
 /// The node's devices, routes and programs.

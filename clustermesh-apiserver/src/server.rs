@@ -46,12 +46,7 @@ impl Server {
     /// Something that waiting does not cure.
     pub async fn start(args: &Args) -> Result<Self, StartError> {
         let cluster = args.cluster()?;
-        let etcd = EtcdConfig::load(&args.etcd_config)?;
-        for file in [&etcd.trusted_ca_file, &etcd.cert_file, &etcd.key_file].into_iter().flatten() {
-            if let Err(error) = std::fs::File::open(file) {
-                return Err(StartError::EtcdFile { file: file.display().to_string(), error });
-            }
-        }
+        EtcdConfig::load_with_files(&args.etcd_config)?;
         let http = match args.http_addr {
             Some(addr) => {
                 Some(TcpListener::bind(addr).await.map_err(|error| StartError::Listen { addr, error })?)
@@ -266,12 +261,20 @@ async fn serve(
 /// Says when etcd is there. That it is not, and why, the connection says itself.
 async fn log_connection(mut status: watch::Receiver<ConnectionStatus>) {
     let mut connected = false;
+    let mut told = None;
     loop {
         let now = status.borrow_and_update().clone();
         if now.connected && !connected {
             tracing::info!(endpoints = ?now.endpoints, "etcd is connected");
         }
         connected = now.connected;
+        let failure = now.failure();
+        if failure != told {
+            if let Some(error) = &failure {
+                tracing::warn!(error, "etcd is not connected");
+            }
+            told = failure;
+        }
         if status.changed().await.is_err() {
             return std::future::pending().await;
         }
@@ -287,14 +290,6 @@ pub enum StartError {
     /// The etcd configuration.
     #[error(transparent)]
     Etcd(#[from] EtcdConfigError),
-    /// A file that the etcd configuration names.
-    #[error("cannot read {file}, which the etcd configuration names: {error}")]
-    EtcdFile {
-        /// Its path.
-        file: String,
-        /// What the system said.
-        error: io::Error,
-    },
     /// The directory of manifests.
     #[error(transparent)]
     Manifests(#[from] WatchError),

@@ -198,7 +198,7 @@ fn what_the_operator_got_wrong_is_one_line_and_exit_2() {
         ("1", "/nonexistent", &good, "cannot read the manifests in /nonexistent"),
         ("1", manifests, &bad, "`endpoints` is empty"),
         ("1", manifests, &state.path().join("none"), "cannot be read"),
-        ("1", manifests, &tls, "cannot read /nonexistent/ca.crt"),
+        ("1", manifests, &tls, "`trusted-ca-file` /nonexistent/ca.crt cannot be read"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_clustermesh-apiserver"))
             .args(["--cluster-name", "alpha", "--cluster-id", id])

@@ -138,7 +138,7 @@ impl Follower {
                     None => return,
                 },
                 Ok(()) = self.status.changed() => {
-                    let error = self.status.borrow_and_update().last_error.clone();
+                    let error = self.status.borrow_and_update().failure();
                     if let Some(error) = error {
                         self.note_error(error);
                     }
@@ -177,6 +177,8 @@ impl Follower {
         self.accepted = Some(accepted);
         self.state.send_modify(|state| {
             state.id = Some(accepted.id);
+            // What went wrong on the way here was not a failure of something that worked.
+            state.last_error = None;
             state.cached = accepted.layout == clustermesh_kvstore::key::Layout::Cache;
         });
         self.follow_records(accepted).await;

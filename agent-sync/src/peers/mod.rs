@@ -45,7 +45,7 @@ pub struct PeerState {
     pub id: Option<ClusterId>,
     /// Its data is a mirror's.
     pub cached: bool,
-    /// The last error and its time; kept after it is over.
+    /// The last error since the config was accepted (before: at all) and its time; kept after it is over.
     pub last_error: Option<(String, Instant)>,
 }
 

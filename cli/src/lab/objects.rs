@@ -151,7 +151,8 @@ impl Objects {
 
     /// [`Objects::read`] for text.
     fn parse(&mut self, text: &str) -> Result<Vec<String>, String> {
-        let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|e| e.to_string())?;
+        let documents: Vec<Value> =
+            serde_saphyr::from_multiple(text).map_err(|e| e.without_snippet().to_string())?;
         let mut ignored = Vec::new();
         for document in documents {
             if document.is_null() {

@@ -115,7 +115,8 @@ impl TopologyFile {
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .map_err(|e| usage(format!("cannot read the topology {}: {e}", path.display())))?;
-        serde_saphyr::from_str(&text).map_err(|e| usage(format!("{}: {e}", path.display())))
+        serde_saphyr::from_str(&text)
+            .map_err(|e| usage(format!("{}: {}", path.display(), e.without_snippet())))
     }
 }
 

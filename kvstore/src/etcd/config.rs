@@ -39,13 +39,35 @@ impl EtcdConfig {
         Self::parse(&text).map_err(|error| at(error.reason))
     }
 
+    /// [`Self::load`] for the start of a program, when a wrong file is better told than waited for: the
+    /// certificates and the key must be readable too.
+    ///
+    /// # Errors
+    /// See [`Self::load`]; a file that cannot be read is named.
+    pub fn load_with_files(path: &Path) -> Result<Self, EtcdConfigError> {
+        let config = Self::load(path)?;
+        let files = [
+            ("trusted-ca-file", &config.trusted_ca_file),
+            ("cert-file", &config.cert_file),
+            ("key-file", &config.key_file),
+        ];
+        for (key, file) in files.into_iter().filter_map(|(key, file)| Some((key, file.as_deref()?))) {
+            fs::File::open(file).map_err(|error| EtcdConfigError {
+                path: Some(path.into()),
+                reason: format!("`{key}` {} cannot be read: {error}", file.display()),
+            })?;
+        }
+        Ok(config)
+    }
+
     /// Reads the text of such a file.
     ///
     /// # Errors
     /// See [`Self::load`].
     pub fn parse(text: &str) -> Result<Self, EtcdConfigError> {
-        let config: Self =
-            serde_saphyr::from_str(text).map_err(|error| EtcdConfigError::new(error.to_string()))?;
+        // One line; it has line and column.
+        let config: Self = serde_saphyr::from_str(text)
+            .map_err(|error| EtcdConfigError::new(error.without_snippet().to_string()))?;
         config.check()?;
         Ok(config)
     }
@@ -171,12 +193,24 @@ mod tests {
             ("endpoints: [\"localhost:2379\"]\n", "https://host:port"),
             ("endpoints: [\"https://a:1\"]\n", "need `trusted-ca-file`"),
             ("endpoints: [\"http://a:1\"]\ncert-file: x\n", "set both"),
+            ("endpoints: [\n", "line 1"),
         ];
         for (text, expected) in wrong {
             let error = EtcdConfig::parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text:?}: {error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
         }
         let missing = EtcdConfig::load(Path::new("/nowhere/alpha")).unwrap_err().to_string();
         assert!(missing.contains("/nowhere/alpha") && missing.contains("No such file"), "{missing}");
+    }
+
+    #[test]
+    fn names_the_file_that_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("alpha");
+        fs::write(&path, CILIUM).unwrap();
+        let error = EtcdConfig::load_with_files(&path).unwrap_err().to_string();
+        assert!(error.contains("`trusted-ca-file` /m/alpha.etcd-client-ca.crt"), "{error}");
+        EtcdConfig::load(&path).unwrap();
     }
 }

@@ -99,6 +99,13 @@ pub struct ConnectionStatus {
     pub endpoints: Vec<String>,
 }
 
+impl ConnectionStatus {
+    /// Why there is no session now.
+    pub fn failure(&self) -> Option<String> {
+        if self.connected { None } else { self.last_error.clone() }
+    }
+}
+
 impl Connection {
     /// Starts connecting, and goes on to reconnect for good.
     pub fn spawn(
@@ -190,10 +197,8 @@ impl Task {
                 }
                 Err(error) => error,
             };
-            let news = self.status.borrow().last_error.as_deref() != Some(&error.to_string());
-            if news {
-                tracing::warn!(%error, "etcd is not connected");
-            }
+            // Whoever owns the connection knows whose etcd this is, and what it means that it is gone.
+            tracing::debug!(%error, "etcd is not connected");
             self.status.send_modify(|status| {
                 status.connected = false;
                 status.last_error = Some(error.to_string());

@@ -54,7 +54,7 @@ pub(super) fn fails_clearly(stage: &Stage<'_>, fails: &Fails) -> anyhow::Result<
         done.status,
         fails.exit
     );
-    let messages = said.lines().filter(|line| line.starts_with("error")).count();
+    let messages = said.matches("error: ").count();
     anyhow::ensure!(messages == 1, "{messages} messages instead of one: {said}");
     anyhow::ensure!(!said.contains("panicked"), "it panicked: {said}");
     for part in &fails.says {

@@ -85,7 +85,7 @@ impl Scenario {
             .map_err(|source| ScenarioError::Unreadable { path: path.into(), source })?;
         let malformed = |reason: String| ScenarioError::Malformed { path: path.into(), reason };
         let mut scenario: Self =
-            serde_saphyr::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+            serde_saphyr::from_str(&text).map_err(|error| malformed(error.without_snippet().to_string()))?;
         scenario.name = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
         let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
         scenario.base = full.parent().unwrap_or(Path::new("/")).to_path_buf();

@@ -149,7 +149,8 @@ impl Text {
         }
         if !peer.last_error.is_empty() {
             let text = one_line(&peer.last_error);
-            self.line(3, format!("last error {} ago: {text}", age(peer.last_error_age_ms)));
+            let when = if peer.ready { "recovered from an error" } else { "last error" };
+            self.line(3, format!("{when} {} ago: {text}", age(peer.last_error_age_ms)));
         }
     }
 
