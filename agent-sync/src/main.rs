@@ -22,7 +22,15 @@ const USAGE: u8 = 2;
 ///
 /// Stopping it leaves the datapath running; starting it again takes over what is installed.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "Examples:
+  clustermesh-agent --cluster-name alpha --cluster-id 1 --node-name node1 \\
+    --etcd-config /etc/clustermesh/etcd.yaml --clustermesh-config /etc/clustermesh/remotes \\
+    --cgroup-root /sys/fs/cgroup --http-addr 127.0.0.1:9879
+  clustermesh-agent --cluster-name alpha --cluster-id 1 --node-name laptop --datapath memory \\
+    --etcd-config etcd.yaml --clustermesh-config remotes --grpc-socket ./agent.sock"
+)]
 struct Flags {
     /// Name of this cluster
     #[arg(long, env = "CLUSTER_NAME")]

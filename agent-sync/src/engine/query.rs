@@ -289,14 +289,18 @@ fn reason_name(reason: u8) -> String {
         abi::reason::LB_NO_BACKEND_SLOT => "lb-no-backend-slot",
         abi::reason::LB_NO_BACKEND => "lb-no-backend",
         abi::reason::LB_STANDBY => "lb-standby",
+        abi::reason::LB_DRAINING => "lb-draining",
+        abi::reason::TOO_BIG => "too-big",
         abi::reason::INVALID_SOURCE_IP => "invalid-source-ip",
         abi::reason::INVALID_PACKET => "invalid-packet",
         abi::reason::NO_TUNNEL_KEY => "no-tunnel-key",
         abi::reason::UNKNOWN_TARGET => "unknown-target",
         abi::reason::NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",
+        abi::reason::ENCAPSULATION_PROHIBITED => "encapsulation-prohibited",
         abi::reason::INVALID_IDENTITY => "invalid-identity",
         abi::reason::UNKNOWN_SENDER => "unknown-sender",
         abi::reason::INVALID_CLUSTER_ID => "invalid-cluster-id",
+        abi::reason::NOT_READY => "not-ready",
         other => return other.to_string(),
     };
     name.to_owned()

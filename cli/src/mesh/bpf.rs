@@ -14,6 +14,10 @@ use crate::error::usage;
 
 /// Look into the datapath's tables.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  clustermesh bpf service list --context alpha
+  clustermesh bpf ipcache list --context alpha --node node1
+  clustermesh bpf backend list --context lab/alpha -o json")]
 pub(crate) struct BpfArgs {
     /// Which table.
     #[arg(value_enum)]
@@ -25,7 +29,7 @@ pub(crate) struct BpfArgs {
 /// The tables that agents can dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum TableName {
-    /// Frontends: address, port, protocol -> affinity and backends per cluster.
+    /// Frontends: address, port, protocol -> weight and number of backends of each cluster.
     Service,
     /// Slots of services: which backend is the n-th of a cluster.
     Slot,
