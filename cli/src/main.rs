@@ -22,7 +22,7 @@ use clap::{CommandFactory, Parser, Subcommand};
   clustermesh lab up topology-examples/two-clusters/topology.yaml
   clustermesh connect --context alpha --destination-context beta --wait
   clustermesh status --context alpha
-  clustermesh lab exec alpha/shop/client -- mesh-probe call http://10.96.7.126 -n 200
+  clustermesh lab exec alpha/client -- mesh-probe call http://10.96.0.5/ -n 200
   clustermesh lab down"
 )]
 struct Cli {

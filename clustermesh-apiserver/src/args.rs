@@ -14,7 +14,12 @@ use crate::export::Cluster;
 /// Exports a cluster's nodes, identities, addresses and services into its etcd, where the agents of all
 /// connected clusters read them.
 #[derive(Clone, Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "Example:
+  clustermesh-apiserver --cluster-name alpha --cluster-id 1 --source manifests:/etc/clustermesh/manifests \\
+    --etcd-config /etc/clustermesh/etcd.yaml --http-addr 127.0.0.1:9880"
+)]
 pub struct Args {
     /// Name of this cluster, unique in the mesh.
     #[arg(long)]

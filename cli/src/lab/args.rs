@@ -33,7 +33,14 @@ pub(crate) enum LabCommand {
   clustermesh lab down --all")]
     Down(DownArgs),
     /// List the labs of this machine
-    List,
+    #[command(after_help = "Examples:
+  clustermesh lab list
+  clustermesh lab list -o json")]
+    List {
+        /// How to print the result
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
     /// Show nodes, processes, pods and services of a lab
     #[command(after_help = "Examples:
   clustermesh lab status
@@ -47,7 +54,7 @@ pub(crate) enum LabCommand {
     },
     /// Run a command in a pod or on a node
     #[command(after_help = "Examples:
-  clustermesh lab exec alpha/shop/client -- mesh-probe call http://10.101.3.4 -n 200
+  clustermesh lab exec alpha/client -- mesh-probe call http://10.96.0.5/ -n 200
   clustermesh lab exec alpha/client -- ip address
   clustermesh lab exec -i alpha/node:node1 -- bash")]
     Exec(ExecArgs),
@@ -113,6 +120,7 @@ pub(crate) enum LabCommand {
         signal: String,
     },
     /// End a process: etcd, apiserver or agent:NODE
+    #[command(after_help = "Example:\n  clustermesh lab stop beta etcd")]
     Stop {
         #[command(flatten)]
         process: ProcessArgs,
@@ -121,6 +129,7 @@ pub(crate) enum LabCommand {
     #[command(after_help = "Example:\n  clustermesh lab start beta etcd --fresh")]
     Start(StartArgs),
     /// End a process and start it again: etcd, apiserver or agent:NODE
+    #[command(after_help = "Example:\n  clustermesh lab restart alpha agent:node1")]
     Restart(StartArgs),
     /// Pull the cable of a node, or of a whole cluster
     #[command(after_help = "Examples:
@@ -131,6 +140,7 @@ pub(crate) enum LabCommand {
         target: String,
     },
     /// Plug the cable in again
+    #[command(after_help = "Example:\n  clustermesh lab heal beta/node1")]
     Heal {
         /// CLUSTER or CLUSTER/NODE
         target: String,

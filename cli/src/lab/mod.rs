@@ -142,7 +142,7 @@ pub(crate) async fn run(args: &LabArgs) -> anyhow::Result<()> {
     match &args.command {
         LabCommand::Up(args) => up::up(args).await,
         LabCommand::Down(args) => down(lab, args).await,
-        LabCommand::List => show::list(),
+        LabCommand::List { output } => show::list(*output),
         LabCommand::Status { name, output } => show::status(&Lab::choose(name.as_deref().or(lab))?, *output),
         LabCommand::Logs { target } => show::logs(lab, target),
         LabCommand::Apply { cluster, files, wait } => change::apply(lab, cluster, files, wait).await,

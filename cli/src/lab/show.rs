@@ -76,22 +76,37 @@ struct ServiceView {
     ports: Vec<String>,
 }
 
+/// A lab in the list of all.
+#[derive(Serialize)]
+struct ListEntry {
+    name: String,
+    status: &'static str,
+    since: String,
+    topology: String,
+}
+
 /// Lists the labs.
-pub(crate) fn list() -> anyhow::Result<()> {
-    let mut rows = Vec::new();
-    for name in names() {
-        // A half-made lab has no state: it is listed to be removed.
-        let row = match super::cgroup::mount_point()
-            .and_then(|mount| LabState::load(&Layout::new(&name, &mount)))
-        {
-            Ok(state) => {
-                let status = if state.complete { "up" } else { "half-made" };
-                vec![name, status.to_owned(), state.created.to_string(), state.file.display().to_string()]
-            }
-            Err(_) => vec![name, "half-made".to_owned(), String::new(), String::new()],
-        };
-        rows.push(row);
+pub(crate) fn list(output: Output) -> anyhow::Result<()> {
+    let entry = |name: String| {
+        let state =
+            super::cgroup::mount_point().and_then(|mount| LabState::load(&Layout::new(&name, &mount)));
+        match state {
+            Ok(state) => ListEntry {
+                name,
+                status: if state.complete { "up" } else { "half-made" },
+                since: state.created.to_string(),
+                topology: state.file.display().to_string(),
+            },
+            // It has no state yet, or no more: it is listed to be removed.
+            Err(_) => ListEntry { name, status: "half-made", since: String::new(), topology: String::new() },
+        }
+    };
+    let labs: Vec<ListEntry> = names().into_iter().map(entry).collect();
+    if output == Output::Json {
+        return print_json(&labs);
     }
+    let rows: Vec<_> =
+        labs.into_iter().map(|lab| vec![lab.name, lab.status.to_owned(), lab.since, lab.topology]).collect();
     if rows.is_empty() {
         print_line("No lab runs; start one with `clustermesh lab up FILE`");
     } else {

@@ -21,6 +21,9 @@ use crate::error::usage;
 /// nodes reach the other side's etcd); nothing is written unless all of that holds. Then each side gets
 /// an entry for the other, or, if one of them cannot be written, neither does.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  clustermesh connect --context alpha --destination-context beta --wait
+  clustermesh connect --context ./alpha --destination-context lab/beta --dry-run -o json")]
 pub(crate) struct ConnectArgs {
     /// One cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER).
     #[arg(long)]

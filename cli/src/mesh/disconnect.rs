@@ -3,11 +3,12 @@
 use anyhow::Context as _;
 use clap::Args;
 use clustermesh_kvstore::cluster::ClusterName;
+use serde::Serialize;
 
 use super::entry::{self, FileSystem};
 use super::plan::Outcome;
 use super::terminal::{Style, print};
-use super::{Wait, wait};
+use super::{Output, Wait, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -16,6 +17,9 @@ use crate::error::usage;
 /// Each side forgets the other: services lose the other side's backends, connections to them end. If
 /// the other side is gone, only this one is changed. Clusters that are not connected stay so.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  clustermesh disconnect --context alpha --destination-context beta --wait
+  clustermesh disconnect --context alpha --destination-context gone --one-sided")]
 pub(crate) struct DisconnectArgs {
     /// One cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER).
     #[arg(long)]
@@ -32,6 +36,27 @@ pub(crate) struct DisconnectArgs {
     /// How long to wait.
     #[arg(long, value_name = "DURATION", default_value = "60s")]
     wait_duration: Wait,
+    /// How to print the result.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// What was done.
+#[derive(Serialize)]
+struct Report<'a> {
+    source: &'a str,
+    destination: &'a str,
+    result: Verdict,
+    /// The clusters whose configuration was looked at.
+    clusters: Vec<&'a str>,
+}
+
+/// How the command ended.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Verdict {
+    Disconnected,
+    NotConnected,
 }
 
 /// A cluster that forgets a peer.
@@ -71,8 +96,12 @@ impl DisconnectArgs {
             Ok(context) => sides.push(Forgetting { context, peer: source.cluster.clone() }),
             Err(_) if self.one_sided => {}
             Err(error) => {
-                let warn = style.mark(Outcome::Warn);
-                print(&format!("{warn} Only {} is changed: {error}", source.cluster))?;
+                let mark = style.mark(Outcome::Warn);
+                let warning = format!("{mark} Only {} is changed: {error}", source.cluster);
+                match self.output {
+                    Output::Text => print(&warning)?,
+                    Output::Json => eprintln!("{warning}"),
+                }
             }
         }
         let mut removed = false;
@@ -86,18 +115,37 @@ impl DisconnectArgs {
                 })?
             };
         }
-        let arrow = if sides.len() == 2 { "<x>" } else { "x>" };
-        let pass = style.mark(Outcome::Pass);
-        print(&if removed {
-            format!("{pass} Disconnected cluster {} {arrow} {peer}!", source.cluster)
-        } else {
-            format!("{pass} {} and {peer} are not connected: nothing to do", source.cluster)
-        })?;
+        let verdict = if removed { Verdict::Disconnected } else { Verdict::NotConnected };
+        self.show(&sides, verdict)?;
         if self.wait {
             wait_until_forgotten(&sides, self.wait_duration).await?;
-            print(&format!("{pass} No agent lists the other cluster any more"))?;
+            if self.output == Output::Text {
+                let pass = style.mark(Outcome::Pass);
+                print(&format!("{pass} No agent lists the other cluster any more"))?;
+            }
         }
         Ok(())
+    }
+
+    /// The first side is the one of `--context`.
+    fn show(&self, sides: &[Forgetting<'_>], verdict: Verdict) -> anyhow::Result<()> {
+        let [Forgetting { context: source, peer }, ..] = sides else { return Ok(()) };
+        let pass = Style::of_stdout().mark(Outcome::Pass);
+        let arrow = if sides.len() == 2 { "<x>" } else { "x>" };
+        print(&match (self.output, verdict) {
+            (Output::Json, result) => serde_json::to_string_pretty(&Report {
+                source: source.cluster.as_str(),
+                destination: peer.as_str(),
+                result,
+                clusters: sides.iter().map(|side| side.context.cluster.as_str()).collect(),
+            })?,
+            (Output::Text, Verdict::Disconnected) => {
+                format!("{pass} Disconnected cluster {} {arrow} {peer}!", source.cluster)
+            }
+            (Output::Text, Verdict::NotConnected) => {
+                format!("{pass} {} and {peer} are not connected: nothing to do", source.cluster)
+            }
+        })
     }
 }
 

@@ -16,6 +16,10 @@ pub(crate) use report::{why_agent_not_ready, why_not_ready};
 
 /// Show what clusters are connected to, and what their nodes have synced.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  clustermesh status
+  clustermesh status --context alpha --wait --wait-duration 30s
+  clustermesh status -o json")]
 pub(crate) struct StatusArgs {
     /// A cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER). Can be
     /// repeated. Without it: all clusters of the running lab.
