@@ -34,11 +34,7 @@ pub(super) fn seen_at_the_far_end(stage: &Stage<'_>, seen: &IdentitySeen) -> any
         );
         Ok(after)
     })?;
-    let (cluster_id, local) = (allocated >> 16, allocated & 0xffff);
-    Ok(Some(format!(
-        "identity {allocated} (cluster {cluster_id}, number {local}): {} packets for {remote} calls",
-        after.saturating_sub(before)
-    )))
+    Ok(Some(format!("identity {allocated}: {} packets for {remote} calls", after.saturating_sub(before))))
 }
 
 /// The identity of the pod's labels, as it stands in the etcd of its own cluster.
