@@ -78,6 +78,21 @@ async fn an_etcd_that_comes_back_empty_changes_nothing_before_its_canaries() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_went_wrong_before_a_cluster_was_accepted_is_no_error_of_it() {
+    let (alpha, beta) = tokio::join!(Cluster::start("alpha", 1), Cluster::start("beta", 2));
+    alpha.publish_all().await;
+    let agent = Agent::start(&alpha).await;
+    agent.connect(&beta);
+    let error = async || agent.status().await.remotes.into_iter().next().map(|peer| peer.last_error);
+    eventually("beta lacks its config", async || error().await.is_some_and(|e| e.contains("no config")))
+        .await;
+    beta.publish_all().await;
+    eventually("beta is ready", async || agent.status().await.remotes[0].ready).await;
+    assert_eq!(error().await.as_deref(), Some(""));
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_id_has_one_holder_and_bad_records_are_counted() {
     let (alpha, beta, twin) =
         tokio::join!(Cluster::start("alpha", 1), Cluster::start("beta", 1), Cluster::start("gamma", 2));

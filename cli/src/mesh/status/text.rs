@@ -127,8 +127,9 @@ impl Text {
 
     fn peer(&mut self, peer: &Peer, title: &str) {
         let mut line = format!("{title}: {}", self.word(peer.ready));
-        if !peer.ready {
-            let _ = write!(line, " ({})", why_not_ready(peer));
+        let why = if peer.ready { String::new() } else { why_not_ready(peer) };
+        if !why.is_empty() {
+            let _ = write!(line, " ({why})");
         }
         if peer.connected || peer.last_event_age_ms > 0 {
             let _ = write!(line, ", last event {} ago", age(peer.last_event_age_ms));
@@ -147,8 +148,9 @@ impl Text {
             let text = self.style.paint(Tone::Doubtful, &refused(kind));
             self.line(3, text);
         }
-        if !peer.last_error.is_empty() {
-            let text = one_line(&peer.last_error);
+        let text = one_line(&peer.last_error);
+        // What holds the cluster up now is said above.
+        if !text.is_empty() && text != why {
             let when = if peer.ready { "recovered from an error" } else { "last error" };
             self.line(3, format!("{when} {} ago: {text}", age(peer.last_error_age_ms)));
         }
@@ -231,6 +233,21 @@ fn age(millis: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_is_told_once_and_calmly_when_it_is_over() {
+        let text = |peer: &Peer| {
+            let mut text = Text { style: Style::Plain, out: String::new() };
+            text.peer(peer, "beta");
+            text.out
+        };
+        let mut peer = Peer { last_error: "refused".into(), last_error_age_ms: 500, ..Default::default() };
+        assert_eq!(text(&peer).matches("refused").count(), 1);
+        (peer.connected, peer.config_retrieved, peer.ready) = (true, true, true);
+        assert!(text(&peer).contains("recovered from an error 0.5s ago: refused"), "{}", text(&peer));
+        peer.last_error.clear();
+        assert!(!text(&peer).contains("error"), "{}", text(&peer));
+    }
 
     #[test]
     fn ages_are_short() {
