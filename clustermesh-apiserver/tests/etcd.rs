@@ -1,4 +1,5 @@
 //! The whole server with a real etcd on loopback.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};

@@ -1,4 +1,5 @@
 //! Manifests in, keys and values out, compared with files.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

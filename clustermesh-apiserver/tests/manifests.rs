@@ -1,4 +1,5 @@
 //! The source with a real directory.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
 use std::collections::BTreeSet;
 use std::fs;

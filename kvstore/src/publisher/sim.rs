@@ -23,6 +23,9 @@ struct Value {
     revision: i64,
 }
 
+/// A key, and its new value and lease, or that it goes.
+type Change = (String, Option<(Vec<u8>, i64)>);
+
 /// One etcd: keys, leases, and the history that watches read.
 struct Etcd {
     generation: u64,
@@ -37,7 +40,7 @@ impl Etcd {
         Self { generation, revision: 1, keys: BTreeMap::new(), leases: BTreeMap::new(), history: Vec::new() }
     }
 
-    fn write(&mut self, changes: Vec<(String, Option<(Vec<u8>, i64)>)>) -> i64 {
+    fn write(&mut self, changes: Vec<Change>) -> i64 {
         self.revision += 1;
         for (key, value) in changes {
             let value = value.map(|(value, lease)| Value { value, lease, revision: self.revision });

@@ -42,7 +42,7 @@ fn debian_packages(missing: &mut Vec<String>) -> anyhow::Result<bool> {
     let nightly = rustup_nightly_has_source();
     let wanted: Vec<&Package> = needs::PACKAGES
         .iter()
-        .filter(|package| !installed.contains(package.name) && !(package.or_nightly && nightly))
+        .filter(|package| !(installed.contains(package.name) || package.or_nightly && nightly))
         .collect();
     if wanted.is_empty() {
         return Ok(false);

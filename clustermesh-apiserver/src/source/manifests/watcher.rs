@@ -203,7 +203,7 @@ impl Notifier {
                 let _ = waker.try_send(());
             }
         });
-        let watcher = watcher.inspect_err(|error| warn_of_polling(error)).ok();
+        let watcher = watcher.inspect_err(warn_of_polling).ok();
         Self { watcher, root: None }
     }
 
