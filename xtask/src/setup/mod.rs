@@ -39,11 +39,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
 /// Installs Debian packages that are not there; true if any was.
 fn debian_packages(missing: &mut Vec<String>) -> anyhow::Result<bool> {
     let installed = installed_packages()?;
-    let nightly = rustup_nightly_has_source();
-    let wanted: Vec<&Package> = needs::PACKAGES
-        .iter()
-        .filter(|package| !(installed.contains(package.name) || package.or_nightly && nightly))
-        .collect();
+    let absent = needs::PACKAGES.iter().filter(|package| !installed.contains(package.name));
+    // Asked only if it matters: rustup takes its time.
+    let wanted: Vec<&Package> =
+        absent.filter(|package| !package.or_nightly || !rustup_nightly_has_source()).collect();
     if wanted.is_empty() {
         return Ok(false);
     }
