@@ -14,7 +14,7 @@ use clustermesh_kvstore::reflector::{
 use futures::stream::SelectAll;
 use futures::{FutureExt as _, Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -34,6 +34,11 @@ pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind:
 /// Where backends are and who they are. A cluster's services are followed only after these: a backend
 /// that is chosen before the way to it is known makes calls fail.
 const BEFORE_SERVICES: [Kind; 2] = [Kind::Nodes, Kind::Ip];
+
+/// And this much later: two clusters that are being connected learn of each other at about the same time.
+/// Calls that one of them sends before the other knows its nodes are dropped there as an unknown
+/// sender's, and TCP tries again only after a second.
+const MUTUAL: Duration = Duration::from_millis(300);
 
 fn is_service(kind: Kind) -> bool {
     matches!(kind, Kind::Services | Kind::LocalServices)
@@ -68,6 +73,8 @@ pub(super) struct Follower {
     records: SelectAll<ReflectedKind>,
     /// Of [`BEFORE_SERVICES`], those whose first list is not complete.
     awaited: Vec<Kind>,
+    /// When the services of a remote cluster may be followed.
+    services_at: Option<Instant>,
 }
 
 impl Follower {
@@ -95,6 +102,7 @@ impl Follower {
             refused: None,
             records: SelectAll::new(),
             awaited: Vec::new(),
+            services_at: None,
         };
         (follower, view)
     }
@@ -111,6 +119,10 @@ impl Follower {
         loop {
             let retry = match self.refused {
                 Some(_) => sleep(RETRY).left_future(),
+                None => std::future::pending().right_future(),
+            };
+            let services = match self.services_at {
+                Some(at) => sleep_until(at).left_future(),
                 None => std::future::pending().right_future(),
             };
             tokio::select! {
@@ -141,6 +153,12 @@ impl Follower {
                     let error = self.status.borrow_and_update().failure();
                     if let Some(error) = error {
                         self.note_error(error);
+                    }
+                }
+                () = services => {
+                    self.services_at = None;
+                    if let Some(accepted) = self.accepted {
+                        self.follow_kinds(accepted, is_service);
                     }
                 }
                 () = retry => {
@@ -188,6 +206,7 @@ impl Follower {
     async fn follow_records(&mut self, accepted: Accepted) {
         self.records.clear();
         self.awaited = BEFORE_SERVICES.to_vec();
+        self.services_at = None;
         self.tell(Input::Accepted { name: self.name.clone(), id: accepted.id }).await;
         self.follow_kinds(accepted, |kind| !is_service(kind));
     }
@@ -196,8 +215,9 @@ impl Follower {
     fn note_complete(&mut self, kind: Kind) {
         if let Some(at) = self.awaited.iter().position(|awaited| *awaited == kind) {
             self.awaited.swap_remove(at);
-            if let (Some(accepted), []) = (self.accepted, &self.awaited[..]) {
-                self.follow_kinds(accepted, is_service);
+            if self.awaited.is_empty() {
+                let wait = if self.name == self.own.name { Duration::ZERO } else { MUTUAL };
+                self.services_at = Some(Instant::now() + wait);
             }
         }
     }
@@ -220,6 +240,7 @@ impl Follower {
     /// its state stays until it is right again.
     async fn drain(&mut self) {
         self.records.clear();
+        self.services_at = None;
         if self.accepted.take().is_some() && self.name != self.own.name {
             self.state.send_modify(|state| state.id = None);
             self.tell(Input::Drained(self.name.clone())).await;
