@@ -113,15 +113,21 @@ impl Context {
 /// # Errors
 /// A usage error that lists what could have been meant.
 pub(crate) fn resolve(name: &str) -> anyhow::Result<Context> {
-    resolve_in(&labs_dir(), name)
+    resolve_in(&labs_dir(), chosen_lab().as_deref(), name)
 }
 
-/// All contexts of the only running lab, for commands without `--context`.
+/// All contexts of the only running lab, or of the one that `CLUSTERMESH_LAB` names, for commands
+/// without `--context`.
 ///
 /// # Errors
-/// A usage error if no lab is running, or more than one.
+/// A usage error if no lab is running, or more than one and none is named.
 pub(crate) fn only_lab() -> anyhow::Result<Vec<Context>> {
-    only_lab_in(&labs_dir())
+    only_lab_in(&labs_dir(), chosen_lab().as_deref())
+}
+
+/// The lab that commands mean if nothing else says so, as for `clustermesh lab`.
+fn chosen_lab() -> Option<String> {
+    std::env::var("CLUSTERMESH_LAB").ok().filter(|lab| !lab.is_empty())
 }
 
 /// Name of the cluster that `name` would mean if it existed: its last component.
@@ -142,7 +148,7 @@ fn labs_dir() -> PathBuf {
     Path::new(&run).join("labs")
 }
 
-fn resolve_in(labs: &Path, name: &str) -> anyhow::Result<Context> {
+fn resolve_in(labs: &Path, chosen: Option<&str>, name: &str) -> anyhow::Result<Context> {
     let path = Path::new(name);
     if path.join(FILE).is_file() {
         return Context::load(path);
@@ -153,7 +159,10 @@ fn resolve_in(labs: &Path, name: &str) -> anyhow::Result<Context> {
     let clusters = lab_clusters(labs);
     let components: Vec<_> = path.components().collect();
     let matching: Vec<&LabCluster> = match components[..] {
-        [Component::Normal(cluster)] => clusters.iter().filter(|c| c.cluster.as_str() == cluster).collect(),
+        [Component::Normal(cluster)] => clusters
+            .iter()
+            .filter(|c| c.cluster.as_str() == cluster && chosen.is_none_or(|lab| c.lab == lab))
+            .collect(),
         [Component::Normal(lab), Component::Normal(cluster)] => {
             clusters.iter().filter(|c| c.lab.as_str() == lab && c.cluster.as_str() == cluster).collect()
         }
@@ -172,8 +181,15 @@ fn resolve_in(labs: &Path, name: &str) -> anyhow::Result<Context> {
     }
 }
 
-fn only_lab_in(labs: &Path) -> anyhow::Result<Vec<Context>> {
-    let clusters = lab_clusters(labs);
+fn only_lab_in(labs: &Path, chosen: Option<&str>) -> anyhow::Result<Vec<Context>> {
+    let mut clusters = lab_clusters(labs);
+    if let Some(chosen) = chosen {
+        if !clusters.iter().any(|c| c.lab == chosen) {
+            let list = list(&clusters);
+            return Err(usage(format!("lab {chosen}, which CLUSTERMESH_LAB names, is not running ({list})")));
+        }
+        clusters.retain(|c| c.lab == chosen);
+    }
     let Some(first) = clusters.first() else {
         return Err(usage(
             "which cluster? give --context DIR, or start a lab with `clustermesh lab up TOPOLOGY.yaml`",
@@ -260,7 +276,7 @@ agents:
         write(tmp.path(), &GOOD.replace("CLUSTER", "alpha"));
         let dir = tmp.path().canonicalize().unwrap();
         for name in [tmp.path().to_path_buf(), tmp.path().join(FILE)] {
-            let context = resolve_in(Path::new("/nonexistent"), name.to_str().unwrap()).unwrap();
+            let context = resolve_in(Path::new("/nonexistent"), None, name.to_str().unwrap()).unwrap();
             assert_eq!((context.cluster.as_str(), context.id), ("alpha", 1));
             assert_eq!(context.dir, dir);
             assert_eq!(context.etcd.trusted_ca_file, Some(dir.join("pki/ca.crt")));
@@ -274,22 +290,27 @@ agents:
     fn clusters_of_labs_are_found_by_name() {
         let tmp = tempfile::tempdir().unwrap();
         let labs = tmp.path();
-        assert!(refusal(resolve_in(labs, "alpha")).contains("no lab is running"));
-        assert!(refusal(only_lab_in(labs)).contains("lab up"));
+        assert!(refusal(resolve_in(labs, None, "alpha")).contains("no lab is running"));
+        assert!(refusal(only_lab_in(labs, None)).contains("lab up"));
 
         lab(labs, "one", &["beta", "alpha"]);
-        let names: Vec<_> = only_lab_in(labs).unwrap().into_iter().map(|c| c.cluster.to_string()).collect();
+        let names: Vec<_> =
+            only_lab_in(labs, None).unwrap().into_iter().map(|c| c.cluster.to_string()).collect();
         assert_eq!(names, ["alpha", "beta"]);
-        assert_eq!(resolve_in(labs, "alpha").unwrap().cluster.as_str(), "alpha");
+        assert_eq!(resolve_in(labs, None, "alpha").unwrap().cluster.as_str(), "alpha");
 
         lab(labs, "two", &["alpha"]);
-        let ambiguous = refusal(resolve_in(labs, "alpha"));
+        let ambiguous = refusal(resolve_in(labs, None, "alpha"));
         assert!(ambiguous.contains("one/alpha, two/alpha"), "{ambiguous}");
-        assert!(resolve_in(labs, "two/alpha").unwrap().dir.ends_with("two/alpha"));
-        assert!(resolve_in(labs, "beta").unwrap().dir.ends_with("one/beta"));
-        assert!(refusal(only_lab_in(labs)).contains("one/alpha, one/beta, two/alpha"));
+        assert!(resolve_in(labs, None, "two/alpha").unwrap().dir.ends_with("two/alpha"));
+        assert!(resolve_in(labs, None, "beta").unwrap().dir.ends_with("one/beta"));
+        assert!(refusal(only_lab_in(labs, None)).contains("one/alpha, one/beta, two/alpha"));
+        assert!(resolve_in(labs, Some("two"), "alpha").unwrap().dir.ends_with("two/alpha"));
+        assert!(resolve_in(labs, Some("two"), "one/alpha").unwrap().dir.ends_with("one/alpha"));
+        assert_eq!(only_lab_in(labs, Some("one")).unwrap().len(), 2);
+        assert!(refusal(only_lab_in(labs, Some("three"))).contains("CLUSTERMESH_LAB"));
         for unknown in ["gamma", "one/gamma", "three/alpha", "../one/alpha", ""] {
-            let missing = refusal(resolve_in(labs, unknown));
+            let missing = refusal(resolve_in(labs, None, unknown));
             assert!(missing.contains("running: one/alpha, one/beta, two/alpha"), "{unknown}: {missing}");
         }
     }
