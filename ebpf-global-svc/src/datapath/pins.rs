@@ -51,6 +51,12 @@ impl Pins {
 
 impl Drop for Pins {
     fn drop(&mut self) {
+        // An agent that could not make its first map leaves no folders behind. Nothing that holds a pin
+        // can be removed this way.
+        if fs::remove_dir(self.root.join("maps")).is_ok() {
+            let _ = fs::remove_dir(self.root.join("links"));
+            let _ = fs::remove_dir(&self.root);
+        }
         sys::unlock(&self.lock);
     }
 }
