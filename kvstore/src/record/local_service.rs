@@ -78,11 +78,7 @@ impl Record for LocalService {
 
     fn decode(suffix: &str, value: &[u8]) -> Result<Self, RecordError> {
         let wire: Wire = json::decode(value)?;
-        net::name("cluster", &wire.cluster)?;
-        net::name("namespace", &wire.namespace)?;
-        net::name("name", &wire.name)?;
-        let name = NamespacedName { namespace: wire.namespace, name: wire.name };
-        net::same_key(suffix, &name.to_string())?;
+        let name = net::object(suffix, &wire.cluster, wire.namespace, wire.name)?;
         Ok(Self {
             cluster: wire.cluster,
             name,

@@ -8,6 +8,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{MAX_NAME, RecordError};
+use crate::cluster::NamespacedName;
 
 /// Parses an address. An IPv4 address in IPv6 clothes (`::ffff:a.b.c.d`) is refused: it would be the same
 /// address under a second name.
@@ -83,6 +84,21 @@ pub(super) fn same_key(key: &str, value: &str) -> Result<(), RecordError> {
     } else {
         Err(RecordError::NameMismatch { key: key.into(), value: value.into() })
     }
+}
+
+/// The name of an object of `cluster`, checked part by part and against the key it stands under.
+pub(super) fn object(
+    suffix: &str,
+    cluster: &str,
+    namespace: String,
+    object: String,
+) -> Result<NamespacedName, RecordError> {
+    name("cluster", cluster)?;
+    name("namespace", &namespace)?;
+    name("name", &object)?;
+    let object = NamespacedName { namespace, name: object };
+    same_key(suffix, &object.to_string())?;
+    Ok(object)
 }
 
 /// A map by address from one by text.

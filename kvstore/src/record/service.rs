@@ -50,11 +50,7 @@ impl Record for Service {
 
     fn decode(suffix: &str, value: &[u8]) -> Result<Self, RecordError> {
         let wire: Wire = json::decode(value)?;
-        net::name("cluster", &wire.cluster)?;
-        net::name("namespace", &wire.namespace)?;
-        net::name("name", &wire.name)?;
-        let name = NamespacedName { namespace: wire.namespace, name: wire.name };
-        net::same_key(suffix, &name.to_string())?;
+        let name = net::object(suffix, &wire.cluster, wire.namespace, wire.name)?;
         for address in wire.hostnames.keys() {
             net::address("hostnames", address)?;
         }

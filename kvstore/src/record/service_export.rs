@@ -51,11 +51,7 @@ impl Record for ServiceExport {
 
     fn decode(suffix: &str, value: &[u8]) -> Result<Self, RecordError> {
         let wire: Wire = json::decode(value)?;
-        net::name("cluster", &wire.cluster)?;
-        net::name("namespace", &wire.namespace)?;
-        net::name("name", &wire.name)?;
-        let name = NamespacedName { namespace: wire.namespace, name: wire.name };
-        net::same_key(suffix, &name.to_string())?;
+        let name = net::object(suffix, &wire.cluster, wire.namespace, wire.name)?;
         let kind = match wire.kind.as_str() {
             "ClusterSetIP" => ExportType::ClusterSetIp,
             "Headless" => ExportType::Headless,
