@@ -5,17 +5,19 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
-use clustermesh_apiserver::args::{Args, LogFormat};
+use clustermesh_apiserver::args::{Cli, Command, ExportArgs, LogFormat};
 use clustermesh_apiserver::server::{Server, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    start_logs(args.log_format);
-    match run(&args) {
+    let cli = Cli::from_args(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    start_logs(cli.log_format());
+    let done = match &cli.command {
+        Command::Clustermesh(args) => export(args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -25,15 +27,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
-    runtime.block_on(async {
-        let stop = CancellationToken::new();
-        stop_on_signal(stop.clone())?;
+fn export(args: &ExportArgs) -> anyhow::Result<()> {
+    run(async |stop| {
         let server = Server::start(args).await?;
         tracing::info!(cluster = %args.cluster_name, id = args.cluster_id, source = %args.source, "exporting");
         if let Some(addr) = server.http_addr() {
@@ -42,6 +37,20 @@ fn run(args: &Args) -> anyhow::Result<()> {
         server.run(stop).await?;
         tracing::info!("stopped; what was published stays until the next start, or its lease ends");
         Ok(())
+    })
+}
+
+/// Runs a command until it ends, or until a signal makes it.
+fn run(command: impl AsyncFnOnce(CancellationToken) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        stop_on_signal(stop.clone())?;
+        command(stop).await
     })
 }
 

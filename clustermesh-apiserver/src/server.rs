@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{Args, SourceSpec};
+use crate::args::{ExportArgs, SourceSpec};
 use crate::export::{Cluster, Exporter, KeyChange};
 use crate::http;
 use crate::identity::Allocator;
@@ -44,7 +44,7 @@ impl Server {
     ///
     /// # Errors
     /// Something that waiting does not cure.
-    pub async fn start(args: &Args) -> Result<Self, StartError> {
+    pub async fn start(args: &ExportArgs) -> Result<Self, StartError> {
         let cluster = args.cluster()?;
         EtcdConfig::load_with_files(&args.etcd_config)?;
         let http = match args.http_addr {

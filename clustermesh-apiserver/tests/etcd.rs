@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use clustermesh_apiserver::args::Args;
+use clustermesh_apiserver::args::ExportArgs;
 use clustermesh_apiserver::server::{RunError, Server};
 use clustermesh_apiserver::status::Status;
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, KeyValue, Session, SessionOptions, WriteOp};
@@ -256,7 +256,7 @@ impl TestBed {
         let config = self.state.path().join("etcd.yml");
         std::fs::write(&config, self.etcd_yaml()).unwrap();
         let source = format!("manifests:{}", self.manifests.path().display());
-        let args = Args::parse_from([
+        let args = ExportArgs::parse_from([
             "clustermesh-apiserver",
             "--cluster-name=alpha",
             "--cluster-id=1",

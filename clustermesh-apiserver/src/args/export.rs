@@ -1,4 +1,4 @@
-//! Command line.
+//! Arguments of `clustermesh`: the exporter.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -6,21 +6,19 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 
+use super::LogFormat;
 use crate::export::Cluster;
 
 /// Exports a cluster's nodes, identities, addresses and services into its etcd, where the agents of all
 /// connected clusters read them.
 #[derive(Clone, Debug, Parser)]
-#[command(
-    version,
-    after_help = "Example:
-  clustermesh-apiserver --cluster-name alpha --cluster-id 1 --source manifests:/etc/clustermesh/manifests \\
-    --etcd-config /etc/clustermesh/etcd.yaml --http-addr 127.0.0.1:9880"
-)]
-pub struct Args {
+#[command(after_help = "Example:
+  clustermesh-apiserver clustermesh --cluster-name alpha --cluster-id 1 --source manifests:/etc/clustermesh/manifests \\
+    --etcd-config /etc/clustermesh/etcd.yaml --http-addr 127.0.0.1:9880")]
+pub struct ExportArgs {
     /// Name of this cluster, unique in the mesh.
     #[arg(long)]
     pub cluster_name: ClusterName,
@@ -47,7 +45,7 @@ pub struct Args {
     pub log_format: LogFormat,
 }
 
-impl Args {
+impl ExportArgs {
     /// The cluster, if its ID fits into the mesh.
     ///
     /// # Errors
@@ -61,16 +59,6 @@ impl Args {
     pub fn identity_grace(&self) -> Duration {
         Duration::from_secs(self.identity_gc_grace)
     }
-}
-
-/// Form of the logs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object per line.
-    Json,
 }
 
 /// A source of objects.
@@ -108,9 +96,9 @@ pub struct SourceSpecError;
 mod tests {
     use super::*;
 
-    fn parse(more: &[&str]) -> Result<Args, clap::Error> {
+    fn parse(more: &[&str]) -> Result<ExportArgs, clap::Error> {
         let base = ["clustermesh-apiserver", "--etcd-config", "etcd.yaml"];
-        Args::try_parse_from(base.iter().chain(more))
+        ExportArgs::try_parse_from(base.iter().chain(more))
     }
 
     #[test]
