@@ -1,9 +1,11 @@
 //! The one task that owns the mesh's state and the tables.
 //!
-//! Edge, but only just: it takes what is waiting in its channels, hands it to the plain code (intake,
-//! mesh, reconciler) as one batch, and writes what follows. A single change is written at once; in a
-//! storm the batches grow, so that each key is written once per batch and not once per event.
+//! Edge, but only just: it takes what is waiting in its channels, hands it to the plain code ([`Core`]:
+//! members, intake, mesh, reconciler) as one batch, and has it write what follows. A single change is
+//! written at once; in a storm the batches grow, so that each key is written once per batch and not once
+//! per event.
 
+mod core;
 mod intake;
 mod kernel;
 mod members;
@@ -20,15 +22,14 @@ use ebpf_global_svc::{Datapath, DatapathError, Tables};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::warn;
 
-use crate::mesh::{Link, Links, Macs, Mesh, Routes};
+use crate::mesh::{Link, Links, Macs, Routes};
 use crate::netlink::{PodLink, PodLinks};
 use crate::peers::OwnCluster;
-use crate::reconcile::Reconciler;
 use kernel::PodHooks;
-use members::Members;
 
+pub use self::core::{Core, Stepped};
 pub use intake::RefusalCounts;
 pub use query::{DumpError, KindView, Overview, Query, Row, TABLES};
 
@@ -92,10 +93,7 @@ pub struct Channels {
 
 /// See the module.
 pub struct Engine {
-    own: OwnCluster,
-    members: Members,
-    mesh: Mesh,
-    reconciler: Reconciler,
+    core: Core,
     tables: Tables,
     datapath: Option<Datapath>,
     hooks: PodHooks,
@@ -115,16 +113,9 @@ impl Engine {
             None => Tables::memory(),
         };
         let started = Instant::now();
-        let (reconciler, restored) = Reconciler::restore(&tables, started)?;
-        info!(
-            services = restored.service.len(),
-            ipcache = restored.ipcache.len(),
-            "read back what is installed"
-        );
         let hooks = PodHooks::new(datapath.as_ref())?;
-        let mesh = Mesh::new(own.id, &node_name, node_ip, restored);
-        let members = Members::new(own.clone());
-        let mut engine = Self { own, members, mesh, reconciler, tables, datapath, hooks, pod_links, started };
+        let core = Core::restore(own, &node_name, node_ip, started, &tables)?;
+        let mut engine = Self { core, tables, datapath, hooks, pod_links, started };
         engine.take_links();
         Ok(engine)
     }
@@ -133,7 +124,7 @@ impl Engine {
     pub async fn run(mut self, mut channels: Channels) {
         let mut batch = Vec::with_capacity(CHANNEL);
         loop {
-            let wake = self.reconciler.deadline().into_iter().chain(self.hooks.deadline()).min();
+            let wake = self.core.deadline().into_iter().chain(self.hooks.deadline()).min();
             let deadline = async {
                 match wake {
                     Some(at) => sleep_until(at.into()).await,
@@ -156,7 +147,7 @@ impl Engine {
                 () = deadline => {}
             }
             for input in batch.drain(..) {
-                self.members.apply(input, &mut self.mesh);
+                self.core.apply(input);
             }
             self.write(&channels.routes);
         }
@@ -164,29 +155,20 @@ impl Engine {
 
     /// Installs what the mesh wants by now.
     fn write(&mut self, routes: &watch::Sender<Option<Routes>>) {
-        let changes = self.mesh.compute();
-        if !changes.is_empty() {
-            debug!(changes = changes.len(), "writing");
-        }
-        let topology_changed = !changes.prefix.is_empty() || !changes.node.is_empty();
-        self.reconciler.accept(changes);
-        let before = self.reconciler.last_error().map(str::to_owned);
-        self.reconciler.run(Instant::now(), &mut self.tables);
-        if let Some(error) = self.reconciler.last_error().filter(|error| Some(*error) != before.as_deref()) {
-            warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
-        }
+        let stepped = self.core.step(Instant::now(), &mut self.tables);
+        let mesh = self.core.mesh();
         if let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) {
             let links = links.borrow().clone();
-            let wanted = self.mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
-            let may_detach = self.mesh.is_synced(self.own.id, Kind::Ip);
+            let wanted = mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
+            let may_detach = self.core.knows_own_addresses();
             self.hooks.sync(wanted.collect(), may_detach, Instant::now(), datapath);
             // Known with the node's record at the latest; until then an earlier life's holds.
-            if let Some(Err(error)) = self.mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
+            if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
                 warn!(%error, "cannot tell the datapath this node's address");
             }
         }
-        if topology_changed || routes.borrow().is_none() {
-            let now = self.mesh.routes();
+        if stepped.topology_changed || routes.borrow().is_none() {
+            let now = mesh.routes();
             routes.send_if_modified(|routes| {
                 let differ = now.is_some() && *routes != now;
                 if differ {
@@ -205,13 +187,12 @@ impl Engine {
                 Links::Known(links.iter().map(|(ip, pod)| (*ip, link(pod))).collect())
             }
         };
-        self.mesh.set_links(links);
+        self.core.set_links(links);
     }
 
     /// Own cluster synced, and everything installed.
     fn is_ready(&self) -> bool {
-        let synced = self.members.own_kinds().iter().all(|kind| self.mesh.is_synced(self.own.id, *kind));
-        synced && self.reconciler.pending() == 0 && self.hooks.last_error().is_none()
+        self.core.is_ready() && self.hooks.last_error().is_none()
     }
 }
 

@@ -90,20 +90,21 @@ impl Engine {
     }
 
     fn overview(&self) -> Overview {
-        let error = self.reconciler.last_error().or(self.hooks.last_error());
+        let error = self.core.last_error().or(self.hooks.last_error());
         Overview {
             ready: self.is_ready(),
             kinds: self
-                .members
+                .core
+                .members()
                 .iter()
                 .map(|(name, member)| (name.clone(), self.kinds(name, member)))
                 .collect(),
-            counts: self.mesh.counts(),
+            counts: self.core.mesh().counts(),
             tables: fills(&self.tables),
-            pending: self.reconciler.pending() + self.hooks.pending(),
+            pending: self.core.pending() + self.hooks.pending(),
             error: error.map(str::to_owned),
-            conflicts: self.mesh.conflicts().cloned().collect(),
-            left_out: self.mesh.left_out(),
+            conflicts: self.core.mesh().conflicts().cloned().collect(),
+            left_out: self.core.mesh().left_out(),
             uptime: self.started.elapsed(),
         }
     }
@@ -111,11 +112,12 @@ impl Engine {
     fn kinds(&self, name: &ClusterName, member: &super::members::Member) -> Vec<KindView> {
         let view = |kind: &Kind| KindView {
             kind: *kind,
-            synced: !member.lost.contains(kind) && member.id.is_some_and(|id| self.mesh.is_synced(id, *kind)),
-            records: member.id.map_or(0, |id: ClusterId| self.mesh.count(id, *kind)),
+            synced: !member.lost.contains(kind)
+                && member.id.is_some_and(|id| self.core.mesh().is_synced(id, *kind)),
+            records: member.id.map_or(0, |id: ClusterId| self.core.mesh().count(id, *kind)),
             refused: member.intake.get(kind).map(|intake| intake.refusals().clone()).unwrap_or_default(),
         };
-        self.members.kinds(name).iter().map(view).collect()
+        self.core.members().kinds(name).iter().map(view).collect()
     }
 
     fn dump(&self, table: &str) -> Result<Vec<Row>, DumpError> {
@@ -180,7 +182,7 @@ impl Engine {
     }
 
     fn cluster_of(&self, identity: u32) -> String {
-        clustermesh_kvstore::cluster::Identity(identity).cluster(self.own.max).to_string()
+        clustermesh_kvstore::cluster::Identity(identity).cluster(self.core.own().max).to_string()
     }
 }
 

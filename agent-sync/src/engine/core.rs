@@ -1,0 +1,126 @@
+//! The engine without its edges: what clusters say in, writes to the tables out.
+//!
+//! No channels and no clock, so a test can run it under any schedule. [`Core::apply`] takes what
+//! happened, [`Core::step`] writes what follows from all of it; how many inputs are taken before a
+//! step is the driver's choice and changes only how often a key is written.
+
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use clustermesh_kvstore::key::Kind;
+use ebpf_global_svc::{DatapathError, Tables};
+use tracing::{debug, info, warn};
+
+use super::Input;
+use super::members::Members;
+use crate::mesh::{Links, Mesh};
+use crate::peers::OwnCluster;
+use crate::reconcile::Reconciler;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Core {
+    own: OwnCluster,
+    members: Members,
+    mesh: Mesh,
+    reconciler: Reconciler,
+}
+
+/// What a step touched beyond the tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stepped {
+    /// Prefixes or nodes changed, and with them what [`Mesh::routes`] says.
+    pub topology_changed: bool,
+}
+
+impl Core {
+    /// Takes over what is installed. `node_ip` is this node's underlay address if it is known before the
+    /// node's record is.
+    ///
+    /// # Errors
+    /// If the tables cannot be read.
+    pub fn restore(
+        own: OwnCluster,
+        node_name: &str,
+        node_ip: Option<Ipv4Addr>,
+        now: Instant,
+        tables: &Tables,
+    ) -> Result<Self, DatapathError> {
+        let (reconciler, restored) = Reconciler::restore(tables, now)?;
+        info!(
+            services = restored.service.len(),
+            ipcache = restored.ipcache.len(),
+            "read back what is installed"
+        );
+        let mesh = Mesh::new(own.id, node_name, node_ip, restored);
+        Ok(Self { members: Members::new(own.clone()), own, mesh, reconciler })
+    }
+
+    /// Takes in what a peer's task tells.
+    pub fn apply(&mut self, input: Input) {
+        self.members.apply(input, &mut self.mesh);
+    }
+
+    /// Takes in what the network edge found out about this node's pods.
+    pub fn set_links(&mut self, links: Links) {
+        self.mesh.set_links(links);
+    }
+
+    /// Installs what is wanted by now, as far as the tables take it; the rest is tried again at
+    /// [`Self::deadline`].
+    pub fn step(&mut self, now: Instant, tables: &mut Tables) -> Stepped {
+        let changes = self.mesh.compute();
+        if !changes.is_empty() {
+            debug!(changes = changes.len(), "writing");
+        }
+        let topology_changed = !changes.prefix.is_empty() || !changes.node.is_empty();
+        self.reconciler.accept(changes);
+        let before = self.reconciler.last_error().map(str::to_owned);
+        self.reconciler.run(now, tables);
+        if let Some(error) = self.reconciler.last_error().filter(|error| Some(*error) != before.as_deref()) {
+            warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
+        }
+        Stepped { topology_changed }
+    }
+
+    /// When [`Self::step`] has something to do even if nothing is applied before.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.reconciler.deadline()
+    }
+
+    /// The own cluster is synced, and everything is installed.
+    pub fn is_ready(&self) -> bool {
+        let synced = self.members.own_kinds().iter().all(|kind| self.mesh.is_synced(self.own.id, *kind));
+        synced && self.pending() == 0
+    }
+
+    /// Whether all addresses of the own cluster are known.
+    pub fn knows_own_addresses(&self) -> bool {
+        self.mesh.is_synced(self.own.id, Kind::Ip)
+    }
+
+    /// Desired changes that are not installed.
+    pub fn pending(&self) -> usize {
+        self.reconciler.pending()
+    }
+
+    /// Why something is pending.
+    pub fn last_error(&self) -> Option<&str> {
+        self.reconciler.last_error()
+    }
+
+    /// Who we are.
+    pub fn own(&self) -> &OwnCluster {
+        &self.own
+    }
+
+    /// The merged state of all clusters.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    /// The configured clusters.
+    pub(super) fn members(&self) -> &Members {
+        &self.members
+    }
+}
