@@ -5,13 +5,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::config_dir::{self, ConfigChange, ConfigDirError};
 use crate::engine::{self, Channels, Engine, Setup};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks};
 use crate::peers::{Directory, OwnCluster, Peers};

@@ -2,6 +2,7 @@
 //!
 //! * [`cluster`], [`labels`], [`key`], [`record`]: names, numbers, keys and values. Byte-compatible
 //!   with Cilium ClusterMesh; whatever was decoded is checked.
+//! * [`config_dir`], [`accept`]: which remote clusters there are, and how each is read.
 //! * [`etcd`]: configuration file and session. The only module that speaks gRPC.
 //! * [`reflector`]: follows prefixes of one etcd (in).
 //! * [`publisher`]: keeps owned keys of one etcd at their desired values (out).
@@ -10,7 +11,9 @@
 //! `driver` that feeds it from etcd; see there for what goes in and what comes out.
 #![forbid(unsafe_code)]
 
+pub mod accept;
 pub mod cluster;
+pub mod config_dir;
 pub mod etcd;
 pub mod key;
 pub mod labels;

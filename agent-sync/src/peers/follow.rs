@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::key::{Kind, cluster_config_key};
@@ -18,7 +19,6 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::accept::{Accepted, ConfigError};
 use super::ids::{self, Ids};
 use super::{OwnCluster, PeerState, PeerView};
 use crate::engine::Input;

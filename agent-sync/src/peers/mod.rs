@@ -3,9 +3,8 @@
 //! Edge. Comes in: the own etcd's configuration and changes of the config directory. Goes out: what
 //! the clusters say, undecoded, into the engine's channel, where order counts: everything of a cluster
 //! passes through the one channel, so a drain never overtakes what it is to drain. The decisions (is
-//! this config acceptable, who holds which ID) are plain code in [`accept`] and [`ids`].
+//! this config acceptable, who holds which ID) are plain code in [`clustermesh_kvstore::accept`] and [`ids`].
 
-mod accept;
 mod follow;
 mod ids;
 
@@ -13,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::config_dir::ConfigChange;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::reflector::ConnectionStatus;
 use tokio::sync::{mpsc, watch};
@@ -21,7 +21,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::config_dir::ConfigChange;
 use crate::engine::Input;
 use follow::Follower;
 pub(crate) use follow::{OWN_KINDS, REMOTE_KINDS};

@@ -13,12 +13,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clustermesh_kvstore::cluster::ClusterName;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{info, warn};
+
+use crate::cluster::ClusterName;
 
 /// The directory is read this often even without an event.
 const RESCAN: Duration = Duration::from_secs(1);
@@ -47,7 +48,7 @@ pub enum ConfigChange {
 /// The directory cannot be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigDirError {
-    /// It cannot be read now; at start this ends the agent.
+    /// It cannot be read now; at start this ends the program.
     #[error(
         "cannot read the directory of remote clusters {}: {source}; create it (an empty one is a cluster without remotes) or correct --clustermesh-config",
         path.display()

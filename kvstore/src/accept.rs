@@ -1,39 +1,61 @@
 //! Whether a cluster's config lets it into the mesh, and how it is to be read.
 
-use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
-use clustermesh_kvstore::key::{Kind, Layout, canary_key, data_prefix};
-use clustermesh_kvstore::record::{ClusterConfig, RecordError};
-use clustermesh_kvstore::reflector::ReflectorSpec;
+use crate::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
+use crate::key::{Kind, Layout, canary_key, data_prefix};
+use crate::record::{ClusterConfig, RecordError};
+use crate::reflector::ReflectorSpec;
 
 /// An accepted config: what of it changes how the cluster is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Accepted {
-    pub(super) id: ClusterId,
-    pub(super) layout: Layout,
-    pub(super) canaries: bool,
+pub struct Accepted {
+    /// The cluster's ID.
+    pub id: ClusterId,
+    /// Where its data stands.
+    pub layout: Layout,
+    /// It writes canaries, which readers have to wait for.
+    pub canaries: bool,
 }
 
-/// A config that this agent cannot accept.
+/// A config that this mesh cannot accept.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConfigError {
+pub enum ConfigError {
+    /// The peer's: it is no cluster config.
     #[error("cannot read the cluster config of {name}: {source}")]
-    Unreadable { name: ClusterName, source: RecordError },
+    Unreadable {
+        /// The cluster.
+        name: ClusterName,
+        /// Why not.
+        source: RecordError,
+    },
+    /// The peer's: no ID, or one out of range.
     #[error("cluster {name} has no usable ID: {source}")]
-    Id { name: ClusterName, source: ClusterError },
+    Id {
+        /// The cluster.
+        name: ClusterName,
+        /// What is wrong with it.
+        source: ClusterError,
+    },
+    /// The operator's: two meshes.
     #[error(
         "cluster {name} runs with max-connected-clusters {theirs}, this one with {ours}: identities would not mean the same; all clusters of a mesh need the same value"
     )]
-    Width { name: ClusterName, theirs: u32, ours: u16 },
+    Width {
+        /// The cluster.
+        name: ClusterName,
+        /// What it says.
+        theirs: u32,
+        /// What this process was started with.
+        ours: u16,
+    },
 }
 
 impl Accepted {
     /// Checks what a cluster says about itself. A mesh of 255 takes any peer, since old ones do not
     /// say; a mesh of 511 takes only those that say so.
-    pub(super) fn check(
-        name: &ClusterName,
-        value: &[u8],
-        max: MaxConnectedClusters,
-    ) -> Result<Self, ConfigError> {
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn check(name: &ClusterName, value: &[u8], max: MaxConnectedClusters) -> Result<Self, ConfigError> {
         let config = ClusterConfig::decode(value)
             .map_err(|source| ConfigError::Unreadable { name: name.clone(), source })?;
         // Cilium's default, which a peer that says nothing runs with.
@@ -48,7 +70,7 @@ impl Accepted {
     }
 
     /// How one kind is followed.
-    pub(super) fn reflector(&self, kind: Kind, name: &ClusterName) -> ReflectorSpec {
+    pub fn reflector(&self, kind: Kind, name: &ClusterName) -> ReflectorSpec {
         let canary = self.canaries.then(|| canary_key(kind, name, self.layout));
         ReflectorSpec::new(data_prefix(kind, name, self.layout), canary)
     }
