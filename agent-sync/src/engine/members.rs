@@ -87,7 +87,7 @@ impl Members {
                 let peer = Peer { name, id, max: own.max, is_own: *name == own.name };
                 let intake = member.intake.entry(kind).or_default();
                 if let Some(fact) = intake.admit(&peer, kind, &suffix, &value, mesh) {
-                    mesh.upsert(id, fact);
+                    mesh.upsert(id, fact, 0);
                 }
             }
             ReflectorEvent::Delete { suffix, .. } => {

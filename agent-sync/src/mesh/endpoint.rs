@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpKey, IpValue};
 
+use super::addresses::Addresses;
 use super::fact::{Link, Links};
-use super::records::Store;
 use crate::wire_key;
 
 /// Computes `cm_endpoint` from addresses and links.
@@ -42,10 +42,10 @@ impl Endpoints {
     }
 
     /// The own node's record says where its tunnels end.
-    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, ips: &Store<IpAddr, IpValue>) {
+    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, ips: &Addresses) {
         if self.node_ip != Some(node_ip) {
             self.node_ip = Some(node_ip);
-            self.dirty.extend(ips.iter().map(|(ip, _)| *ip));
+            self.dirty.extend(ips.iter().map(|(ip, _)| ip));
             self.dirty.extend(self.installed.keys());
         }
     }
@@ -74,10 +74,10 @@ impl Endpoints {
         &self.local
     }
 
-    pub(super) fn compute(&mut self, ips: &Store<IpAddr, IpValue>) -> Vec<(IpKey, Option<EndpointValue>)> {
+    pub(super) fn compute(&mut self, ips: &Addresses) -> Vec<(IpKey, Option<EndpointValue>)> {
         let mut changes = Vec::new();
         for ip in std::mem::take(&mut self.dirty) {
-            let is_local = ips.get(&ip).is_some_and(|value| self.is_here(value));
+            let is_local = ips.get(&ip).is_some_and(|value| self.is_here(&value));
             if is_local {
                 self.local.insert(ip);
             } else {
@@ -100,19 +100,14 @@ impl Endpoints {
         self.node_ip.is_some_and(|node_ip| value.node_ip == node_ip.octets())
     }
 
-    fn value(
-        &self,
-        ip: IpAddr,
-        ips: &Store<IpAddr, IpValue>,
-        before: Option<EndpointValue>,
-    ) -> Option<EndpointValue> {
+    fn value(&self, ip: IpAddr, ips: &Addresses, before: Option<EndpointValue>) -> Option<EndpointValue> {
         if self.node_ip.is_none() {
             return before;
         }
         let Some(record) = ips.get(&ip) else {
-            return before.filter(|_| !ips.synced);
+            return before.filter(|_| !ips.is_synced());
         };
-        if !self.is_here(record) {
+        if !self.is_here(&record) {
             return None;
         }
         match &self.links {

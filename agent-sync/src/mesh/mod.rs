@@ -9,6 +9,7 @@
 //! complete without it, or when no configured cluster has that ID; never before. So the writer behind
 //! this needs to know nothing of pruning: it only ever installs differences.
 
+mod addresses;
 mod endpoint;
 mod fact;
 mod records;
@@ -129,28 +130,29 @@ impl Mesh {
         mesh
     }
 
-    /// A record of `cluster` is so from now on.
-    pub fn upsert(&mut self, cluster: ClusterId, fact: Fact) {
+    /// A record of `cluster` is so from now on. `hash` is of its key and value as they were written.
+    pub fn upsert(&mut self, cluster: ClusterId, fact: Fact, hash: u64) {
         let cluster = cluster.get();
         let records = self.clusters.entry(cluster).or_default();
         match fact {
-            Fact::Identity(id) => drop(records.identities.upsert(id, ())),
+            Fact::Identity(id) => drop(records.identities.upsert(id, (), hash)),
             Fact::Node(name, node) => {
-                self.topology_is_dirty |= records.nodes.upsert(name, node).is_change();
+                self.topology_is_dirty |= records.nodes.upsert(name, node, hash).is_change();
             }
             Fact::Ip(ip, value) => {
-                if records.ips.upsert(ip, value).is_change() {
+                if records.ips.upsert(ip, value, hash) {
                     self.address_changed(cluster, ip, Some(value));
                 }
             }
             Fact::Service(name, service) => {
-                if records.services.upsert(name.clone(), service).is_change() {
+                if records.services.upsert(name.clone(), service, hash).is_change() {
                     let own = self.clusters.get(&self.own);
                     self.services.remote_changed(own.and_then(|own| own.local_services.get(&name)));
                 }
             }
             Fact::LocalService(service) => {
-                let before = match records.local_services.upsert(service.name.clone(), (*service).clone()) {
+                let name = service.name.clone();
+                let before = match records.local_services.upsert(name, (*service).clone(), hash) {
                     Change::None => return,
                     Change::New => None,
                     Change::Replaced(before) => Some(before),
@@ -168,7 +170,7 @@ impl Mesh {
             FactKey::Identity(id) => drop(records.identities.delete(id)),
             FactKey::Node(name) => self.topology_is_dirty |= records.nodes.delete(name).is_some(),
             FactKey::Ip(ip) => {
-                if records.ips.delete(ip).is_some() {
+                if records.ips.delete(ip) {
                     self.address_changed(cluster, *ip, None);
                 }
             }
@@ -211,7 +213,7 @@ impl Mesh {
                 self.topology_is_dirty = true;
             }
             Kind::Ip => {
-                for (ip, _) in records.ips.finish_list() {
+                for ip in records.ips.finish_list() {
                     self.address_changed(cluster, ip, None);
                 }
                 if cluster == self.own {
@@ -309,6 +311,11 @@ impl Mesh {
         self.clusters.get(&cluster.get()).map_or(0, |records| records.count(kind))
     }
 
+    /// Sum of the hashes of the records held of `cluster`, modulo 2^64; a restored one adds nothing.
+    pub fn digest(&self, cluster: ClusterId, kind: Kind) -> u64 {
+        self.clusters.get(&cluster.get()).map_or(0, |records| records.digest(kind))
+    }
+
     /// Whether a record is held.
     pub fn holds(&self, cluster: ClusterId, key: &FactKey) -> bool {
         self.clusters.get(&cluster.get()).is_some_and(|records| match key {
@@ -401,7 +408,7 @@ impl Mesh {
     fn drain_id(&mut self, cluster: u16) {
         let Some(records) = self.clusters.remove(&cluster) else { return };
         for (ip, _) in records.ips.iter() {
-            self.address_changed(cluster, *ip, None);
+            self.address_changed(cluster, ip, None);
         }
         self.forget_restored_topology(cluster);
         self.topology_is_dirty = true;

@@ -1,21 +1,21 @@
 //! One cluster's records, as last seen.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::Hash;
-use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::LocalService;
-use ebpf_global_svc::abi::IpValue;
 
+use super::addresses::Addresses;
 use super::fact::{NodeFact, RemoteService};
 
 /// All records of a cluster.
 #[derive(Debug, Default)]
 pub(super) struct Records {
     pub(super) nodes: Store<String, NodeFact>,
-    pub(super) ips: Store<IpAddr, IpValue>,
+    pub(super) ips: Addresses,
     pub(super) identities: Store<u32, ()>,
     pub(super) services: Store<NamespacedName, RemoteService>,
     pub(super) local_services: Store<NamespacedName, LocalService>,
@@ -25,7 +25,7 @@ impl Records {
     pub(super) fn is_synced(&self, kind: Kind) -> bool {
         match kind {
             Kind::Nodes => self.nodes.synced,
-            Kind::Ip => self.ips.synced,
+            Kind::Ip => self.ips.is_synced(),
             Kind::Identities => self.identities.synced,
             Kind::Services => self.services.synced,
             Kind::LocalServices => self.local_services.synced,
@@ -43,70 +43,144 @@ impl Records {
             Kind::ServiceExports => 0,
         }
     }
+
+    /// Sum of the hashes of all records of a kind, modulo 2^64.
+    pub(super) fn digest(&self, kind: Kind) -> u64 {
+        match kind {
+            Kind::Nodes => self.nodes.digest(),
+            Kind::Ip => self.ips.digest(),
+            Kind::Identities => self.identities.digest(),
+            Kind::Services => self.services.digest(),
+            Kind::LocalServices => self.local_services.digest(),
+            Kind::ServiceExports => 0,
+        }
+    }
 }
 
 /// Records of one kind. Between the begin of a list and its end, records that were not seen again are
 /// stale: they count as before, and go when the list is complete.
 #[derive(Debug)]
 pub(super) struct Store<K, V> {
-    entries: HashMap<K, V>,
-    stale: HashSet<K>,
+    entries: HashMap<K, Held<V>>,
+    /// The current list's number; a record with another one was not seen in it.
+    epoch: u8,
+    /// Sum of the hashes of all records, modulo 2^64.
+    digest: u64,
     pub(super) synced: bool,
 }
 
+/// A record, packed behind its key: there may be millions.
+#[derive(Debug)]
+struct Held<V> {
+    value: V,
+    /// Of the record as its cluster wrote it, native order; zero if it was restored.
+    hash: [u8; 8],
+    epoch: u8,
+}
+
+/// A table this much larger than its content gives memory back.
+const SLACK: usize = 8;
+/// Tables up to this size keep what they have.
+const SMALL: usize = 64;
+
 impl<K, V> Default for Store<K, V> {
     fn default() -> Self {
-        Self { entries: HashMap::new(), stale: HashSet::new(), synced: false }
+        Self { entries: HashMap::new(), epoch: 1, digest: 0, synced: false }
     }
 }
 
 impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
-    /// Stores a value and tells whether it is another one than before.
-    pub(super) fn upsert(&mut self, key: K, value: V) -> Change<V> {
-        self.stale.remove(&key);
-        match self.entries.get_mut(&key) {
-            Some(held) if *held == value => Change::None,
-            Some(held) => Change::Replaced(std::mem::replace(held, value)),
-            None => {
-                self.entries.insert(key, value);
+    /// Stores a value and tells whether it is another one than before. `hash` is of the whole record, of
+    /// which `value` may be only a part.
+    pub(super) fn upsert(&mut self, key: K, value: V, hash: u64) -> Change<V> {
+        let epoch = self.epoch;
+        self.digest = self.digest.wrapping_add(hash);
+        let hash = hash.to_ne_bytes();
+        match self.entries.entry(key) {
+            Entry::Occupied(mut entry) => {
+                let held = entry.get_mut();
+                self.digest = self.digest.wrapping_sub(held.hash());
+                held.hash = hash;
+                held.epoch = epoch;
+                if held.value == value {
+                    Change::None
+                } else {
+                    Change::Replaced(std::mem::replace(&mut held.value, value))
+                }
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(Held { value, hash, epoch });
                 Change::New
             }
         }
     }
 
     pub(super) fn delete(&mut self, key: &K) -> Option<V> {
-        self.stale.remove(key);
-        self.entries.remove(key)
+        let held = self.entries.remove(key)?;
+        self.digest = self.digest.wrapping_sub(held.hash());
+        self.shrink();
+        Some(held.value)
     }
 
     /// A value that nobody has confirmed yet.
     pub(super) fn restore(&mut self, key: K, value: V) {
-        self.stale.insert(key.clone());
-        self.entries.insert(key, value);
+        self.entries.insert(key, Held { value, hash: [0; 8], epoch: 0 });
     }
 
     pub(super) fn begin_list(&mut self) {
         self.synced = false;
-        self.stale = self.entries.keys().cloned().collect();
+        self.epoch = match self.epoch.checked_add(1) {
+            Some(epoch) => epoch,
+            None => {
+                // Lists that never became complete have used up all numbers.
+                self.entries.values_mut().for_each(|held| held.epoch = 0);
+                1
+            }
+        };
     }
 
     /// The list is complete: gives back what it did not confirm.
     pub(super) fn finish_list(&mut self) -> Vec<(K, V)> {
         self.synced = true;
-        let stale = std::mem::take(&mut self.stale);
-        stale.into_iter().filter_map(|key| self.entries.remove_entry(&key)).collect()
+        let (epoch, digest) = (self.epoch, &mut self.digest);
+        let stale = self.entries.extract_if(|_, held| held.epoch != epoch);
+        let stale = stale.map(|(key, held)| {
+            *digest = digest.wrapping_sub(held.hash());
+            (key, held.value)
+        });
+        let stale = stale.collect();
+        self.shrink();
+        stale
     }
 
     pub(super) fn get(&self, key: &K) -> Option<&V> {
-        self.entries.get(key)
+        self.entries.get(key).map(|held| &held.value)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
-        self.entries.iter()
+        self.entries.iter().map(|(key, held)| (key, &held.value))
     }
 
     pub(super) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Sum of the hashes of all records, modulo 2^64: independent of their order.
+    pub(super) fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    fn shrink(&mut self) {
+        let (len, capacity) = (self.entries.len(), self.entries.capacity());
+        if capacity > SMALL && len < capacity / SLACK {
+            self.entries.shrink_to(2 * len);
+        }
+    }
+}
+
+impl<V> Held<V> {
+    fn hash(&self) -> u64 {
+        u64::from_ne_bytes(self.hash)
     }
 }
 
@@ -120,5 +194,50 @@ pub(super) enum Change<V> {
 impl<V> Change<V> {
     pub(super) fn is_change(&self) -> bool {
         !matches!(self, Self::None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_removes_what_it_did_not_confirm() {
+        let mut store = Store::default();
+        store.restore(1, 'r');
+        store.upsert(2, 'a', 20);
+        store.begin_list();
+        store.upsert(3, 'b', 300);
+        assert_eq!((store.len(), store.digest()), (3, 320));
+        assert!(!store.upsert(2, 'a', 20).is_change());
+        assert_eq!(store.finish_list(), [(1, 'r')]);
+        assert_eq!((store.len(), store.digest()), (2, 320));
+        store.upsert(3, 'b', 301);
+        store.delete(&2);
+        assert_eq!(store.digest(), 301);
+    }
+
+    #[test]
+    fn numbers_of_lists_may_run_out() {
+        let mut store = Store::default();
+        for lists in 0..1000 {
+            store.upsert(lists, (), 0);
+            store.begin_list();
+        }
+        store.upsert(7, (), 0);
+        assert_eq!(store.finish_list().len(), 999);
+        assert_eq!(store.len(), 1);
+    }
+
+    #[test]
+    fn an_emptied_table_gives_its_memory_back() {
+        let mut store = Store::default();
+        for key in 0..10_000 {
+            store.upsert(key, (), 0);
+        }
+        for key in 0..9_999 {
+            store.delete(&key);
+        }
+        assert!(store.entries.capacity() <= 2 * SMALL, "{}", store.entries.capacity());
     }
 }

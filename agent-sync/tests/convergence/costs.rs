@@ -61,7 +61,7 @@ impl Agent {
     /// What a list says, from its begin to its end.
     fn list(&mut self, cluster: u16, kind: Kind, facts: Vec<Fact>) {
         self.mesh.begin_list(id(cluster), kind);
-        facts.into_iter().for_each(|fact| self.mesh.upsert(id(cluster), fact));
+        facts.into_iter().for_each(|fact| self.mesh.upsert(id(cluster), fact, 0));
         self.mesh.finish_list(id(cluster), kind);
     }
 
@@ -122,7 +122,7 @@ fn a_leaving_backend_costs_the_same_whatever_the_size() {
         agent.list(1, Kind::LocalServices, vec![local(&[1])]);
         agent.list(2, Kind::Services, vec![remote(2, 1..=size)]);
         agent.writes();
-        agent.mesh.upsert(id(2), remote(2, (1..=size).filter(|number| *number != 2)));
+        agent.mesh.upsert(id(2), remote(2, (1..=size).filter(|number| *number != 2)), 0);
         // Hole filled and last slot removed; one value; the backend itself.
         let expected = BTreeMap::from([("cm_slot", 2), ("cm_service", 1), ("cm_backend", 1)]);
         assert_eq!(agent.writes(), expected, "{size}");
@@ -177,7 +177,7 @@ fn a_full_frontend_keeps_the_own_cluster_and_the_lowest_ids() {
         agent.list(cluster, Kind::Services, vec![remote(cluster, 1..=1)]);
     }
     agent.writes();
-    agent.mesh.upsert(id(1), local(&[1]));
+    agent.mesh.upsert(id(1), local(&[1]), 0);
     agent.writes();
     let clusters = agent.clusters_in_service();
     assert_eq!(clusters, (1..=u16::try_from(MAX_GROUPS).unwrap()).collect::<Vec<_>>());

@@ -147,7 +147,7 @@ impl World {
             });
         }
         match event {
-            Event::Upsert(fact) => self.mesh.upsert(id, fact),
+            Event::Upsert(fact) => self.mesh.upsert(id, fact, 0),
             Event::Delete(key) => self.mesh.delete(id, &key),
             Event::Finish => unreachable!(),
         }
