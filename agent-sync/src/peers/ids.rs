@@ -7,39 +7,62 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 
 /// Reservations of this agent.
 #[derive(Debug)]
-pub(super) struct Ids {
+pub struct Ids {
     own: ClusterId,
     holders: BTreeMap<ClusterId, ClusterName>,
 }
 
 /// An ID that cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum IdError {
+pub enum IdError {
     /// It is ours.
     #[error(
         "cluster {name} has ID {id}, which is this cluster's own: give one of the two another cluster ID"
     )]
-    Own { name: ClusterName, id: ClusterId },
+    Own {
+        /// Who wanted it.
+        name: ClusterName,
+        /// What it wanted.
+        id: ClusterId,
+    },
     /// It is another remote's.
     #[error(
         "cluster {name} has ID {id}, which cluster {holder} holds: give one of the two another cluster ID"
     )]
-    Held { name: ClusterName, id: ClusterId, holder: ClusterName },
+    Held {
+        /// Who wanted it.
+        name: ClusterName,
+        /// What it wanted.
+        id: ClusterId,
+        /// Who has it.
+        holder: ClusterName,
+    },
     /// The own etcd is another cluster's.
     #[error(
         "the own etcd says that cluster {name} has ID {id}, but this agent was started with ID {own}: correct --cluster-id or --etcd-config"
     )]
-    NotOwn { name: ClusterName, id: ClusterId, own: ClusterId },
+    NotOwn {
+        /// The own cluster.
+        name: ClusterName,
+        /// What its etcd says.
+        id: ClusterId,
+        /// What it was started with.
+        own: ClusterId,
+    },
 }
 
 impl Ids {
-    pub(super) fn new(name: ClusterName, own: ClusterId) -> Self {
+    /// `own` is `name`'s for good.
+    pub fn new(name: ClusterName, own: ClusterId) -> Self {
         Self { own, holders: BTreeMap::from([(own, name)]) }
     }
 
     /// Reserves `id` and then gives up the ID that `name` had. On failure the old one stays reserved,
     /// so that nobody gets it while entries of it may exist.
-    pub(super) fn reserve(&mut self, name: &ClusterName, id: ClusterId) -> Result<(), IdError> {
+    ///
+    /// # Errors
+    /// Another cluster has it.
+    pub fn reserve(&mut self, name: &ClusterName, id: ClusterId) -> Result<(), IdError> {
         let own_name = self.holders.get(&self.own);
         if own_name == Some(name) {
             return match id == self.own {
@@ -61,7 +84,7 @@ impl Ids {
     }
 
     /// `name` has no entries any more.
-    pub(super) fn release(&mut self, name: &ClusterName) {
+    pub fn release(&mut self, name: &ClusterName) {
         let own = self.own;
         self.holders.retain(|id, holder| holder != name || *id == own);
     }

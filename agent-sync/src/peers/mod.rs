@@ -3,8 +3,10 @@
 //! Edge. Comes in: the own etcd's configuration and changes of the config directory. Goes out: what
 //! the clusters say, undecoded, into the engine's channel, where order counts: everything of a cluster
 //! passes through the one channel, so a drain never overtakes what it is to drain. The decisions (is
-//! this config acceptable, who holds which ID) are plain code in [`clustermesh_kvstore::accept`] and [`ids`].
+//! this config acceptable, who holds which ID, what is followed when) are plain code in
+//! [`clustermesh_kvstore::accept`], [`Ids`] and [`core`].
 
+pub mod core;
 mod follow;
 mod ids;
 
@@ -21,10 +23,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+pub(crate) use self::core::{OWN_KINDS, REMOTE_KINDS};
 use crate::engine::Input;
 use follow::Follower;
-pub(crate) use follow::{OWN_KINDS, REMOTE_KINDS};
-use ids::Ids;
+pub use ids::{IdError, Ids};
 
 /// Who this agent's cluster is.
 #[derive(Clone, Debug)]

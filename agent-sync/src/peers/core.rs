@@ -1,0 +1,215 @@
+//! What the follower of one cluster decides, as plain code.
+//!
+//! In: what reflectors say of the cluster's config and records, and the time. Out: [`Effect`]s, to be
+//! done in order: what the engine is told, and which reflectors run.
+
+use std::time::{Duration, Instant};
+
+use clustermesh_kvstore::accept::{Accepted, ConfigError};
+use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::key::{Kind, cluster_config_key};
+use clustermesh_kvstore::reflector::{ReflectorEvent, ReflectorSpec};
+use tracing::{info, warn};
+
+use super::OwnCluster;
+use super::ids::Ids;
+use crate::engine::Input;
+
+/// Kinds that an agent reads of its own cluster.
+pub(crate) const OWN_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::LocalServices];
+/// Kinds that it reads of others.
+pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services];
+
+/// An ID that another cluster holds may become free at any time.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Where backends are and who they are. A cluster's services are followed only after these: a backend
+/// that is chosen before the way to it is known makes calls fail.
+const BEFORE_SERVICES: [Kind; 2] = [Kind::Nodes, Kind::Ip];
+
+/// And this much later: two clusters that are being connected learn of each other at about the same time.
+/// Calls that one of them sends before the other knows its nodes are dropped there as an unknown
+/// sender's, and TCP tries again only after a second.
+const MUTUAL: Duration = Duration::from_millis(300);
+
+/// Follows one cluster; see the module.
+#[derive(Debug)]
+pub struct Core {
+    own: OwnCluster,
+    name: ClusterName,
+    has_config: bool,
+    accepted: Option<Accepted>,
+    refused: Option<Refused>,
+    /// Of [`BEFORE_SERVICES`], those whose first list is not complete.
+    awaited: Vec<Kind>,
+    /// When the services of a remote cluster may be followed.
+    services_at: Option<Instant>,
+}
+
+/// A config that could not be accepted.
+#[derive(Debug)]
+struct Refused {
+    value: Vec<u8>,
+    /// When it is looked at again.
+    again: Instant,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Tell the engine.
+    Tell(Input),
+    /// Start the reflector of a kind.
+    Follow(Kind, ReflectorSpec),
+    /// Stop the reflectors of all kinds; nothing that they said may be passed on any more.
+    Unfollow,
+    /// For status: the cluster is let in.
+    Accepted(Accepted),
+    /// For status: it is out again.
+    Dropped,
+    /// For status: something is wrong.
+    Error(String),
+}
+
+impl Core {
+    /// Nothing is known of the cluster yet.
+    pub fn new(own: OwnCluster, name: ClusterName) -> Self {
+        Self {
+            own,
+            name,
+            has_config: false,
+            accepted: None,
+            refused: None,
+            awaited: Vec::new(),
+            services_at: None,
+        }
+    }
+
+    /// How the cluster's config is followed: for good, so that a cluster that changes its ID or layout
+    /// is noticed at once.
+    pub fn config_spec(&self) -> ReflectorSpec {
+        ReflectorSpec::new(cluster_config_key(&self.name), None)
+    }
+
+    /// The reflector of the config says something.
+    pub fn config(&mut self, now: Instant, event: ReflectorEvent, ids: &mut Ids, out: &mut Vec<Effect>) {
+        match event {
+            ReflectorEvent::Upsert { value, .. } => {
+                self.has_config = true;
+                self.consider(now, value, ids, out);
+            }
+            // Its lease ran out, or its etcd was re-created: no reason to let go of its state.
+            ReflectorEvent::Delete { .. } => self.has_config = false,
+            ReflectorEvent::Synced { .. } if !self.has_config => out.push(Effect::Error(format!(
+                "etcd has no config of cluster {0}: is it that cluster's etcd, and does its apiserver run with --cluster-name {0}?",
+                self.name
+            ))),
+            ReflectorEvent::Lost { reason } => out.push(Effect::Error(reason)),
+            ReflectorEvent::Synced { .. } | ReflectorEvent::Progress { .. } => {}
+        }
+    }
+
+    /// The reflector of a kind says something.
+    pub fn record(&mut self, now: Instant, kind: Kind, event: ReflectorEvent, out: &mut Vec<Effect>) {
+        let is_complete = matches!(event, ReflectorEvent::Synced { .. });
+        // The engine gets it first: what it gets of services comes after.
+        out.push(Effect::Tell(Input::Record { name: self.name.clone(), kind, event }));
+        if is_complete {
+            self.note_complete(now, kind);
+        }
+    }
+
+    /// The time of [`Self::deadline`] has come.
+    pub fn tick(&mut self, now: Instant, ids: &mut Ids, out: &mut Vec<Effect>) {
+        if self.services_at.is_some_and(|at| at <= now) {
+            self.services_at = None;
+            if let Some(accepted) = self.accepted {
+                self.follow_kinds(accepted, is_service, out);
+            }
+        }
+        if let Some(refused) = self.refused.take_if(|refused| refused.again <= now) {
+            self.consider(now, refused.value, ids, out);
+        }
+    }
+
+    /// When to call [`Self::tick`].
+    pub fn deadline(&self) -> Option<Instant> {
+        self.services_at.into_iter().chain(self.refused.as_ref().map(|refused| refused.again)).min()
+    }
+
+    /// Looks at a cluster config, new or refused before.
+    fn consider(&mut self, now: Instant, value: Vec<u8>, ids: &mut Ids, out: &mut Vec<Effect>) {
+        let accepted = match Accepted::check(&self.name, &value, self.own.max) {
+            Ok(accepted) => accepted,
+            // Nobody can tell what it means; what was accepted before still holds.
+            Err(error @ ConfigError::Unreadable { .. }) => {
+                return out.push(Effect::Error(error.to_string()));
+            }
+            Err(error) => return self.refuse(now, value, error.to_string(), out),
+        };
+        if self.accepted == Some(accepted) {
+            self.refused = None;
+            return;
+        }
+        if self.accepted.is_some_and(|before| before.id != accepted.id) {
+            warn!(cluster = %self.name, id = %accepted.id, "the cluster has another ID; draining it first");
+            self.drain(out);
+        }
+        if let Err(error) = ids.reserve(&self.name, accepted.id) {
+            return self.refuse(now, value, error.to_string(), out);
+        }
+        info!(cluster = %self.name, id = %accepted.id, layout = ?accepted.layout, "cluster config accepted");
+        self.refused = None;
+        self.accepted = Some(accepted);
+        out.push(Effect::Accepted(accepted));
+        self.follow_records(accepted, out);
+    }
+
+    /// Starts a reflector for each kind but services, in place of those that ran before.
+    fn follow_records(&mut self, accepted: Accepted, out: &mut Vec<Effect>) {
+        out.push(Effect::Unfollow);
+        self.awaited = BEFORE_SERVICES.to_vec();
+        self.services_at = None;
+        out.push(Effect::Tell(Input::Accepted { name: self.name.clone(), id: accepted.id }));
+        self.follow_kinds(accepted, |kind| !is_service(kind), out);
+    }
+
+    /// The list of a kind is complete; after the last one that services wait for, they follow.
+    fn note_complete(&mut self, now: Instant, kind: Kind) {
+        if let Some(at) = self.awaited.iter().position(|awaited| *awaited == kind) {
+            self.awaited.swap_remove(at);
+            if self.awaited.is_empty() {
+                let wait = if self.name == self.own.name { Duration::ZERO } else { MUTUAL };
+                self.services_at = Some(now + wait);
+            }
+        }
+    }
+
+    fn follow_kinds(&self, accepted: Accepted, wanted: fn(Kind) -> bool, out: &mut Vec<Effect>) {
+        let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
+        for kind in kinds.into_iter().filter(|kind| wanted(*kind)) {
+            out.push(Effect::Follow(kind, accepted.reflector(kind, &self.name)));
+        }
+    }
+
+    fn refuse(&mut self, now: Instant, value: Vec<u8>, error: String, out: &mut Vec<Effect>) {
+        out.push(Effect::Error(error));
+        self.drain(out);
+        self.refused = Some(Refused { value, again: now + RETRY });
+    }
+
+    /// Lets go of everything that was accepted. The own cluster has nothing that could take its place:
+    /// its state stays until it is right again.
+    fn drain(&mut self, out: &mut Vec<Effect>) {
+        out.push(Effect::Unfollow);
+        self.services_at = None;
+        if self.accepted.take().is_some() && self.name != self.own.name {
+            out.push(Effect::Dropped);
+            out.push(Effect::Tell(Input::Drained(self.name.clone())));
+        }
+    }
+}
+
+fn is_service(kind: Kind) -> bool {
+    matches!(kind, Kind::Services | Kind::LocalServices)
+}
