@@ -8,14 +8,18 @@
 //! out which keys follow, with the help of [`endpoints`] (which backends a service has) and
 //! [`identity`] (what number stands for a pod's labels); [`server`] connects both ends with etcd and
 //! serves [`status`] over [`http`]. Everything between the edges is plain code without I/O.
+//!
+//! [`etcdinit`] prepares an etcd: it sets the [`rights`] of its readers and writers.
 #![forbid(unsafe_code)]
 
 pub mod args;
 pub mod endpoints;
+pub mod etcdinit;
 pub mod export;
 pub mod http;
 pub mod identity;
 pub mod objects;
+pub mod rights;
 pub mod server;
 pub mod source;
 pub mod status;

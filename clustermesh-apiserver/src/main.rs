@@ -5,7 +5,8 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clustermesh_apiserver::args::{Cli, Command, ExportArgs, LogFormat};
+use clustermesh_apiserver::args::{Cli, Command, EtcdInitArgs, ExportArgs, LogFormat};
+use clustermesh_apiserver::etcdinit::{self, EtcdInitError};
 use clustermesh_apiserver::server::{Server, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -16,13 +17,13 @@ fn main() -> ExitCode {
     start_logs(cli.log_format());
     let done = match &cli.command {
         Command::Clustermesh(args) => export(args),
+        Command::Etcdinit(args) => initialize_etcd(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            let usage = error.downcast_ref::<StartError>().is_some_and(StartError::is_usage);
-            ExitCode::from(if usage { 2 } else { 1 })
+            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }
 }
@@ -38,6 +39,16 @@ fn export(args: &ExportArgs) -> anyhow::Result<()> {
         tracing::info!("stopped; what was published stays until the next start, or its lease ends");
         Ok(())
     })
+}
+
+fn initialize_etcd(args: &EtcdInitArgs) -> anyhow::Result<()> {
+    run(async |stop| Ok(etcdinit::run(args, stop).await?))
+}
+
+/// Whether the operator has to correct flags or files.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<StartError>().is_some_and(StartError::is_usage)
+        || error.downcast_ref::<EtcdInitError>().is_some_and(EtcdInitError::is_usage)
 }
 
 /// Runs a command until it ends, or until a signal makes it.

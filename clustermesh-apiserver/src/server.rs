@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::future::IntoFuture;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use clustermesh_kvstore::key::{self, Kind, Layout};
 use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::record::{ClusterConfig, IdentityRecord, Record};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus};
+use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
@@ -22,6 +24,7 @@ use crate::args::{ExportArgs, SourceSpec};
 use crate::export::{Cluster, Exporter, KeyChange};
 use crate::http;
 use crate::identity::Allocator;
+use crate::rights::users::{self, UsersError};
 use crate::source::SourceEvent;
 use crate::source::manifests::{self, WatchError};
 use crate::status::Status;
@@ -34,6 +37,7 @@ pub struct Server {
     source: mpsc::Receiver<SourceEvent>,
     connection: Connection,
     connection_status: watch::Receiver<ConnectionStatus>,
+    users_file: Option<PathBuf>,
     http: Option<TcpListener>,
     status: Arc<Status>,
 }
@@ -47,6 +51,10 @@ impl Server {
     pub async fn start(args: &ExportArgs) -> Result<Self, StartError> {
         let cluster = args.cluster()?;
         EtcdConfig::load_with_files(&args.etcd_config)?;
+        if let Some(path) = args.users_file() {
+            users::read(path, &cluster.name)
+                .map_err(|error| StartError::Users { path: path.into(), error })?;
+        }
         let http = match args.http_addr {
             Some(addr) => {
                 Some(TcpListener::bind(addr).await.map_err(|error| StartError::Listen { addr, error })?)
@@ -66,6 +74,7 @@ impl Server {
             status: Arc::new(Status::new(connection_status.clone())),
             connection,
             connection_status,
+            users_file: args.users_file().map(Into::into),
             http,
         })
     }
@@ -88,6 +97,11 @@ impl Server {
         let http = self.http.take();
         let serving = serve(http, Arc::clone(&self.status), stop.clone());
         let connection_status = self.connection_status.clone();
+        let (connection, cluster) = (self.connection.clone(), self.cluster.name.clone());
+        let following_users = match self.users_file.take() {
+            Some(path) => users::follow(connection, path, cluster).left_future(),
+            None => std::future::pending().right_future(),
+        };
         let exporting = async {
             tokio::select! {
                 result = self.export() => result,
@@ -97,6 +111,7 @@ impl Server {
         tokio::select! {
             result = async { tokio::try_join!(serving, exporting) } => result.map(drop),
             () = log_connection(connection_status) => Ok(()),
+            () = following_users => Ok(()),
         }
     }
 
@@ -290,6 +305,14 @@ pub enum StartError {
     /// The etcd configuration.
     #[error(transparent)]
     Etcd(#[from] EtcdConfigError),
+    /// The users file.
+    #[error("users file {}: {error}", path.display())]
+    Users {
+        /// `--cluster-users-config-path`.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: UsersError,
+    },
     /// The directory of manifests.
     #[error(transparent)]
     Manifests(#[from] WatchError),

@@ -5,12 +5,14 @@
 //! session for all its users; nothing reconnects beneath them. Getting a new one is for
 //! [`crate::reflector::Connection`].
 
+mod auth;
 mod config;
 mod diagnose;
 mod error;
 mod session;
 mod watch;
 
+pub use auth::{Access, KeySpan};
 pub use config::{EtcdConfig, EtcdConfigError, EtcdSource};
 pub use error::SessionError;
 pub use session::{KeyValue, Page, Session, SessionOptions, Status, WriteOp};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -34,6 +34,12 @@ pub struct ExportArgs {
     /// The cluster's etcd: endpoints and TLS files, in the form that Cilium uses.
     #[arg(long, value_name = "FILE")]
     pub etcd_config: PathBuf,
+    /// Let other clusters read the etcd, each as a user of its own: those in --cluster-users-config-path.
+    #[arg(long, requires = "cluster_users_config_path")]
+    pub cluster_users_enabled: bool,
+    /// The users of other clusters, as Cilium lists them; the file is followed.
+    #[arg(long, value_name = "FILE")]
+    pub cluster_users_config_path: Option<PathBuf>,
     /// Serve /metrics, /healthz and /readyz here.
     #[arg(long, value_name = "ADDR:PORT")]
     pub http_addr: Option<SocketAddr>,
@@ -53,6 +59,11 @@ impl ExportArgs {
     pub fn cluster(&self) -> Result<Cluster, ClusterError> {
         let id = ClusterId::new(self.cluster_id, self.max_connected_clusters)?;
         Ok(Cluster { name: self.cluster_name.clone(), id })
+    }
+
+    /// The users file, if it counts.
+    pub fn users_file(&self) -> Option<&Path> {
+        self.cluster_users_config_path.as_deref().filter(|_| self.cluster_users_enabled)
     }
 
     /// `--identity-gc-grace` as a time.

@@ -1,11 +1,13 @@
 //! Command line.
 
+mod etcdinit;
 mod export;
 
 use std::ffi::OsString;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub use etcdinit::EtcdInitArgs;
 pub use export::{ExportArgs, SourceSpec, SourceSpecError};
 
 /// The cluster's side of a mesh that has no kernel: what one cluster shows to the others, and takes in from them.
@@ -25,6 +27,8 @@ pub struct Cli {
 pub enum Command {
     /// Export this cluster.
     Clustermesh(ExportArgs),
+    /// Prepare this cluster's etcd: set its users and roles, enable authentication.
+    Etcdinit(EtcdInitArgs),
 }
 
 impl Cli {
@@ -47,6 +51,7 @@ impl Cli {
     pub const fn log_format(&self) -> LogFormat {
         match &self.command {
             Command::Clustermesh(args) => args.log_format,
+            Command::Etcdinit(args) => args.log_format,
         }
     }
 }
@@ -73,7 +78,7 @@ mod tests {
     fn flags_alone_are_those_of_the_exporter() {
         let flags = "--cluster-name=alpha --cluster-id=1 --source=manifests:/m --etcd-config=e.yaml";
         for line in [format!("apiserver {flags}"), format!("apiserver clustermesh {flags}")] {
-            let Command::Clustermesh(args) = parse(&line).unwrap().command;
+            let Command::Clustermesh(args) = parse(&line).unwrap().command else { panic!("{line}") };
             assert_eq!(args.cluster_name.as_str(), "alpha");
         }
     }

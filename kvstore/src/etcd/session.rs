@@ -48,7 +48,7 @@ impl Default for SessionOptions {
 /// A connection to one etcd. Cheap to clone; all clones end together.
 #[derive(Clone)]
 pub struct Session {
-    client: Client,
+    pub(super) client: Client,
     shared: Arc<Shared>,
 }
 
@@ -311,7 +311,7 @@ impl Session {
         error
     }
 
-    async fn call<T>(
+    pub(super) async fn call<T>(
         &self,
         what: &str,
         call: impl Future<Output = Result<T, EtcdError>>,
