@@ -103,7 +103,7 @@ impl Engine {
             tables: fills(&self.tables),
             pending: self.core.pending() + self.hooks.pending(),
             error: error.map(str::to_owned),
-            conflicts: self.core.mesh().conflicts().cloned().collect(),
+            conflicts: self.core.mesh().conflicts().collect(),
             left_out: self.core.mesh().left_out(),
             uptime: self.started.elapsed(),
         }

@@ -21,7 +21,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::ClusterId;
 use clustermesh_kvstore::key::Kind;
-use ebpf_global_svc::abi::{IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ebpf_global_svc::abi::{IpKey, IpValue};
 use ipnet::IpNet;
 
 use crate::desired::{Changes, Restored};
@@ -29,7 +29,7 @@ use crate::wire_key;
 use endpoint::Endpoints;
 use records::{Change, Records};
 use service::Services;
-use topology::{Claims, Topology};
+use topology::Topology;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
 pub use service::LeftOut;
@@ -42,8 +42,7 @@ pub struct Mesh {
     node_name: String,
     clusters: BTreeMap<u16, Records>,
     topology: Topology,
-    topology_is_dirty: bool,
-    restored_topology: Vec<RestoredNode>,
+    own_node_changed: bool,
     /// Pod prefixes of the own cluster, as last accepted: aggregated, ascending.
     own_prefixes: Vec<IpNet>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
@@ -51,13 +50,6 @@ pub struct Mesh {
     services: Services,
     /// Removals of entries that make no sense on this node, restored from before.
     foreign: Changes,
-}
-
-/// An entry of `cm_prefix` or `cm_node` from before, in place of the node records that made it.
-#[derive(Clone, Copy, Debug)]
-enum RestoredNode {
-    Prefix(PrefixKey, PrefixValue),
-    Address(NodeKey, NodeValue),
 }
 
 /// Routes that processes on this node need to reach pods of other nodes.
@@ -99,8 +91,7 @@ impl Mesh {
             node_name: node_name.to_owned(),
             clusters: BTreeMap::new(),
             topology: Topology::default(),
-            topology_is_dirty: true,
-            restored_topology: Vec::new(),
+            own_node_changed: false,
             own_prefixes: Vec::new(),
             ipcache: HashMap::new(),
             endpoints,
@@ -115,14 +106,16 @@ impl Mesh {
             }
         }
         for (key, value) in restored.prefix {
-            mesh.clusters.entry(value.cluster).or_default();
-            mesh.restored_topology.push(RestoredNode::Prefix(key, value));
-            mesh.topology.prefixes.insert(key, value);
+            match mesh.topology.restore_prefix(key, value) {
+                true => drop(mesh.clusters.entry(value.cluster).or_default()),
+                false => mesh.foreign.prefix.push((key, None)),
+            }
         }
         for (key, value) in restored.node {
-            mesh.clusters.entry(value.cluster).or_default();
-            mesh.restored_topology.push(RestoredNode::Address(key, value));
-            mesh.topology.nodes.insert(key, value);
+            match mesh.topology.restore_address(key, value) {
+                true => drop(mesh.clusters.entry(value.cluster).or_default()),
+                false => mesh.foreign.node.push((key, None)),
+            }
         }
         for cluster in mesh.services.restored_clusters() {
             mesh.clusters.entry(cluster).or_default();
@@ -137,7 +130,13 @@ impl Mesh {
         match fact {
             Fact::Identity(id) => drop(records.identities.upsert(id, (), hash)),
             Fact::Node(name, node) => {
-                self.topology_is_dirty |= records.nodes.upsert(name, node, hash).is_change();
+                let before = match records.nodes.upsert(name.clone(), node.clone(), hash) {
+                    Change::None => return,
+                    Change::New => None,
+                    Change::Replaced(before) => Some(before),
+                };
+                self.topology.node_changed(cluster, &name, before.as_ref(), Some(&node));
+                self.own_node_changed |= cluster == self.own;
             }
             Fact::Ip(ip, value) => {
                 if records.ips.upsert(ip, value, hash) {
@@ -168,7 +167,12 @@ impl Mesh {
         let Some(records) = self.clusters.get_mut(&cluster) else { return };
         match key {
             FactKey::Identity(id) => drop(records.identities.delete(id)),
-            FactKey::Node(name) => self.topology_is_dirty |= records.nodes.delete(name).is_some(),
+            FactKey::Node(name) => {
+                if let Some(before) = records.nodes.delete(name) {
+                    self.topology.node_changed(cluster, name, Some(&before), None);
+                    self.own_node_changed |= cluster == self.own;
+                }
+            }
             FactKey::Ip(ip) => {
                 if records.ips.delete(ip) {
                     self.address_changed(cluster, *ip, None);
@@ -208,9 +212,11 @@ impl Mesh {
         match kind {
             Kind::Identities => drop(records.identities.finish_list()),
             Kind::Nodes => {
-                records.nodes.finish_list();
-                self.forget_restored_topology(cluster);
-                self.topology_is_dirty = true;
+                for (name, before) in records.nodes.finish_list() {
+                    self.topology.node_changed(cluster, &name, Some(&before), None);
+                    self.own_node_changed |= cluster == self.own;
+                }
+                self.topology.forget_restored(cluster);
             }
             Kind::Ip => {
                 for ip in records.ips.finish_list() {
@@ -262,10 +268,7 @@ impl Mesh {
     /// Recomputes what the facts since the last call touched.
     pub fn compute(&mut self) -> Changes {
         let mut changes = std::mem::take(&mut self.foreign);
-        if self.topology_is_dirty {
-            self.topology_is_dirty = false;
-            self.compute_topology(&mut changes);
-        }
+        self.compute_topology(&mut changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
         if let Some(own) = self.clusters.get(&self.own) {
@@ -296,8 +299,8 @@ impl Mesh {
     pub fn routes(&self) -> Option<Routes> {
         let here = self.own_node()?;
         let node_ip = here.tunnel_ip()?.octets();
-        let elsewhere = self.topology.prefixes.iter().filter(|(_, value)| value.node_ip != node_ip);
-        let prefixes = elsewhere.filter_map(|(key, _)| wire_key::prefix(key)).collect();
+        let elsewhere = self.topology.prefixes().filter(|(_, _, carrier)| *carrier != node_ip);
+        let prefixes = elsewhere.map(|(net, _, _)| net).collect();
         Some(Routes { prefixes, sources: here.mesh_ips.clone() })
     }
 
@@ -328,8 +331,8 @@ impl Mesh {
     }
 
     /// Claims to addresses that another cluster holds.
-    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
-        self.topology.conflicts.iter()
+    pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
+        self.topology.conflicts()
     }
 
     /// Contributions to services that were left out.
@@ -368,41 +371,22 @@ impl Mesh {
     }
 
     fn compute_topology(&mut self, changes: &mut Changes) {
-        let mut claims = Claims::default();
-        for node in &self.restored_topology {
-            match *node {
-                RestoredNode::Prefix(key, value) => claims.add_prefix(key, value),
-                RestoredNode::Address(key, value) => claims.add_address(key, value),
+        if self.topology.resolve(self.own, changes) {
+            let own = self.topology.prefixes().filter(|(_, cluster, _)| *cluster == self.own);
+            let own: Vec<IpNet> = own.map(|(net, _, _)| net).collect();
+            let mut own = IpNet::aggregate(&own);
+            own.sort_unstable_by_key(IpNet::network);
+            if own != self.own_prefixes {
+                self.own_prefixes = own;
+                self.services.all_changed();
             }
         }
-        for (cluster, records) in &self.clusters {
-            // In order of names, so that two nodes with the same prefix give the same result always.
-            let nodes: BTreeMap<_, _> = records.nodes.iter().collect();
-            nodes.into_values().for_each(|node| claims.add_node(*cluster, node));
+        if std::mem::take(&mut self.own_node_changed) {
+            let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
+            if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
+                self.endpoints.set_node_ip(node_ip, &own.ips);
+            }
         }
-        let before = std::mem::take(&mut self.topology);
-        self.topology = claims.resolve(self.own, &before);
-        differences(&before.prefixes, &self.topology.prefixes, &mut changes.prefix);
-        differences(&before.nodes, &self.topology.nodes, &mut changes.node);
-        let own = self.topology.prefixes.iter().filter(|(_, value)| value.cluster == self.own);
-        let own: Vec<IpNet> = own.filter_map(|(key, _)| wire_key::prefix(key)).collect();
-        let mut own = IpNet::aggregate(&own);
-        own.sort_unstable_by_key(IpNet::network);
-        if own != self.own_prefixes {
-            self.own_prefixes = own;
-            self.services.all_changed();
-        }
-        let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
-        if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
-            self.endpoints.set_node_ip(node_ip, &own.ips);
-        }
-    }
-
-    fn forget_restored_topology(&mut self, cluster: u16) {
-        self.restored_topology.retain(|node| match node {
-            RestoredNode::Prefix(_, value) => value.cluster != cluster,
-            RestoredNode::Address(_, value) => value.cluster != cluster,
-        });
     }
 
     fn drain_id(&mut self, cluster: u16) {
@@ -410,27 +394,15 @@ impl Mesh {
         for (ip, _) in records.ips.iter() {
             self.address_changed(cluster, ip, None);
         }
-        self.forget_restored_topology(cluster);
-        self.topology_is_dirty = true;
+        for (name, before) in records.nodes.iter() {
+            self.topology.node_changed(cluster, name, Some(before), None);
+        }
+        self.topology.forget_restored(cluster);
+        self.own_node_changed |= cluster == self.own;
         let own = self.clusters.get(&self.own);
         for (name, _) in records.services.iter() {
             self.services.remote_changed(own.and_then(|own| own.local_services.get(name)));
         }
         self.services.forget_restored(cluster);
-    }
-}
-
-fn differences<K: Ord + Copy, V: PartialEq + Copy>(
-    before: &BTreeMap<K, V>,
-    after: &BTreeMap<K, V>,
-    changes: &mut Vec<(K, Option<V>)>,
-) {
-    for (key, value) in after {
-        if before.get(key) != Some(value) {
-            changes.push((*key, Some(*value)));
-        }
-    }
-    for key in before.keys().filter(|key| !after.contains_key(key)) {
-        changes.push((*key, None));
     }
 }

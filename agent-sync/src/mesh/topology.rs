@@ -4,6 +4,9 @@
 //! by mistake or on purpose. The own cluster always keeps what is its own; among others the first
 //! holder keeps it, so that a newcomer cannot take traffic away by claiming an address. Prefixes
 //! exclude each other already when they overlap: a longer one would win in the kernel.
+//!
+//! A change is decided anew only together with what it can touch: the claims to the same address, or
+//! those inside the widest prefix around it. So a node costs the same in a mesh of any size.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -12,14 +15,37 @@ use ebpf_global_svc::abi::{NodeKey, NodeValue, PrefixKey, PrefixValue};
 use ipnet::IpNet;
 
 use super::fact::NodeFact;
+use crate::desired::Changes;
 use crate::wire_key;
 
-/// Accepted claims, and those that were refused.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// All claims, and who holds what.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Topology {
-    pub(super) prefixes: BTreeMap<PrefixKey, PrefixValue>,
-    pub(super) nodes: BTreeMap<NodeKey, NodeValue>,
-    pub(super) conflicts: BTreeSet<Conflict>,
+    prefix_claims: BTreeMap<IpNet, Claims<[u8; 4]>>,
+    address_claims: BTreeMap<IpAddr, Claims<()>>,
+    /// Accepted, with the underlay address of the node that carries it.
+    prefixes: BTreeMap<IpNet, Holder>,
+    addresses: BTreeMap<IpAddr, u16>,
+    /// Clusters whose claim was refused, and for whom.
+    refused_prefixes: BTreeMap<(IpNet, u16), u16>,
+    refused_addresses: BTreeMap<(IpAddr, u16), u16>,
+    /// What was installed before and is in question until its cluster's nodes are known.
+    restored: BTreeMap<u16, (Vec<IpNet>, Vec<IpAddr>)>,
+    /// Among it are prefixes that nobody was told of.
+    has_news: bool,
+    dirty_prefixes: BTreeSet<IpNet>,
+    dirty_addresses: BTreeSet<IpAddr>,
+}
+
+/// Who claims one thing, by cluster and node; what was restored is nobody's and counts least. Of several
+/// nodes of a cluster the last by name counts, whichever came first.
+type Claims<T> = BTreeMap<Claimant, T>;
+type Claimant = (u16, Option<Box<str>>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Holder {
+    cluster: u16,
+    node_ip: [u8; 4],
 }
 
 /// A claim that was refused because another cluster holds the address.
@@ -33,74 +59,236 @@ pub struct Conflict {
     pub holder: u16,
 }
 
-/// Everything that clusters claim at the moment; for each key the last claim of a cluster counts.
-#[derive(Debug, Default)]
-pub(super) struct Claims {
-    prefixes: BTreeMap<(PrefixKey, u16), PrefixValue>,
-    nodes: BTreeMap<(NodeKey, u16), NodeValue>,
-}
-
-impl Claims {
-    pub(super) fn add_node(&mut self, cluster: u16, node: &NodeFact) {
-        let node_ip = node.tunnel_ip().map_or([0; 4], |ip| ip.octets());
-        for cidr in &node.pod_cidrs {
-            let value = PrefixValue { cluster, flags: 0, pad: 0, node_ip, reserved: 0 };
-            self.add_prefix(wire_key::prefix_key(*cidr), value);
+impl Topology {
+    /// A prefix that was installed before; false if it is none that we would install.
+    pub(super) fn restore_prefix(&mut self, key: PrefixKey, value: PrefixValue) -> bool {
+        let Some(net) = wire_key::prefix(&key).filter(|net| wire_key::prefix_key(*net) == key) else {
+            return false;
+        };
+        self.prefix_claims.entry(net).or_default().insert((value.cluster, None), value.node_ip);
+        self.restored.entry(value.cluster).or_default().0.push(net);
+        let holder = Holder { cluster: value.cluster, node_ip: value.node_ip };
+        if holder.value() == value {
+            self.prefixes.insert(net, holder);
+            self.has_news = true;
         }
-        for ip in &node.internal_ips {
-            self.add_address(wire_key::node_key(*ip), NodeValue { cluster, flags: 0, reserved: 0 });
+        self.dirty_prefixes.insert(net);
+        true
+    }
+
+    /// An address that was installed before; false if it is none that we would install.
+    pub(super) fn restore_address(&mut self, key: NodeKey, value: NodeValue) -> bool {
+        let Some(ip) = wire_key::address(key.family, key.ip).filter(|ip| wire_key::node_key(*ip) == key)
+        else {
+            return false;
+        };
+        self.address_claims.entry(ip).or_default().insert((value.cluster, None), ());
+        self.restored.entry(value.cluster).or_default().1.push(ip);
+        if node_value(value.cluster) == value {
+            self.addresses.insert(ip, value.cluster);
+        }
+        self.dirty_addresses.insert(ip);
+        true
+    }
+
+    /// The cluster's nodes are all known: what was restored of it counts no more.
+    pub(super) fn forget_restored(&mut self, cluster: u16) {
+        let Some((prefixes, addresses)) = self.restored.remove(&cluster) else { return };
+        let restored = (cluster, None);
+        for net in prefixes {
+            withdraw(&mut self.prefix_claims, &net, &restored);
+            self.dirty_prefixes.insert(net);
+        }
+        for ip in addresses {
+            withdraw(&mut self.address_claims, &ip, &restored);
+            self.dirty_addresses.insert(ip);
         }
     }
 
-    pub(super) fn add_prefix(&mut self, key: PrefixKey, value: PrefixValue) {
-        self.prefixes.insert((key, value.cluster), value);
+    /// A node says something else than before.
+    pub(super) fn node_changed(
+        &mut self,
+        cluster: u16,
+        name: &str,
+        before: Option<&NodeFact>,
+        after: Option<&NodeFact>,
+    ) {
+        let claimant = || (cluster, Some(name.into()));
+        if let Some(before) = before {
+            for net in before.pod_cidrs.iter().map(IpNet::trunc) {
+                withdraw(&mut self.prefix_claims, &net, &claimant());
+                self.dirty_prefixes.insert(net);
+            }
+            for ip in &before.internal_ips {
+                withdraw(&mut self.address_claims, ip, &claimant());
+                self.dirty_addresses.insert(*ip);
+            }
+        }
+        if let Some(after) = after {
+            let node_ip = after.tunnel_ip().map_or([0; 4], |ip| ip.octets());
+            for net in after.pod_cidrs.iter().map(IpNet::trunc) {
+                self.prefix_claims.entry(net).or_default().insert(claimant(), node_ip);
+                self.dirty_prefixes.insert(net);
+            }
+            for ip in &after.internal_ips {
+                self.address_claims.entry(*ip).or_default().insert(claimant(), ());
+                self.dirty_addresses.insert(*ip);
+            }
+        }
     }
 
-    pub(super) fn add_address(&mut self, key: NodeKey, value: NodeValue) {
-        self.nodes.insert((key, value.cluster), value);
+    /// Decides what changed; tells whether the prefixes of the cluster `own` are others than before.
+    pub(super) fn resolve(&mut self, own: u16, changes: &mut Changes) -> bool {
+        let dirty = std::mem::take(&mut self.dirty_prefixes);
+        let roots: BTreeSet<IpNet> = dirty.iter().map(|net| self.widest_around(*net, &dirty)).collect();
+        dirty.iter().for_each(|net| drop_empty(&mut self.prefix_claims, net));
+        let mut own_changed = std::mem::take(&mut self.has_news);
+        for root in roots {
+            own_changed |= self.resolve_prefixes(root, own, changes);
+        }
+        for ip in std::mem::take(&mut self.dirty_addresses) {
+            drop_empty(&mut self.address_claims, &ip);
+            self.resolve_address(ip, own, changes);
+        }
+        own_changed
     }
 
-    /// Decides all claims anew; `before` is who holds what until now.
-    pub(super) fn resolve(&self, own: u16, before: &Topology) -> Topology {
-        let mut after = Topology::default();
-        self.resolve_prefixes(own, before, &mut after);
-        self.resolve_nodes(own, before, &mut after);
-        after
+    /// Accepted pod prefixes, with the cluster and the underlay address of the node.
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = (IpNet, u16, [u8; 4])> {
+        self.prefixes.iter().map(|(net, holder)| (*net, holder.cluster, holder.node_ip))
     }
 
-    fn resolve_prefixes(&self, own: u16, before: &Topology, after: &mut Topology) {
-        let held =
-            |key: &PrefixKey, cluster| before.prefixes.get(key).is_some_and(|value| value.cluster == cluster);
-        let mut claims: Vec<_> = self.prefixes.iter().collect();
-        claims.sort_by_key(|((key, cluster), _)| (*cluster != own, !held(key, *cluster), *cluster, *key));
+    pub(super) fn conflicts(&self) -> impl Iterator<Item = Conflict> {
+        let prefixes = self.refused_prefixes.iter().map(|((net, cluster), holder)| Conflict {
+            cluster: *cluster,
+            claim: net.to_string(),
+            holder: *holder,
+        });
+        let addresses = self.refused_addresses.iter().map(|((ip, cluster), holder)| Conflict {
+            cluster: *cluster,
+            claim: ip.to_string(),
+            holder: *holder,
+        });
+        prefixes.chain(addresses)
+    }
+
+    /// The widest prefix around `net` that is claimed, or was until now.
+    fn widest_around(&self, net: IpNet, dirty: &BTreeSet<IpNet>) -> IpNet {
+        let around =
+            (0..net.prefix_len()).filter_map(|length| Some(IpNet::new(net.addr(), length).ok()?.trunc()));
+        let claimed = |net: &IpNet| self.prefix_claims.contains_key(net) || dirty.contains(net);
+        around.into_iter().find(claimed).unwrap_or(net)
+    }
+
+    /// Decides all claims inside `root`, which overlap with none outside of it.
+    fn resolve_prefixes(&mut self, root: IpNet, own: u16, changes: &mut Changes) -> bool {
+        let mut claims: Vec<(IpNet, Holder)> = Vec::new();
+        for (net, claimants) in within(&self.prefix_claims, root, |net| *net) {
+            for ((cluster, _), node_ip) in claimants {
+                let claim = (*net, Holder { cluster: *cluster, node_ip: *node_ip });
+                match claims.last_mut().filter(|(last, holder)| (last, holder.cluster) == (net, *cluster)) {
+                    Some(same) => *same = claim,
+                    None => claims.push(claim),
+                }
+            }
+        }
+        let before: BTreeMap<IpNet, Holder> =
+            within(&self.prefixes, root, |net| *net).map(|(net, holder)| (*net, *holder)).collect();
+        let held = |net: &IpNet, cluster| before.get(net).is_some_and(|holder| holder.cluster == cluster);
+        claims.sort_by_key(|(net, holder)| {
+            (holder.cluster != own, !held(net, holder.cluster), holder.cluster, *net)
+        });
+        let refused: Vec<_> =
+            within(&self.refused_prefixes, (root, 0), |(net, _)| *net).map(|(key, _)| *key).collect();
+        for key in refused {
+            self.refused_prefixes.remove(&key);
+        }
+        for net in before.keys() {
+            self.prefixes.remove(net);
+        }
         let mut accepted = Prefixes::default();
-        for ((key, cluster), value) in claims {
-            let Some(net) = wire_key::prefix(key) else { continue };
-            match accepted.overlapped_by(net, *cluster) {
-                Some(holder) => {
-                    let claim = net.to_string();
-                    after.conflicts.insert(Conflict { cluster: *cluster, claim, holder });
+        let mut own_changed = false;
+        for (net, holder) in claims {
+            match accepted.overlapped_by(net, holder.cluster) {
+                Some(other) => {
+                    self.refused_prefixes.insert((net, holder.cluster), other);
                 }
                 None => {
-                    accepted.insert(net, *cluster);
-                    after.prefixes.insert(*key, *value);
+                    accepted.insert(net, holder.cluster);
+                    self.prefixes.insert(net, holder);
+                    if before.get(&net) != Some(&holder) {
+                        own_changed |= holder.cluster == own;
+                        changes.prefix.push((wire_key::prefix_key(net), Some(holder.value())));
+                    }
                 }
             }
         }
-    }
-
-    fn resolve_nodes(&self, own: u16, before: &Topology, after: &mut Topology) {
-        let held = |key, cluster| before.nodes.get(key).is_some_and(|value| value.cluster == cluster);
-        let mut claims: Vec<_> = self.nodes.iter().collect();
-        claims.sort_by_key(|((key, cluster), _)| (*cluster != own, !held(key, *cluster), *cluster));
-        for ((key, cluster), value) in claims {
-            let holder = after.nodes.entry(*key).or_insert(*value).cluster;
-            if holder != *cluster {
-                let claim =
-                    wire_key::address(key.family, key.ip).map_or_else(String::new, |ip| ip.to_string());
-                after.conflicts.insert(Conflict { cluster: *cluster, claim, holder });
+        for (net, holder) in before {
+            let now = self.prefixes.get(&net);
+            own_changed |= holder.cluster == own && now.is_none_or(|now| now.cluster != own);
+            if now.is_none() {
+                changes.prefix.push((wire_key::prefix_key(net), None));
             }
         }
+        own_changed
+    }
+
+    fn resolve_address(&mut self, ip: IpAddr, own: u16, changes: &mut Changes) {
+        let refused: Vec<_> =
+            self.refused_addresses.range((ip, 0)..=(ip, u16::MAX)).map(|(key, _)| *key).collect();
+        for key in refused {
+            self.refused_addresses.remove(&key);
+        }
+        let claimants: BTreeSet<u16> =
+            self.address_claims.get(&ip).into_iter().flatten().map(|((cluster, _), ())| *cluster).collect();
+        let before = self.addresses.get(&ip).copied();
+        let preferred = [Some(own), before].into_iter().flatten().find(|cluster| claimants.contains(cluster));
+        let holder = preferred.or_else(|| claimants.first().copied());
+        if holder != before {
+            match holder {
+                Some(holder) => self.addresses.insert(ip, holder),
+                None => self.addresses.remove(&ip),
+            };
+            changes.node.push((wire_key::node_key(ip), holder.map(node_value)));
+        }
+        for cluster in claimants {
+            if let Some(holder) = holder.filter(|holder| *holder != cluster) {
+                self.refused_addresses.insert((ip, cluster), holder);
+            }
+        }
+    }
+}
+
+impl Holder {
+    fn value(self) -> PrefixValue {
+        PrefixValue { cluster: self.cluster, flags: 0, pad: 0, node_ip: self.node_ip, reserved: 0 }
+    }
+}
+
+fn node_value(cluster: u16) -> NodeValue {
+    NodeValue { cluster, flags: 0, reserved: 0 }
+}
+
+/// Entries whose prefix lies in `root`; `from` is the first key there can be.
+fn within<K: Ord, V>(
+    map: &BTreeMap<K, V>,
+    from: K,
+    net: impl Fn(&K) -> IpNet,
+) -> impl Iterator<Item = (&K, &V)> {
+    let root = net(&from);
+    // Prefixes are ordered by their first address, wider ones first.
+    map.range(from..).take_while(move |(key, _)| root.contains(&net(key)))
+}
+
+fn withdraw<K: Ord, T>(claims: &mut BTreeMap<K, Claims<T>>, key: &K, claimant: &Claimant) {
+    if let Some(claims) = claims.get_mut(key) {
+        claims.remove(claimant);
+    }
+}
+
+fn drop_empty<K: Ord, T>(claims: &mut BTreeMap<K, Claims<T>>, key: &K) {
+    if claims.get(key).is_some_and(BTreeMap::is_empty) {
+        claims.remove(key);
     }
 }
 
@@ -144,15 +332,24 @@ mod tests {
         }
     }
 
+    /// The topology after `before` in which there are these nodes and no others.
     fn resolve(before: &Topology, nodes: &[(u16, NodeFact)]) -> Topology {
-        let mut claims = Claims::default();
-        nodes.iter().for_each(|(cluster, node)| claims.add_node(*cluster, node));
-        claims.resolve(1, before)
+        let mut after = before.clone();
+        after.prefix_claims.iter_mut().for_each(|(net, claims)| {
+            claims.clear();
+            after.dirty_prefixes.insert(*net);
+        });
+        after.address_claims.iter_mut().for_each(|(ip, claims)| {
+            claims.clear();
+            after.dirty_addresses.insert(*ip);
+        });
+        nodes.iter().for_each(|(cluster, node)| after.node_changed(*cluster, "n", None, Some(node)));
+        after.resolve(1, &mut Changes::default());
+        after
     }
 
     fn holders(topology: &Topology) -> Vec<(String, u16)> {
-        let name = |key| wire_key::prefix(key).unwrap().to_string();
-        topology.prefixes.iter().map(|(key, value)| (name(key), value.cluster)).collect()
+        topology.prefixes().map(|(net, cluster, _)| (net.to_string(), cluster)).collect()
     }
 
     #[test]
@@ -165,8 +362,8 @@ mod tests {
             assert_eq!(holders(&before), [(stolen.to_owned(), 2)]);
             let after = resolve(&before, &[(2, thief), (1, own.clone())]);
             assert_eq!(holders(&after), [("10.1.0.0/16".to_owned(), 1)]);
-            assert_eq!(after.nodes.values().map(|value| value.cluster).collect::<Vec<_>>(), [1]);
-            assert_eq!(after.conflicts.len(), 2);
+            assert_eq!(after.addresses.values().copied().collect::<Vec<_>>(), [1]);
+            assert_eq!(after.conflicts().count(), 2);
         }
     }
 
@@ -179,13 +376,69 @@ mod tests {
         assert_eq!(holders(&contested), [("10.9.1.0/24".to_owned(), 7), ("fd00:9::/64".to_owned(), 3)]);
         let settled = resolve(&contested, &[(3, late)]);
         assert_eq!(holders(&settled), [("10.9.0.0/16".to_owned(), 3), ("fd00:9::/64".to_owned(), 3)]);
-        assert!(settled.conflicts.is_empty());
+        assert!(settled.conflicts().next().is_none());
     }
 
     #[test]
     fn one_cluster_may_nest_its_prefixes() {
         let nested = resolve(&Topology::default(), &[(2, node(&["10.2.0.0/16", "10.2.3.0/24"], &[]))]);
-        assert_eq!(nested.prefixes.len(), 2);
-        assert!(nested.conflicts.is_empty());
+        assert_eq!(nested.prefixes().count(), 2);
+        assert!(nested.conflicts().next().is_none());
+    }
+
+    #[test]
+    fn single_changes_lead_where_all_of_them_at_once_do() {
+        // Whoever holds nothing yet is decided by cluster alone, so order plays no part below.
+        let cidrs =
+            ["10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24", "10.2.0.0/16", "10.2.2.0/24", "192.168.0.0/24"];
+        let mut seed = 1_u32;
+        let mut random = |n: usize| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 8) as usize % n
+        };
+        for _ in 0..2000 {
+            let mut step = Topology::default();
+            let mut nodes: BTreeMap<(u16, String), NodeFact> = BTreeMap::new();
+            let mut installed = BTreeMap::new();
+            for _ in 0..12 {
+                let cluster = [1, 2, 3][random(3)];
+                let name = ["a", "b"][random(2)].to_owned();
+                let fact = (random(3) > 0).then(|| {
+                    node(&[cidrs[random(6)], cidrs[random(6)]], &[["192.0.2.1", "192.0.2.2"][random(2)]])
+                });
+                let before = match fact.clone() {
+                    Some(fact) => nodes.insert((cluster, name.clone()), fact),
+                    None => nodes.remove(&(cluster, name.clone())),
+                };
+                step.node_changed(cluster, &name, before.as_ref(), fact.as_ref());
+                let mut changes = Changes::default();
+                let previous = step.clone();
+                step.resolve(1, &mut changes);
+                for (key, value) in changes.prefix {
+                    match value {
+                        Some(value) => installed.insert(key, value),
+                        None => installed.remove(&key),
+                    };
+                }
+                let wanted: BTreeMap<_, _> = step
+                    .prefixes
+                    .iter()
+                    .map(|(net, holder)| (wire_key::prefix_key(*net), holder.value()))
+                    .collect();
+                assert_eq!(installed, wanted);
+                // The same decision over all claims.
+                let mut whole = previous;
+                whole.dirty_prefixes.extend(whole.prefix_claims.keys().copied());
+                whole.dirty_prefixes.insert("0.0.0.0/0".parse().unwrap());
+                whole.resolve(1, &mut Changes::default());
+                assert_eq!(whole.prefixes, step.prefixes);
+                // Several may hold a part of what is refused; any of them may be named.
+                assert!(whole.refused_prefixes.keys().eq(step.refused_prefixes.keys()));
+                assert_eq!(
+                    (whole.addresses, whole.refused_addresses),
+                    (step.addresses.clone(), step.refused_addresses.clone())
+                );
+            }
+        }
     }
 }
