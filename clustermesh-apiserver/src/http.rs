@@ -1,36 +1,66 @@
 //! `/metrics`, `/healthz`, `/readyz`.
 
+use std::future::IntoFuture as _;
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
-use crate::status::Status;
+/// For answers that are under way when the server stops.
+const LINGER: Duration = Duration::from_secs(1);
 
-/// The three pages about a server.
-pub fn router(status: Arc<Status>) -> Router {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(readyz))
-        .with_state(status)
+/// What the pages are about.
+pub trait Subject: Collector {
+    /// Why it is not ready; `None` once it is.
+    fn unready(&self) -> Option<String>;
 }
 
-async fn readyz(State(status): State<Arc<Status>>) -> (StatusCode, String) {
-    match status.unready() {
+/// Serves the pages until `stop`, if there is a listener.
+pub(crate) async fn serve<S: Subject>(
+    listener: Option<TcpListener>,
+    subject: Arc<S>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let Some(listener) = listener else { return Ok(()) };
+    let serving =
+        axum::serve(listener, router(subject)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    tokio::select! {
+        result = serving.into_future() => result,
+        // Scrapers keep their connections open; a stop does not wait for them.
+        () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => Ok(()),
+    }
+}
+
+/// The three pages about a server.
+pub fn router<S: Subject>(subject: Arc<S>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics::<S>))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz::<S>))
+        .with_state(subject)
+}
+
+async fn readyz<S: Subject>(State(subject): State<Arc<S>>) -> (StatusCode, String) {
+    match subject.unready() {
         None => (StatusCode::OK, "ok\n".to_owned()),
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
     }
 }
 
-async fn metrics(State(status): State<Arc<Status>>) -> impl IntoResponse {
+async fn metrics<S: Subject>(State(subject): State<Arc<S>>) -> impl IntoResponse {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Shared(status)));
+    registry.register_collector(Box::new(Shared(subject)));
     let mut text = String::new();
     match encode(&mut text, &registry) {
         Ok(()) => {
@@ -42,10 +72,10 @@ async fn metrics(State(status): State<Arc<Status>>) -> impl IntoResponse {
 }
 
 #[derive(Debug)]
-struct Shared(Arc<Status>);
+struct Shared<S>(Arc<S>);
 
-impl prometheus_client::collector::Collector for Shared {
-    fn encode(&self, encoder: prometheus_client::encoding::DescriptorEncoder<'_>) -> std::fmt::Result {
+impl<S: Subject> Collector for Shared<S> {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
         self.0.encode(encoder)
     }
 }

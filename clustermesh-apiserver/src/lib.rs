@@ -1,4 +1,5 @@
-//! Exports a cluster into its etcd, where the agents of all connected clusters read it.
+//! Exports a cluster into its etcd, where the agents of all connected clusters read it; and, as
+//! [`kvstoremesh`], mirrors the etcds of other clusters into its own.
 //!
 //! ```text
 //! source (edge)  ->  objects  ->  endpoints, identity  ->  export (keys)  ->  Publisher (edge)
@@ -13,11 +14,14 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod connection_log;
 pub mod endpoints;
 pub mod etcdinit;
 pub mod export;
 pub mod http;
 pub mod identity;
+pub mod kvstoremesh;
+mod metrics;
 pub mod objects;
 pub mod rights;
 pub mod server;

@@ -5,8 +5,9 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clustermesh_apiserver::args::{Cli, Command, EtcdInitArgs, ExportArgs, LogFormat};
+use clustermesh_apiserver::args::{Cli, Command, EtcdInitArgs, ExportArgs, KvstoremeshArgs, LogFormat};
 use clustermesh_apiserver::etcdinit::{self, EtcdInitError};
+use clustermesh_apiserver::kvstoremesh::server::{self as kvstoremesh, Kvstoremesh};
 use clustermesh_apiserver::server::{Server, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Clustermesh(args) => export(args),
         Command::Etcdinit(args) => initialize_etcd(args),
+        Command::Kvstoremesh(args) => mirror(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,6 +43,20 @@ fn export(args: &ExportArgs) -> anyhow::Result<()> {
     })
 }
 
+fn mirror(args: &KvstoremeshArgs) -> anyhow::Result<()> {
+    run(async |stop| {
+        let kvstoremesh = Kvstoremesh::start(args).await?;
+        let dir = args.clustermesh_config.display();
+        tracing::info!(cluster = %args.cluster_name, id = args.cluster_id, remotes = %dir, "mirroring");
+        if let Some(addr) = kvstoremesh.http_addr() {
+            tracing::info!(%addr, "serving /metrics, /healthz and /readyz");
+        }
+        kvstoremesh.run(stop).await?;
+        tracing::info!("stopped; what was mirrored stays until the next start, or its lease ends");
+        Ok(())
+    })
+}
+
 fn initialize_etcd(args: &EtcdInitArgs) -> anyhow::Result<()> {
     run(async |stop| Ok(etcdinit::run(args, stop).await?))
 }
@@ -49,6 +65,7 @@ fn initialize_etcd(args: &EtcdInitArgs) -> anyhow::Result<()> {
 fn is_usage(error: &anyhow::Error) -> bool {
     error.downcast_ref::<StartError>().is_some_and(StartError::is_usage)
         || error.downcast_ref::<EtcdInitError>().is_some_and(EtcdInitError::is_usage)
+        || error.downcast_ref::<kvstoremesh::StartError>().is_some_and(kvstoremesh::StartError::is_usage)
 }
 
 /// Runs a command until it ends, or until a signal makes it.

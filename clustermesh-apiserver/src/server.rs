@@ -1,7 +1,6 @@
 //! Connects both ends: events of the source in, keys for the publisher out.
 
 use std::collections::BTreeSet;
-use std::future::IntoFuture;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,6 +20,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{ExportArgs, SourceSpec};
+use crate::connection_log::log_connection;
 use crate::export::{Cluster, Exporter, KeyChange};
 use crate::http;
 use crate::identity::Allocator;
@@ -95,7 +95,8 @@ impl Server {
     /// The source or the HTTP server ended by themselves.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), RunError> {
         let http = self.http.take();
-        let serving = serve(http, Arc::clone(&self.status), stop.clone());
+        let serving = http::serve(http, Arc::clone(&self.status), stop.clone())
+            .map(|done| done.map_err(RunError::Http));
         let connection_status = self.connection_status.clone();
         let (connection, cluster) = (self.connection.clone(), self.cluster.name.clone());
         let following_users = match self.users_file.take() {
@@ -248,51 +249,11 @@ impl Server {
 const EXPIRY_MIN: Duration = Duration::from_millis(100);
 const EXPIRY_MAX: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
-/// For answers that are under way when the server stops.
-const LINGER: Duration = Duration::from_secs(1);
 const PAGE: i64 = 1000;
 
 fn publish(publisher: &Publisher, changes: Vec<KeyChange>) {
     for KeyChange { key, value } in changes {
         publisher.set(key, value);
-    }
-}
-
-async fn serve(
-    listener: Option<TcpListener>,
-    status: Arc<Status>,
-    stop: CancellationToken,
-) -> Result<(), RunError> {
-    let Some(listener) = listener else { return Ok(()) };
-    let serving =
-        axum::serve(listener, http::router(status)).with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        result = serving.into_future() => result.map_err(RunError::Http),
-        // Scrapers keep their connections open; a stop does not wait for them.
-        () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => Ok(()),
-    }
-}
-
-/// Says when etcd is there. That it is not, and why, the connection says itself.
-async fn log_connection(mut status: watch::Receiver<ConnectionStatus>) {
-    let mut connected = false;
-    let mut told = None;
-    loop {
-        let now = status.borrow_and_update().clone();
-        if now.connected && !connected {
-            tracing::info!(endpoints = ?now.endpoints, "etcd is connected");
-        }
-        connected = now.connected;
-        let failure = now.failure();
-        if failure != told {
-            if let Some(error) = &failure {
-                tracing::warn!(error, "etcd is not connected");
-            }
-            told = failure;
-        }
-        if status.changed().await.is_err() {
-            return std::future::pending().await;
-        }
     }
 }
 

@@ -7,13 +7,12 @@ use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::publisher::PublisherStatus;
 use clustermesh_kvstore::reflector::ConnectionStatus;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::encoding::DescriptorEncoder;
 use tokio::sync::watch;
 
 use crate::export::Exporter;
+use crate::http::Subject;
+use crate::metrics::{Families, number};
 use crate::objects::ObjectKind;
 
 /// Shared between the server, which writes, and HTTP, which reads.
@@ -100,13 +99,20 @@ impl Status {
     }
 }
 
+impl Subject for Status {
+    fn unready(&self) -> Option<String> {
+        self.unready()
+    }
+}
+
 impl Collector for Status {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let mut out = Families(encoder);
+        let mut out = Families { encoder, prefix: "clustermesh_apiserver" };
         let progress = self.progress().clone();
-        let objects = progress.objects.iter().map(|(kind, count)| (kind.as_str(), *count));
+        let objects =
+            progress.objects.iter().map(|(kind, count)| ([("kind", kind.as_str())], number(*count)));
         out.gauges("objects", "Objects of the source, by kind", objects)?;
-        let keys = progress.keys.iter().map(|(kind, count)| (kind.as_str(), *count));
+        let keys = progress.keys.iter().map(|(kind, count)| ([("kind", kind.as_str())], number(*count)));
         out.gauges("keys", "Keys that should be in etcd, by kind", keys)?;
         out.gauge(
             "pods_without_identity",
@@ -130,39 +136,4 @@ impl Collector for Status {
         out.counter("publisher_deleted", "Keys deleted", publisher.deleted)?;
         out.counter("publisher_repaired", "Keys put right that others had changed", publisher.repaired)
     }
-}
-
-/// Writes one metric family after the other.
-struct Families<'a>(DescriptorEncoder<'a>);
-
-impl Families<'_> {
-    fn gauge(&mut self, name: &str, help: &str, value: usize) -> fmt::Result {
-        let name = format!("clustermesh_apiserver_{name}");
-        gauge(value).encode(self.0.encode_descriptor(&name, help, None, MetricType::Gauge)?)
-    }
-
-    fn gauges<'k>(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl Iterator<Item = (&'k str, usize)>,
-    ) -> fmt::Result {
-        let name = format!("clustermesh_apiserver_{name}");
-        let mut family = self.0.encode_descriptor(&name, help, None, MetricType::Gauge)?;
-        for (kind, value) in values {
-            let labels = [("kind", kind)];
-            gauge(value).encode(family.encode_family(&labels)?)?;
-        }
-        Ok(())
-    }
-
-    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        let name = format!("clustermesh_apiserver_{name}");
-        let counter = ConstCounter::new(value);
-        counter.encode(self.0.encode_descriptor(&name, help, None, MetricType::Counter)?)
-    }
-}
-
-fn gauge(value: usize) -> ConstGauge<i64> {
-    ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
 }

@@ -2,6 +2,7 @@
 
 mod etcdinit;
 mod export;
+mod kvstoremesh;
 
 use std::ffi::OsString;
 
@@ -9,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 pub use etcdinit::EtcdInitArgs;
 pub use export::{ExportArgs, SourceSpec, SourceSpecError};
+pub use kvstoremesh::KvstoremeshArgs;
 
 /// The cluster's side of a mesh that has no kernel: what one cluster shows to the others, and takes in from them.
 #[derive(Clone, Debug, Parser)]
@@ -29,6 +31,8 @@ pub enum Command {
     Clustermesh(ExportArgs),
     /// Prepare this cluster's etcd: set its users and roles, enable authentication.
     Etcdinit(EtcdInitArgs),
+    /// Mirror all remote clusters into the local etcd.
+    Kvstoremesh(KvstoremeshArgs),
 }
 
 impl Cli {
@@ -52,6 +56,7 @@ impl Cli {
         match &self.command {
             Command::Clustermesh(args) => args.log_format,
             Command::Etcdinit(args) => args.log_format,
+            Command::Kvstoremesh(args) => args.log_format,
         }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, ConnectOptions, Error as EtcdError, GetOptions, LeaseGrantOptions, PutOptions, ResponseHeader,
-    SortOrder, SortTarget, TlsOptions, Txn, TxnOp, WatchOptions,
+    Client, ConnectOptions, DeleteOptions, Error as EtcdError, GetOptions, LeaseGrantOptions, PutOptions,
+    ResponseHeader, SortOrder, SortTarget, TlsOptions, Txn, TxnOp, WatchOptions,
 };
 use rand::seq::SliceRandom;
 use rustls::pki_types::pem::PemObject;
@@ -258,6 +258,14 @@ impl Session {
         let txn = client.txn(Txn::new().and_then(ops));
         let reply = self.call(&what, txn, |reply| reply.header().cloned()).await?;
         Ok(reply.header().map_or(0, ResponseHeader::revision))
+    }
+
+    /// Deletes all keys of a range.
+    pub async fn delete_range(&self, range: &KeyRange) -> Result<(), SessionError> {
+        let options = DeleteOptions::new().with_range(range.end());
+        let mut client = self.client.kv_client();
+        let delete = client.delete(range.start(), Some(options));
+        self.call(range.start(), delete, |reply| reply.header().cloned()).await.map(drop)
     }
 
     /// Watches a range from `revision` on. The first message is [`super::WatchMessage::Created`].

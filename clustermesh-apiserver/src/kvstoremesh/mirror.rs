@@ -1,0 +1,316 @@
+//! What stands in the local etcd of one remote cluster, as plain code.
+//!
+//! In: what an earlier run left ([`Mirror::inherit`]), the cluster's config, what reflectors tell of its
+//! records, the time. Out: [`Effect`]s: keys to be published, and kinds to be followed.
+//!
+//! What an earlier run left is wanted until the cluster itself has told what it has: a restart writes
+//! nothing and deletes nothing, also if the cluster cannot be reached then.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use clustermesh_kvstore::accept::{Accepted, ConfigError};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
+use clustermesh_kvstore::record::{ClusterConfig, RecordError};
+use clustermesh_kvstore::reflector::{ReflectorEvent, ReflectorSpec};
+
+use super::admit::{Record, Refusal, admit};
+
+/// What is mirrored, in the order in which it is removed.
+pub const KINDS: [Kind; 5] = [Kind::Nodes, Kind::Services, Kind::ServiceExports, Kind::Identities, Kind::Ip];
+
+/// What a cluster that cannot be reached for too long loses: calls have to go elsewhere. Its nodes and
+/// addresses stay, for connections that still work.
+const REVOKED: [Kind; 2] = [Kind::Services, Kind::ServiceExports];
+
+/// The mesh as this process sees it.
+#[derive(Clone, Debug)]
+pub struct Mesh {
+    /// The cluster whose agents read the mirror.
+    pub own: ClusterId,
+    /// The mesh's width.
+    pub max: MaxConnectedClusters,
+    /// How long a cluster may be away before its services are withdrawn; none: for ever.
+    pub cache_ttl: Option<Duration>,
+}
+
+/// What is to be done, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Follow a kind by a new reflector, instead of the one before.
+    Follow(Kind, ReflectorSpec),
+    /// Follow a kind no more.
+    Leave(Kind),
+    /// The desired value of a key; none: it is to be gone.
+    Set {
+        /// In the local etcd.
+        key: String,
+        /// What the cluster wrote.
+        value: Option<Vec<u8>>,
+    },
+    /// All of this prefix has been set.
+    Done {
+        /// In the local etcd.
+        prefix: String,
+    },
+}
+
+/// A config that cannot be mirrored.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// The mesh does not take this cluster.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The config is no config.
+    #[error("cannot read the cluster config of {name}: {source}")]
+    Unreadable {
+        /// The cluster.
+        name: ClusterName,
+        /// Why not.
+        source: RecordError,
+    },
+    /// It would be mistaken for the own cluster.
+    #[error(
+        "cluster {name} has ID {id}, which is this cluster's own: give one of the two another cluster ID"
+    )]
+    OwnId {
+        /// The cluster.
+        name: ClusterName,
+        /// Its ID.
+        id: ClusterId,
+    },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Mirror {
+    name: ClusterName,
+    mesh: Mesh,
+    followed: Option<Followed>,
+    kinds: BTreeMap<Kind, Copies>,
+    /// Since when the cluster cannot be reached.
+    away: Option<Instant>,
+    revocations: u64,
+    revoked: bool,
+    refused: BTreeMap<Refusal, u64>,
+}
+
+/// How the records are read; another answer needs other reflectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Followed {
+    accepted: Accepted,
+    exports: bool,
+}
+
+/// The wanted records of a kind.
+#[derive(Debug)]
+struct Copies {
+    prefix: String,
+    /// By what follows the prefix: whether the present reflector has told of it.
+    told: HashMap<Box<str>, bool>,
+    /// The present reflector has told all.
+    listed: bool,
+}
+
+impl Mirror {
+    /// A mirror of which nothing is known, of a cluster that is not reached yet.
+    pub fn new(name: ClusterName, mesh: Mesh, now: Instant) -> Self {
+        let copies = |kind| {
+            let prefix = data_prefix(kind, &name, Layout::Cache);
+            (kind, Copies { prefix, told: HashMap::new(), listed: false })
+        };
+        Self {
+            kinds: KINDS.map(copies).into(),
+            name,
+            mesh,
+            followed: None,
+            away: Some(now),
+            revocations: 0,
+            revoked: false,
+            refused: BTreeMap::new(),
+        }
+    }
+
+    /// A record that stands in the local etcd since an earlier run.
+    pub fn inherit(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, out: &mut Vec<Effect>) {
+        self.put(kind, suffix, value, false, out);
+    }
+
+    /// All records of a kind were inherited; `complete` if their canary stands, too. Without it the earlier
+    /// run had not got to the end, and more may be missing.
+    pub fn inherited(&self, kind: Kind, complete: bool, out: &mut Vec<Effect>) {
+        if complete && let Some(copies) = self.kinds.get(&kind) {
+            out.push(Effect::Done { prefix: copies.prefix.clone() });
+        }
+    }
+
+    /// The config that stands in the local etcd since an earlier run.
+    pub fn inherit_config(&self, value: Vec<u8>, out: &mut Vec<Effect>) {
+        self.publish_config(value, out);
+    }
+
+    /// The cluster says who it is, for the first time or anew.
+    ///
+    /// # Errors
+    /// It cannot be mirrored like this. What is mirrored stays as it is.
+    pub fn config(&mut self, value: &[u8], out: &mut Vec<Effect>) -> Result<(), MirrorError> {
+        let accepted = Accepted::check(&self.name, value, self.mesh.max)?;
+        if accepted.id == self.mesh.own {
+            return Err(MirrorError::OwnId { name: self.name.clone(), id: accepted.id });
+        }
+        let config = ClusterConfig::decode(value)
+            .map_err(|source| MirrorError::Unreadable { name: self.name.clone(), source })?;
+        let exports = config.service_exports_enabled.is_some();
+        let mirrored = ClusterConfig { cached: true, synced_canaries: true, ..config };
+        self.publish_config(mirrored.encode(), out);
+        let followed = Followed { accepted, exports };
+        if self.followed.replace(followed) != Some(followed) {
+            for kind in KINDS {
+                self.follow(kind, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// The cluster answers.
+    pub fn reached(&mut self, out: &mut Vec<Effect>) {
+        self.away = None;
+        if std::mem::take(&mut self.revoked) && self.followed.is_some() {
+            // Reflectors do not tell again what they have told.
+            for kind in REVOKED {
+                self.follow(kind, out);
+            }
+        }
+    }
+
+    /// The cluster does not answer any more.
+    pub fn lost(&mut self, now: Instant) {
+        self.away.get_or_insert(now);
+    }
+
+    /// What the reflector of a kind tells.
+    pub fn event(&mut self, kind: Kind, event: ReflectorEvent, out: &mut Vec<Effect>) {
+        match event {
+            ReflectorEvent::Upsert { suffix, value, .. } => self.put(kind, &suffix, value, true, out),
+            ReflectorEvent::Delete { suffix, .. } => {
+                if let Some(copies) = self.kinds.get_mut(&kind)
+                    && copies.told.remove(suffix.as_str()).is_some()
+                {
+                    out.push(Effect::Set { key: copies.prefix.clone() + &suffix, value: None });
+                }
+            }
+            ReflectorEvent::Synced { .. } => {
+                if let Some(copies) = self.kinds.get_mut(&kind) {
+                    copies.complete(out);
+                }
+            }
+            ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
+        }
+    }
+
+    /// When to call [`Self::tick`].
+    pub fn deadline(&self) -> Option<Instant> {
+        if self.revoked { None } else { Some(self.away? + self.mesh.cache_ttl?) }
+    }
+
+    /// Looks at the time.
+    pub fn tick(&mut self, now: Instant, out: &mut Vec<Effect>) {
+        if self.deadline().is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.revoked = true;
+        self.revocations += 1;
+        for kind in REVOKED {
+            out.push(Effect::Leave(kind));
+            if let Some(copies) = self.kinds.get_mut(&kind) {
+                copies.clear(out);
+            }
+        }
+    }
+
+    /// All records of the cluster have been told since the start.
+    pub fn is_synced(&self) -> bool {
+        self.kinds.values().all(|copies| copies.listed)
+    }
+
+    /// The cluster's ID, once it is accepted.
+    pub fn id(&self) -> Option<ClusterId> {
+        self.followed.map(|followed| followed.accepted.id)
+    }
+
+    /// Records by kind.
+    pub fn counts(&self) -> [(Kind, usize); KINDS.len()] {
+        KINDS.map(|kind| (kind, self.kinds.get(&kind).map_or(0, |copies| copies.told.len())))
+    }
+
+    /// Records that were refused, by reason.
+    pub fn refused(&self) -> &BTreeMap<Refusal, u64> {
+        &self.refused
+    }
+
+    /// How often services were withdrawn because the cluster was away for too long.
+    pub fn revocations(&self) -> u64 {
+        self.revocations
+    }
+
+    fn publish_config(&self, value: Vec<u8>, out: &mut Vec<Effect>) {
+        let key = cluster_config_key(&self.name);
+        out.push(Effect::Set { key: key.clone(), value: Some(value) });
+        out.push(Effect::Done { prefix: key });
+    }
+
+    fn follow(&mut self, kind: Kind, out: &mut Vec<Effect>) {
+        let (Some(followed), Some(copies)) = (self.followed, self.kinds.get_mut(&kind)) else { return };
+        copies.listed = false;
+        copies.told.values_mut().for_each(|told| *told = false);
+        if kind == Kind::ServiceExports && !followed.exports {
+            // The peer has none, and no canary for them. Readers of the mirror wait for ours.
+            out.push(Effect::Leave(kind));
+            return copies.complete(out);
+        }
+        out.push(Effect::Follow(kind, followed.accepted.reflector(kind, &self.name)));
+    }
+
+    fn put(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, told: bool, out: &mut Vec<Effect>) {
+        let Some(copies) = self.kinds.get_mut(&kind) else { return };
+        if let Err(refusal) = admit(&Record { kind, suffix, value: &value }) {
+            let count = self.refused.entry(refusal).or_default();
+            *count += 1;
+            // A peer must not fill our log.
+            if *count == 1 {
+                let key: String = suffix.chars().take(128).collect();
+                tracing::warn!(cluster = %self.name, %kind, key, %refusal, "not mirrored; more of this are only counted");
+            }
+            return;
+        }
+        match copies.told.get_mut(suffix) {
+            Some(known) => *known = told,
+            None => drop(copies.told.insert(suffix.into(), told)),
+        }
+        out.push(Effect::Set { key: [&copies.prefix, suffix].concat(), value: Some(value) });
+    }
+}
+
+impl Copies {
+    /// The cluster has told all it has: whatever else is wanted has vanished meanwhile.
+    fn complete(&mut self, out: &mut Vec<Effect>) {
+        if std::mem::replace(&mut self.listed, true) {
+            return;
+        }
+        let prefix = &self.prefix;
+        self.told.retain(|suffix, told| {
+            if !*told {
+                out.push(Effect::Set { key: [prefix, &**suffix].concat(), value: None });
+            }
+            *told
+        });
+        out.push(Effect::Done { prefix: prefix.clone() });
+    }
+
+    fn clear(&mut self, out: &mut Vec<Effect>) {
+        for (suffix, _) in self.told.drain() {
+            out.push(Effect::Set { key: [&self.prefix, &*suffix].concat(), value: None });
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! The whole mirror between real etcds on loopback.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
+
+#[path = "../../kvstore/tests/support/mod.rs"]
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Parser as _;
+use clustermesh_apiserver::args::KvstoremeshArgs;
+use clustermesh_apiserver::kvstoremesh::server::{Kvstoremesh, RunError};
+use clustermesh_apiserver::kvstoremesh::status::Status;
+use clustermesh_kvstore::etcd::KeyRange;
+use support::{Etcd, eventually};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const IP: &str = "cilium/state/ip/v1/default/10.1.0.10";
+const MIRRORED_IP: &str = "cilium/cache/ip/v1/alpha/10.1.0.10";
+const CANARIES: &str = "cilium/synced/";
+
+/// A cluster `alpha` as Cilium's exporter wrote it, and the etcd of `beta`, which mirrors it.
+struct Bed {
+    source: Etcd,
+    local: Etcd,
+    dir: TempDir,
+}
+
+struct Running {
+    status: Arc<Status>,
+    stop: CancellationToken,
+    task: JoinHandle<Result<(), RunError>>,
+}
+
+impl Bed {
+    async fn start() -> Self {
+        let bed = Self {
+            source: Etcd::start().await,
+            local: Etcd::start().await,
+            dir: tempfile::tempdir().unwrap(),
+        };
+        std::fs::create_dir(bed.remotes()).unwrap();
+        std::fs::write(bed.dir.path().join("local"), bed.local.config().to_yaml()).unwrap();
+        bed.fill().await;
+        bed.configure();
+        bed
+    }
+
+    fn remotes(&self) -> PathBuf {
+        self.dir.path().join("remotes")
+    }
+
+    fn configure(&self) {
+        std::fs::write(self.remotes().join("alpha"), self.source.config().to_yaml()).unwrap();
+    }
+
+    fn remove(&self) {
+        std::fs::remove_file(self.remotes().join("alpha")).unwrap();
+    }
+
+    async fn fill(&self) {
+        for (key, value) in dump(include_str!("../../kvstore/testdata/state-1.17.tsv")) {
+            self.source.put(&key, &value).await;
+        }
+    }
+
+    async fn mirror(&self) -> Running {
+        let args = KvstoremeshArgs::parse_from([
+            "kvstoremesh",
+            "--cluster-name=beta",
+            "--cluster-id=2",
+            "--removal-grace=2s",
+            &format!("--clustermesh-config={}", self.remotes().display()),
+            &format!("--kvstore-opt=etcd.config={}", self.dir.path().join("local").display()),
+        ]);
+        let kvstoremesh = Kvstoremesh::start(&args).await.unwrap();
+        let (status, stop) = (kvstoremesh.status(), CancellationToken::new());
+        let task = tokio::spawn(kvstoremesh.run(stop.clone()));
+        Running { status, stop, task }
+    }
+
+    /// All keys with their revisions.
+    async fn revisions(&self) -> BTreeMap<String, i64> {
+        let page = self.local.session().await.list_page(&KeyRange::of("cilium/"), None, 0, 0).await.unwrap();
+        page.kvs.into_iter().map(|kv| (String::from_utf8(kv.key).unwrap(), kv.mod_revision)).collect()
+    }
+
+    async fn has(&self, key: &str) -> bool {
+        !self.local.keys(key).await.is_empty()
+    }
+}
+
+impl Running {
+    async fn ready(&self) {
+        eventually("ready", async || self.status.unready().is_none()).await;
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+/// The first value of each key.
+fn dump(text: &str) -> BTreeMap<String, String> {
+    let mut keys = BTreeMap::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (key, value) = line.split_once('\t').unwrap();
+        keys.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+    }
+    keys
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_mirrored_is_what_cilium_mirrors() {
+    let bed = Bed::start().await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    let mut expected = dump(include_str!("../../kvstore/testdata/cache-1.17.tsv"));
+    let mut mirrored = BTreeMap::new();
+    for (key, value, lease) in bed.local.keys("cilium/").await {
+        assert_ne!(lease, 0, "{key} has no lease");
+        mirrored.insert(key, value);
+    }
+    // The time at which each was written.
+    for keys in [&mut expected, &mut mirrored] {
+        for (_, time) in keys.iter_mut().filter(|(key, _)| key.starts_with(CANARIES)) {
+            assert_eq!(time.len(), "2026-11-20T20:42:09Z".len(), "{time}");
+            time.clear();
+        }
+    }
+    assert_eq!(mirrored, expected);
+    mirror.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_touches_no_valid_key_and_deletes_what_vanished() {
+    let mut bed = Bed::start().await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    mirror.stop().await;
+    let first = bed.revisions().await;
+
+    // Also if the cluster cannot be reached: nothing goes, and what stands is looked after.
+    bed.source.kill();
+    let mirror = bed.mirror().await;
+    eventually("the cluster is missed", async || mirror.status.unready().is_some()).await;
+    assert_eq!(bed.revisions().await, first);
+    bed.source.run().await;
+    mirror.ready().await;
+    assert_eq!(bed.revisions().await, first);
+    mirror.stop().await;
+
+    bed.source.delete(IP).await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    let mut expected = first;
+    assert!(expected.remove(MIRRORED_IP).is_some());
+    assert_eq!(bed.revisions().await, expected);
+    mirror.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_lost_everything_is_waited_for() {
+    let mut bed = Bed::start().await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    let before = bed.revisions().await;
+    bed.source.kill();
+    bed.source.forget();
+    bed.source.run().await;
+    // Half filled: the config is there, the records are not.
+    let all = dump(include_str!("../../kvstore/testdata/state-1.17.tsv"));
+    let (canaries, data): (Vec<_>, Vec<_>) = all.into_iter().partition(|(key, _)| key.starts_with(CANARIES));
+    for (key, value) in data.iter().filter(|(key, _)| key != IP) {
+        bed.source.put(key, value).await;
+    }
+    assert_eq!(bed.revisions().await, before);
+    for (key, value) in canaries {
+        bed.source.put(&key, &value).await;
+    }
+    eventually("the record goes", async || !bed.has(MIRRORED_IP).await).await;
+    let mut expected = before;
+    expected.remove(MIRRORED_IP);
+    assert_eq!(bed.revisions().await, expected);
+    mirror.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_is_configured_no_more_is_removed_and_may_come_back() {
+    let bed = Bed::start().await;
+    bed.local.put("cilium/cluster-config/beta", r#"{"id":2,"capabilities":{"syncedCanaries":true}}"#).await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    bed.remove();
+    eventually("the config goes first", async || !bed.has("cilium/cluster-config/alpha").await).await;
+    assert!(bed.has(MIRRORED_IP).await, "removed without grace");
+    // Configured again at once: it waits for the end of the removal.
+    bed.configure();
+    eventually("removed", async || !bed.has(MIRRORED_IP).await).await;
+    eventually("mirrored again", async || bed.has(MIRRORED_IP).await).await;
+    let canary = "cilium/synced/alpha/cilium/cache/ip/v1";
+    eventually("with its canaries", async || bed.has(canary).await).await;
+    mirror.stop().await;
+
+    // Unconfigured while nobody looked.
+    bed.remove();
+    let mirror = bed.mirror().await;
+    eventually("only the own config is left", async || bed.revisions().await.len() == 1).await;
+    assert!(bed.has("cilium/cluster-config/beta").await);
+    mirror.stop().await;
+}
