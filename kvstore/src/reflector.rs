@@ -32,6 +32,19 @@ pub struct ReflectorSpec {
     pub canary: Option<String>,
     /// Keys in one reply to a list.
     pub page_size: i64,
+    /// Who finds out which keys a list lacks.
+    pub prune: Prune,
+}
+
+/// Who finds out which keys a new list lacks, after a compaction or for another etcd.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prune {
+    /// The reflector, which holds all keys and tells of deletes, and of no write twice.
+    #[default]
+    Reflector,
+    /// The consumer, which holds them anyway: it is told of [`ReflectorEvent::Relisting`], and may hear
+    /// of a write twice and of deletes of keys that it was never told of.
+    Consumer,
 }
 
 impl ReflectorSpec {
@@ -40,7 +53,7 @@ impl ReflectorSpec {
 
     /// Follows `prefix`, which is listed once `canary` exists.
     pub fn new(prefix: impl Into<String>, canary: Option<String>) -> Self {
-        Self { prefix: prefix.into(), canary, page_size: Self::PAGE_SIZE }
+        Self { prefix: prefix.into(), canary, page_size: Self::PAGE_SIZE, prune: Prune::default() }
     }
 }
 
@@ -63,6 +76,9 @@ pub enum ReflectorEvent {
         /// Revision of the delete, or of the list that lacked it.
         revision: i64,
     },
+    /// All keys are told now, up to [`Self::Synced`]: what is not among them is gone. Only with
+    /// [`Prune::Consumer`].
+    Relisting,
     /// Everything up to `revision` has been told. Comes after each list and after each resumption that
     /// follows a [`Self::Lost`].
     Synced {
@@ -87,6 +103,7 @@ impl ReflectorEvent {
         Some(match change {
             core::Change::Put { suffix, value, revision, .. } => Self::Upsert { suffix, value, revision },
             core::Change::Delete { suffix, revision } => Self::Delete { suffix, revision },
+            core::Change::Relisting => Self::Relisting,
             core::Change::Synced { revision, .. } => Self::Synced { revision },
             core::Change::Progress { revision } => Self::Progress { revision },
             core::Change::Lost { reason } => Self::Lost { reason },

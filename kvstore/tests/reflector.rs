@@ -41,7 +41,7 @@ impl Consumer {
             }
             ReflectorEvent::Lost { .. } => self.losses += 1,
             ReflectorEvent::Synced { .. } => return true,
-            ReflectorEvent::Progress { .. } => {}
+            ReflectorEvent::Progress { .. } | ReflectorEvent::Relisting => {}
         }
         false
     }

@@ -79,7 +79,7 @@ impl Members {
     }
 
     fn record(&mut self, name: &ClusterName, kind: Kind, event: ReflectorEvent, mesh: &mut Mesh) {
-        let own = self.own.clone();
+        let own = &self.own;
         let Some(member) = self.by_name.get_mut(name) else { return };
         let Some(id) = member.id else { return };
         match event {
@@ -95,6 +95,7 @@ impl Members {
                     mesh.delete(id, &key);
                 }
             }
+            ReflectorEvent::Relisting => mesh.begin_list(id, kind),
             ReflectorEvent::Synced { .. } => {
                 member.lost.remove(&kind);
                 if !mesh.is_synced(id, kind) {

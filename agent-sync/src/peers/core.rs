@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::key::{Kind, cluster_config_key};
-use clustermesh_kvstore::reflector::{ReflectorEvent, ReflectorSpec};
+use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 use tracing::{info, warn};
 
 use super::OwnCluster;
@@ -105,7 +105,7 @@ impl Core {
                 self.name
             ))),
             ReflectorEvent::Lost { reason } => out.push(Effect::Error(reason)),
-            ReflectorEvent::Synced { .. } | ReflectorEvent::Progress { .. } => {}
+            ReflectorEvent::Synced { .. } | ReflectorEvent::Progress { .. } | ReflectorEvent::Relisting => {}
         }
     }
 
@@ -188,7 +188,9 @@ impl Core {
     fn follow_kinds(&self, accepted: Accepted, wanted: fn(Kind) -> bool, out: &mut Vec<Effect>) {
         let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
         for kind in kinds.into_iter().filter(|kind| wanted(*kind)) {
-            out.push(Effect::Follow(kind, accepted.reflector(kind, &self.name)));
+            // The mesh holds all records and sees what a list lacks: no need to hold their keys twice.
+            let spec = ReflectorSpec { prune: Prune::Consumer, ..accepted.reflector(kind, &self.name) };
+            out.push(Effect::Follow(kind, spec));
         }
     }
 

@@ -238,7 +238,9 @@ impl Driver {
             }
             Change::Delete { suffix, revision } => Observed::Absent { key: key(suffix), revision },
             Change::Synced { revision, listed: true } => Observed::Listed { revision },
-            Change::Synced { .. } | Change::Progress { .. } | Change::Lost { .. } => return,
+            Change::Synced { .. } | Change::Progress { .. } | Change::Lost { .. } | Change::Relisting => {
+                return;
+            }
         };
         self.core.observe(index, observed, now());
     }

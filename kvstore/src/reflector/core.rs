@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
-use super::{Backoff, ReflectorSpec};
+use super::{Backoff, Prune, ReflectorSpec};
 use crate::etcd::{KeyRange, KeyValue, WatchEvent, WatchMessage};
 
 /// Times that steer a reflector.
@@ -159,6 +159,8 @@ pub enum Change {
         /// When.
         revision: i64,
     },
+    /// All keys follow, up to `Synced`: those that do not are gone. Only if the consumer prunes.
+    Relisting,
     /// Told completely.
     Synced {
         /// etcd's revision.
@@ -230,7 +232,8 @@ pub struct Core {
     revision: i64,
     /// Highest revision that etcd has shown in this incarnation.
     highest: i64,
-    known: HashMap<String, Known>,
+    /// None if the consumer finds out by itself what a list lacks.
+    known: Option<HashMap<String, Known>>,
     list: u64,
     /// The consumer was told `Synced` and no `Lost` since.
     live: bool,
@@ -257,7 +260,7 @@ impl Core {
             complete: false,
             revision: 0,
             highest: 0,
-            known: HashMap::new(),
+            known: (spec.prune == Prune::Reflector).then(HashMap::new),
             list: 0,
             live: false,
             lost: false,
@@ -301,16 +304,6 @@ impl Core {
             // The driver's calls have deadlines of their own.
             Phase::Away | Phase::AskCanary | Phase::List { .. } => None,
         }
-    }
-
-    /// Number of keys the consumer was told of.
-    pub fn len(&self) -> usize {
-        self.known.len()
-    }
-
-    /// No keys.
-    pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
     }
 
     fn connected(&mut self, now: Instant, generation: u64, out: &mut Vec<Effect>) {
@@ -366,7 +359,8 @@ impl Core {
             self.highest = 0;
             self.revision = 0;
             // Revisions of another history compare with nothing: all keys have to be told again.
-            self.known.values_mut().for_each(|known| known.mod_revision = 0);
+            let known = self.known.iter_mut().flat_map(HashMap::values_mut);
+            known.for_each(|known| known.mod_revision = 0);
             out.push(Effect::Emit(Change::Restarted { generation: self.generation }));
         }
         if self.complete { self.begin_watch(out) } else { self.begin_list(out) }
@@ -384,6 +378,9 @@ impl Core {
         let Phase::List { pinned, after } = &mut self.phase else { return };
         if *pinned == 0 {
             *pinned = page.revision;
+            if self.known.is_none() {
+                out.push(Effect::Emit(Change::Relisting));
+            }
         }
         let pinned = *pinned;
         let last = page.kvs.last().map(|kv| kv.key.clone());
@@ -397,8 +394,18 @@ impl Core {
             out.push(Effect::List { ticket, after: last, revision: pinned });
             return;
         }
+        self.prune(pinned, out);
+        self.complete = true;
+        self.revision = pinned;
+        self.synced(true, out);
+        self.begin_watch(out);
+    }
+
+    /// Tells of keys that the list lacked.
+    fn prune(&mut self, pinned: i64, out: &mut Vec<Effect>) {
+        let Some(known) = &mut self.known else { return };
         let (list, before) = (self.list, out.len());
-        self.known.retain(|suffix, known| {
+        known.retain(|suffix, known| {
             if known.list != list {
                 out.push(Effect::Emit(Change::Delete { suffix: suffix.clone(), revision: pinned }));
             }
@@ -406,10 +413,6 @@ impl Core {
         });
         // The map has no order of its own; runs with the same seed shall be the same.
         out[before..].sort_by(|a, b| deleted(a).cmp(&deleted(b)));
-        self.complete = true;
-        self.revision = pinned;
-        self.synced(true, out);
-        self.begin_watch(out);
     }
 
     fn begin_watch(&mut self, out: &mut Vec<Effect>) {
@@ -483,18 +486,21 @@ impl Core {
 
     fn put(&mut self, kv: KeyValue, out: &mut Vec<Effect>) {
         let Some(suffix) = self.range.suffix(&kv.key).map(str::to_owned) else { return };
-        let seen = Known { mod_revision: kv.mod_revision, list: self.list };
-        // The same write of the same history: told already.
-        let told = self.known.insert(suffix.clone(), seen).map(|known| known.mod_revision);
-        if told != Some(kv.mod_revision) {
-            let (value, revision, lease) = (kv.value, kv.mod_revision, kv.lease);
-            out.push(Effect::Emit(Change::Put { suffix, value, revision, lease }));
+        if let Some(known) = &mut self.known {
+            let seen = Known { mod_revision: kv.mod_revision, list: self.list };
+            // The same write of the same history: told already.
+            let told = known.insert(suffix.clone(), seen).map(|known| known.mod_revision);
+            if told == Some(kv.mod_revision) {
+                return;
+            }
         }
+        let (value, revision, lease) = (kv.value, kv.mod_revision, kv.lease);
+        out.push(Effect::Emit(Change::Put { suffix, value, revision, lease }));
     }
 
     fn delete(&mut self, key: &[u8], revision: i64, out: &mut Vec<Effect>) {
         let Some(suffix) = self.range.suffix(key) else { return };
-        if self.known.remove(suffix).is_some() {
+        if self.known.as_mut().is_none_or(|known| known.remove(suffix).is_some()) {
             out.push(Effect::Emit(Change::Delete { suffix: suffix.to_owned(), revision }));
         }
     }

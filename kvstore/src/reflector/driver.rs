@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::core::{Change, Core, Effect, Failure, Input, Ticket, Timing};
 use super::{Heard, LiveSession, ReflectorSpec};
-use crate::etcd::{KeyRange, Session, SessionError, WatchStream};
+use crate::etcd::{KeyRange, KeyValue, Session, SessionError, WatchStream};
 
 /// Follows `spec` over all sessions to come, until nobody listens to `events`.
 pub(crate) async fn follow<E: Send + 'static>(
@@ -22,7 +22,7 @@ pub(crate) async fn follow<E: Send + 'static>(
     let core = Core::new(&spec, timing, Instant::now().into_std(), rand::random());
     let range = KeyRange::of(&spec.prefix);
     let mut driver =
-        Driver { core, range, page_size: spec.page_size.max(1), session: None, request: None, watch: None };
+        Driver { core, range, pages: Pages::new(spec.page_size), session: None, request: None, watch: None };
     // A session that exists already is news, too.
     sessions.mark_changed();
     loop {
@@ -65,11 +65,39 @@ pub(crate) async fn follow<E: Send + 'static>(
 struct Driver {
     core: Core,
     range: KeyRange,
-    page_size: i64,
+    pages: Pages,
     session: Option<Session>,
     /// The one request under way; a new one replaces it.
     request: Option<Request>,
     watch: Option<(Ticket, Box<WatchStream>)>,
+}
+
+/// How many keys to ask for: each page costs a round trip, but a reply is held in memory as a whole.
+struct Pages {
+    first: i64,
+    limit: i64,
+}
+
+impl Pages {
+    /// Keys and values of a page, in bytes, that larger pages are to come close to.
+    const BYTES: usize = 1 << 20;
+    /// Pages grow at most by this factor.
+    const GROWTH: i64 = 16;
+
+    fn new(first: i64) -> Self {
+        let first = first.max(1);
+        Self { first, limit: first }
+    }
+
+    fn learn(&mut self, kvs: &[KeyValue]) {
+        if kvs.is_empty() {
+            return;
+        }
+        let bytes: usize = kvs.iter().map(|kv| kv.key.len() + kv.value.len()).sum();
+        let fit = Self::BYTES * kvs.len() / bytes.max(1);
+        let most = self.first.saturating_mul(Self::GROWTH);
+        self.limit = i64::try_from(fit).unwrap_or(most).clamp(1, most);
+    }
 }
 
 type Request = Pin<Box<dyn Future<Output = Reply> + Send>>;
@@ -97,7 +125,12 @@ impl Driver {
     fn replied(&mut self, reply: Reply) -> Option<Input> {
         self.request = None;
         match reply {
-            Reply::Input(input) => Some(input),
+            Reply::Input(input) => {
+                if let Input::Page(_, page) = &input {
+                    self.pages.learn(&page.kvs);
+                }
+                Some(input)
+            }
             Reply::Watch(ticket, stream) => {
                 self.watch = Some((ticket, stream));
                 None
@@ -111,7 +144,7 @@ impl Driver {
         match effect {
             Effect::Get(ticket, key) => self.request = Some(Box::pin(get(session, ticket, key))),
             Effect::List { ticket, after, revision } => {
-                let (range, limit) = (self.range.clone(), self.page_size);
+                let (range, limit) = (self.range.clone(), self.pages.limit);
                 self.request = Some(Box::pin(async move {
                     match session.list_page(&range, after.as_deref(), limit, revision).await {
                         Ok(page) => Reply::Input(Input::Page(ticket, page)),

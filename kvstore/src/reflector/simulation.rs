@@ -1,14 +1,14 @@
 //! The core against a model of etcd that does to it all that can happen, in an order drawn from a seed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::ReflectorSpec;
 use super::core::{Change, Core, Effect, Failure, Input, Ticket, Timing};
 use super::generation::Generations;
+use super::{Prune, ReflectorSpec};
 use crate::etcd::{KeyRange, KeyValue, Page, WatchEvent, WatchMessage};
 
 const PREFIX: &str = "p/";
@@ -76,6 +76,9 @@ struct World {
     replies: Vec<Input>,
     watch: Option<Watch>,
     consumer: HashMap<String, String>,
+    /// What the consumer has not heard of since the list began, if it is to prune.
+    unseen: HashSet<String>,
+    prune: Prune,
     synced: bool,
     ended: bool,
 }
@@ -86,7 +89,8 @@ impl World {
         let now = Instant::now();
         let has_canary = rng.random_bool(0.7);
         let canary = has_canary.then(|| CANARY.to_owned());
-        let spec = ReflectorSpec { prefix: PREFIX.into(), canary, page_size: 2 };
+        let prune = if rng.random_bool(0.5) { Prune::Reflector } else { Prune::Consumer };
+        let spec = ReflectorSpec { prefix: PREFIX.into(), canary, page_size: 2, prune };
         Self {
             seed,
             core: Core::new(&spec, Timing::default(), now, seed),
@@ -103,6 +107,8 @@ impl World {
             replies: Vec::new(),
             watch: None,
             consumer: HashMap::new(),
+            unseen: HashSet::new(),
+            prune,
             synced: false,
             ended: false,
         }
@@ -318,6 +324,7 @@ impl World {
                 assert!(self.session.is_some(), "seed {seed}: told without session");
                 let value = String::from_utf8(value).unwrap();
                 assert_ne!(value, "not ours", "seed {seed}: told of a key next to the range");
+                self.unseen.remove(&suffix);
                 self.consumer.insert(suffix, value);
             }
             Change::Delete { suffix, revision } => {
@@ -331,11 +338,26 @@ impl World {
                     !self.etcd.at(revision).contains_key(&key),
                     "seed {seed}: {suffix} deleted, but etcd has it at {revision}"
                 );
+                self.unseen.remove(&suffix);
                 let had = self.consumer.remove(&suffix).is_some();
-                assert!(had, "seed {seed}: {suffix} deleted, but was never told");
+                assert!(
+                    had || self.prune == Prune::Consumer,
+                    "seed {seed}: {suffix} deleted, but was never told"
+                );
+            }
+            Change::Relisting => {
+                assert_eq!(self.prune, Prune::Consumer, "seed {seed}");
+                assert!(
+                    !self.has_canary || self.etcd.canary_was_there,
+                    "seed {seed}: listed before the canary of this etcd"
+                );
+                self.unseen = self.consumer.keys().cloned().collect();
             }
             Change::Synced { .. } => {
                 assert!(self.session.is_some(), "seed {seed}: synced without session");
+                for suffix in self.unseen.drain() {
+                    self.consumer.remove(&suffix);
+                }
                 self.synced = true;
             }
             Change::Lost { .. } => self.synced = false,
