@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
+use clustermesh_kvstore::import_policy::{self, PolicyFileError};
 use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub struct Options {
     pub etcd_config: PathBuf,
     /// The directory of remote clusters.
     pub clustermesh_config: PathBuf,
+    /// What remote clusters may say; none: whatever is plausible.
+    pub import_policy: Option<PathBuf>,
     /// The kernel's side; none: tables in memory.
     pub kernel: Option<KernelOptions>,
     /// The CLI's socket.
@@ -63,6 +66,9 @@ pub enum AgentError {
     /// The operator's: the directory of remote clusters.
     #[error(transparent)]
     ConfigDir(#[from] ConfigDirError),
+    /// The operator's: what remote clusters may say.
+    #[error("--import-policy: {0}")]
+    ImportPolicy(#[from] PolicyFileError),
     /// The operator's: whose processes reach services.
     #[error("--cgroup-root: {path} is no cgroup of version 2 ({source}); see `findmnt -t cgroup2`")]
     Cgroup {
@@ -90,7 +96,10 @@ impl AgentError {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::EtcdConfig(_) | Self::Cgroup { .. } | Self::ConfigDir(ConfigDirError::Unreadable { .. })
+            Self::EtcdConfig(_)
+                | Self::ImportPolicy(_)
+                | Self::Cgroup { .. }
+                | Self::ConfigDir(ConfigDirError::Unreadable { .. })
         )
     }
 }
@@ -102,6 +111,7 @@ impl AgentError {
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentError> {
     // Everything that an operator may have got wrong is looked at before anything is touched.
     EtcdConfig::load_with_files(&options.etcd_config)?;
+    let policy = import_policy::follow(options.import_policy.as_deref())?;
     if let Some(cgroup) = options.kernel.as_ref().and_then(|kernel| kernel.cgroup_root.as_deref()) {
         check_cgroup(cgroup)?;
     }
@@ -114,6 +124,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         datapath: if options.kernel.is_some() { "ebpf" } else { "memory" },
         queries,
         directory: directory.clone(),
+        policy: policy.clone(),
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
     let http = match options.http_addr {
@@ -143,7 +154,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let channels = Channels { inputs: received, queries: asked, routes, stop: stop.clone() };
     let engine = tokio::spawn(engine.run(channels));
-    let peers = Peers::new(options.own.clone(), inputs, directory);
+    let peers = Peers::new(options.own.clone(), inputs, directory, policy);
     let peers = tokio::spawn(follow_clusters(peers, options.etcd_config, initial, changes));
     info!(cluster = %options.own.name, id = %options.own.id, node = options.node_name, "running");
 

@@ -8,7 +8,6 @@
 pub mod agent;
 pub mod desired;
 pub mod engine;
-pub mod import_policy;
 pub mod mesh;
 pub mod netlink;
 pub mod peers;

@@ -50,6 +50,9 @@ struct Flags {
     /// Directory of remote clusters: an etcd configuration in a file of each cluster's name
     #[arg(long)]
     clustermesh_config: PathBuf,
+    /// What remote clusters may say (see docs/import-policy.md) [default: whatever is plausible]
+    #[arg(long, value_name = "FILE")]
+    import_policy: Option<PathBuf>,
     /// How many clusters the mesh may have, the same in all of them: 255 or 511
     #[arg(long, default_value_t)]
     max_connected_clusters: MaxConnectedClusters,
@@ -166,6 +169,7 @@ impl Flags {
             node_ip: self.node_ip,
             etcd_config: self.etcd_config,
             clustermesh_config: self.clustermesh_config,
+            import_policy: self.import_policy,
             kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,

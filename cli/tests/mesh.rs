@@ -139,6 +139,8 @@ fn status_of_all_clusters_of_the_lab() {
         assert!(text.contains(line), "{line}\n{text}");
     }
     assert!(text.is_ascii(), "{text}");
+    let text = mesh.run(&["status", "--refused"]).ok();
+    assert!(text.contains("ip 10.9.9.9: bad_identity: identity 99 is not beta's"), "{text}");
 
     let json: Value = serde_json::from_str(&mesh.run(&["status", "-o", "json"]).ok()).unwrap();
     let [a, b] = &json["clusters"].as_array().unwrap()[..] else { panic!("{json:#}") };

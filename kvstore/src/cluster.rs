@@ -144,6 +144,19 @@ impl Identity {
     pub const REMOTE_NODE: Self = Self(6);
     /// First identity that is not reserved.
     pub const FIRST_USER: Self = Self(256);
+    /// Cilium's names of reserved identities, from 1 on.
+    const RESERVED: [&str; 10] = [
+        "host",
+        "world",
+        "unmanaged",
+        "health",
+        "init",
+        "remote-node",
+        "kube-apiserver",
+        "ingress",
+        "world-ipv4",
+        "world-ipv6",
+    ];
 
     /// Reserved identities mean the same in every cluster and carry no cluster ID.
     pub const fn is_reserved(self) -> bool {
@@ -155,6 +168,18 @@ impl Identity {
     pub const fn cluster(self, max: MaxConnectedClusters) -> u16 {
         // At most nine bits remain.
         ((self.0 >> max.identity_shift()) & max.get() as u32) as u16
+    }
+
+    /// The name of a reserved identity, if it has one.
+    pub fn reserved_name(self) -> Option<&'static str> {
+        let index = usize::try_from(self.0).ok()?.checked_sub(1)?;
+        Self::RESERVED.get(index).copied()
+    }
+
+    /// The reserved identity of this name.
+    pub fn of_reserved_name(name: &str) -> Option<Self> {
+        let index = Self::RESERVED.iter().position(|reserved| *reserved == name)?;
+        u32::try_from(index + 1).ok().map(Self)
     }
 
     /// Whether `cluster` may allocate this identity.

@@ -5,6 +5,7 @@
 //! * [`config_dir`], [`accept`]: which remote clusters there are, and how each is read.
 //! * [`etcd`]: configuration file and session. The only module that speaks gRPC.
 //! * [`reflector`]: follows prefixes of one etcd (in).
+//! * [`import_policy`]: what a cluster may say (in).
 //! * [`publisher`]: keeps owned keys of one etcd at their desired values (out).
 //!
 //! Reflector and publisher each have a `core` without I/O, clock or randomness of its own, and a thin
@@ -15,6 +16,7 @@ pub mod accept;
 pub mod cluster;
 pub mod config_dir;
 pub mod etcd;
+pub mod import_policy;
 pub mod key;
 pub mod labels;
 pub mod publisher;

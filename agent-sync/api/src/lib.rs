@@ -14,6 +14,9 @@ pub mod v1 {
 /// A client of one agent.
 pub type Client = v1::agent_client::AgentClient<Channel>;
 
+/// Longest answer in bytes: a status with all keys that hundreds of hostile clusters had refused.
+const MAX_ANSWER: usize = 64 << 20;
+
 /// Connects to the agent that listens on `socket`.
 ///
 /// # Errors
@@ -28,5 +31,5 @@ pub async fn connect(socket: &Path) -> Result<Client, tonic::transport::Error> {
             async move { tokio::net::UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
         }))
         .await?;
-    Ok(v1::agent_client::AgentClient::new(channel))
+    Ok(v1::agent_client::AgentClient::new(channel).max_decoding_message_size(MAX_ANSWER))
 }

@@ -1,78 +1,82 @@
 //! From a key and its bytes to a fact, or to a refusal that is counted and shown.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Refusal};
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{
-    IdentityRecord, IpRecord, LocalService, Node, NodeAddressKind, Record, Service,
-};
+use clustermesh_kvstore::record::{IpRecord, Node, NodeAddressKind};
 use ebpf_global_svc::abi::IpValue;
 use tracing::{debug, warn};
 
-use crate::import_policy::{Peer, Refusal, quota};
 use crate::mesh::{Fact, FactKey, Mesh, NodeFact, RemoteService};
-
-/// Longest part of a foreign key that is kept to be shown.
-const SHOWN: usize = 128;
 
 /// Takes in one kind of one cluster.
 #[derive(Debug, Default)]
 pub(super) struct Intake {
-    refusals: RefusalCounts,
+    ledger: Ledger,
 }
 
-/// Records that were refused so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RefusalCounts {
-    /// By reason; reasons are a fixed set of words.
-    pub by_reason: BTreeMap<&'static str, u64>,
-    /// The newest: key and why.
-    pub last: Option<String>,
-}
-
-impl RefusalCounts {
-    /// All of them.
-    pub fn total(&self) -> u64 {
-        self.by_reason.values().sum()
-    }
+/// What becomes of what is held under a record's key.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// It is replaced by this.
+    Take(Fact),
+    /// It stays: nobody can tell what the record says.
+    Keep,
+    /// It goes: the operator wants no record of what this one says.
+    Drop(FactKey),
 }
 
 impl Intake {
-    /// The fact that a record states. A refused one changes nothing: what was held under its key stays.
+    /// Judges a record.
     pub(super) fn admit(
         &mut self,
-        peer: &Peer<'_>,
+        peer: &PeerPolicy,
         kind: Kind,
         suffix: &str,
         value: &[u8],
         mesh: &Mesh,
-    ) -> Option<Fact> {
-        match admit(peer, kind, suffix, value, mesh) {
-            Ok(fact) => Some(fact),
+    ) -> Verdict {
+        let admitted = match import_policy::admit(kind, suffix, value, peer) {
+            Ok(admitted) => admitted,
             Err(refusal) => {
-                self.note(peer, kind, suffix, &refusal);
-                None
+                self.note(peer, kind, suffix, &refusal, false);
+                let held = key(kind, suffix).filter(|_| refusal.reason.is_operators());
+                return held.map_or(Verdict::Keep, Verdict::Drop);
+            }
+        };
+        let Some(fact) = fact(peer, admitted.record) else { return Verdict::Keep };
+        let mut audited = admitted.audited;
+        if !mesh.holds(peer.id, &fact.key()) {
+            match peer.check_quota(kind, mesh.count(peer.id, kind)) {
+                Ok(beyond) => audited = audited.or(beyond),
+                Err(refusal) => {
+                    self.note(peer, kind, suffix, &refusal, false);
+                    return Verdict::Keep;
+                }
             }
         }
-    }
-
-    pub(super) fn refusals(&self) -> &RefusalCounts {
-        &self.refusals
-    }
-
-    fn note(&mut self, peer: &Peer<'_>, kind: Kind, suffix: &str, refusal: &Refusal) {
-        let key: String = suffix.chars().take(SHOWN).collect();
-        let count = self.refusals.by_reason.entry(refusal.reason).or_default();
-        *count += 1;
-        // A peer must not fill our log: each reason is told once, all are counted.
-        if *count == 1 {
-            warn!(cluster = %peer.name, %kind, key, %refusal, "refused a record; more of this reason are only counted");
-        } else {
-            debug!(cluster = %peer.name, %kind, key, %refusal, "refused a record");
+        if let Some(refusal) = audited {
+            self.note(peer, kind, suffix, &refusal, true);
         }
-        self.refusals.last = Some(format!("{key}: {refusal}"));
+        Verdict::Take(fact)
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn note(&mut self, peer: &PeerPolicy, kind: Kind, suffix: &str, refusal: &Refusal, audited: bool) {
+        let cluster = &peer.name;
+        let key = Ledger::shown(suffix);
+        if !self.ledger.note(suffix, refusal, audited) {
+            debug!(%cluster, %kind, key, %refusal, audited, "against the import policy");
+        } else if audited {
+            warn!(%cluster, %kind, key, %refusal, "the import policy would refuse a record; more of this reason are only counted");
+        } else {
+            warn!(%cluster, %kind, key, %refusal, "refused a record; more of this reason are only counted");
+        }
     }
 }
 
@@ -93,44 +97,22 @@ fn name(suffix: &str) -> Option<NamespacedName> {
     Some(NamespacedName { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
-fn admit(peer: &Peer<'_>, kind: Kind, suffix: &str, value: &[u8], mesh: &Mesh) -> Result<Fact, Refusal> {
-    let fact = match kind {
-        Kind::Nodes => node(peer, &decode(suffix, value)?)?,
-        Kind::Ip => ip(peer, &decode(suffix, value)?)?,
-        Kind::Identities => {
-            let record: IdentityRecord = decode(suffix, value)?;
-            peer.check_identity(&record)?;
-            Fact::Identity(record.id.0)
+/// What the agent uses of a record; none of a kind that it does not read.
+fn fact(peer: &PeerPolicy, record: Imported) -> Option<Fact> {
+    Some(match record {
+        Imported::Node(node) => node_fact(node),
+        Imported::Ip(record) => ip_fact(peer, &record),
+        Imported::Identity(record) => Fact::Identity(record.id.0),
+        Imported::Service(service) => {
+            let fact = RemoteService { shared: service.shared, backends: service.backends };
+            Fact::Service(service.name, fact)
         }
-        Kind::Services => {
-            let record: Service = decode(suffix, value)?;
-            peer.check_service(&record)?;
-            let service = RemoteService { shared: record.shared, backends: record.backends };
-            Fact::Service(record.name, service)
-        }
-        Kind::LocalServices => {
-            let record: LocalService = decode(suffix, value)?;
-            peer.check_local_service(&record)?;
-            Fact::LocalService(Box::new(record))
-        }
-        Kind::ServiceExports => {
-            return Err(Refusal { reason: "unused_kind", detail: "agents do not read it".into() });
-        }
-    };
-    let limit = quota(kind, peer.max);
-    if mesh.count(peer.id, kind) >= limit && !mesh.holds(peer.id, &fact.key()) {
-        let detail = format!("{} has more than {limit} records of this kind", peer.name);
-        return Err(Refusal { reason: "quota_exceeded", detail });
-    }
-    Ok(fact)
+        Imported::LocalService(service) => Fact::LocalService(Box::new(service)),
+        Imported::ServiceExport(_) => return None,
+    })
 }
 
-fn decode<R: Record>(suffix: &str, value: &[u8]) -> Result<R, Refusal> {
-    R::decode(suffix, value).map_err(|error| Refusal { reason: error.reason(), detail: error.to_string() })
-}
-
-fn node(peer: &Peer<'_>, node: &Node) -> Result<Fact, Refusal> {
-    peer.check_node(node)?;
+fn node_fact(node: Node) -> Fact {
     let of_kind = |kind: NodeAddressKind| {
         node.addresses.iter().filter(move |address| address.kind == kind).map(|address| address.ip).collect()
     };
@@ -139,16 +121,16 @@ fn node(peer: &Peer<'_>, node: &Node) -> Result<Fact, Refusal> {
         mesh_ips: of_kind(NodeAddressKind::CiliumInternalIp),
         pod_cidrs: node.pod_cidrs().collect(),
     };
-    Ok(Fact::Node(node.name.clone(), fact))
+    Fact::Node(node.name, fact)
 }
 
-fn ip(peer: &Peer<'_>, record: &IpRecord) -> Result<Fact, Refusal> {
-    let identity = peer.check_ip(record)?;
+fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> Fact {
     let node_ip = match record.host_ip {
         Some(IpAddr::V4(host)) => host.octets(),
         // The underlay is IPv4; the pod's prefix says which node to go to.
         Some(IpAddr::V6(_)) | None => [0; 4],
     };
-    let value = IpValue { identity: identity.0, node_ip, key: record.key, flags: 0, pad: 0 };
-    Ok(Fact::Ip(record.prefix.addr(), value))
+    let identity = peer.identity_of(record).0;
+    let value = IpValue { identity, node_ip, key: record.key, flags: 0, pad: 0 };
+    Fact::Ip(record.prefix.addr(), value)
 }

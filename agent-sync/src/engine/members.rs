@@ -1,15 +1,16 @@
 //! Clusters by name, and the way of their records into the mesh.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::import_policy::{PeerPolicy, Rules};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use tracing::{debug, info};
 
 use super::Input;
-use super::intake::{self, Intake};
-use crate::import_policy::Peer;
+use super::intake::{self, Intake, Verdict};
 use crate::mesh::Mesh;
 use crate::peers::{OWN_KINDS, OwnCluster, REMOTE_KINDS};
 
@@ -26,6 +27,7 @@ pub(super) struct Members {
 #[derive(Debug, Default)]
 pub(super) struct Member {
     pub(super) id: Option<ClusterId>,
+    pub(super) rules: Arc<Rules>,
     pub(super) intake: BTreeMap<Kind, Intake>,
     /// Kinds whose connection is lost.
     pub(super) lost: BTreeSet<Kind>,
@@ -55,6 +57,11 @@ impl Members {
                 self.complete = true;
                 self.forget_strangers(mesh);
             }
+            Input::Policy { name, rules } => {
+                if name != self.own.name {
+                    self.by_name.entry(name).or_default().rules = rules;
+                }
+            }
             Input::Accepted { name, id } => {
                 let kinds = self.kinds(&name);
                 let member = self.by_name.entry(name).or_default();
@@ -79,15 +86,22 @@ impl Members {
     }
 
     fn record(&mut self, name: &ClusterName, kind: Kind, event: ReflectorEvent, mesh: &mut Mesh) {
-        let own = &self.own;
         let Some(member) = self.by_name.get_mut(name) else { return };
         let Some(id) = member.id else { return };
         match event {
             ReflectorEvent::Upsert { suffix, value, .. } => {
-                let peer = Peer { name, id, max: own.max, is_own: *name == own.name };
+                let peer = PeerPolicy {
+                    name: name.clone(),
+                    id,
+                    max: self.own.max,
+                    is_own: *name == self.own.name,
+                    rules: member.rules.clone(),
+                };
                 let intake = member.intake.entry(kind).or_default();
-                if let Some(fact) = intake.admit(&peer, kind, &suffix, &value, mesh) {
-                    mesh.upsert(id, fact, 0);
+                match intake.admit(&peer, kind, &suffix, &value, mesh) {
+                    Verdict::Take(fact) => mesh.upsert(id, fact, 0),
+                    Verdict::Keep => {}
+                    Verdict::Drop(key) => mesh.delete(id, &key),
                 }
             }
             ReflectorEvent::Delete { suffix, .. } => {

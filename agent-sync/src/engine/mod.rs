@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use ebpf_global_svc::{Datapath, DatapathError, Tables};
@@ -30,7 +31,6 @@ use crate::peers::OwnCluster;
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
-pub use intake::RefusalCounts;
 pub use query::{DumpError, KindView, Overview, Query, Row, TABLES};
 
 /// Inputs that wait while a batch is written.
@@ -43,6 +43,14 @@ pub enum Input {
     Configured(ClusterName),
     /// Every cluster that was configured at start has been told.
     AllConfigured,
+    /// What it may say from now on. Lists of all kinds follow, so that the rules count for what was told
+    /// before, too.
+    Policy {
+        /// The cluster.
+        name: ClusterName,
+        /// The operator's rules for it.
+        rules: Arc<Rules>,
+    },
     /// Its cluster config is accepted, and lists of all kinds begin.
     Accepted {
         /// The cluster.

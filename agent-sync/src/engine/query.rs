@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::abi::{self, IpKey};
 use ebpf_global_svc::table::Table;
@@ -11,7 +12,6 @@ use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
 use super::{Engine, shown};
-use crate::engine::RefusalCounts;
 use crate::mesh::{Conflict, Counts, LeftOut};
 use crate::wire_key;
 
@@ -76,8 +76,8 @@ pub struct KindView {
     pub synced: bool,
     /// Records held.
     pub records: usize,
-    /// Records refused.
-    pub refused: RefusalCounts,
+    /// Records refused so far.
+    pub refused: Ledger,
 }
 
 impl Engine {
@@ -115,7 +115,7 @@ impl Engine {
             synced: !member.lost.contains(kind)
                 && member.id.is_some_and(|id| self.core.mesh().is_synced(id, *kind)),
             records: member.id.map_or(0, |id: ClusterId| self.core.mesh().count(id, *kind)),
-            refused: member.intake.get(kind).map(|intake| intake.refusals().clone()).unwrap_or_default(),
+            refused: member.intake.get(kind).map(|intake| intake.ledger().clone()).unwrap_or_default(),
         };
         self.core.members().kinds(name).iter().map(view).collect()
     }

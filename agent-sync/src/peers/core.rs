@@ -3,10 +3,12 @@
 //! In: what reflectors say of the cluster's config and records, and the time. Out: [`Effect`]s, to be
 //! done in order: what the engine is told, and which reflectors run.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, cluster_config_key};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 use tracing::{info, warn};
@@ -37,6 +39,8 @@ const MUTUAL: Duration = Duration::from_millis(300);
 pub struct Core {
     own: OwnCluster,
     name: ClusterName,
+    /// By which the engine judges.
+    rules: Arc<Rules>,
     has_config: bool,
     accepted: Option<Accepted>,
     refused: Option<Refused>,
@@ -77,6 +81,7 @@ impl Core {
         Self {
             own,
             name,
+            rules: Arc::default(),
             has_config: false,
             accepted: None,
             refused: None,
@@ -116,6 +121,20 @@ impl Core {
         out.push(Effect::Tell(Input::Record { name: self.name.clone(), kind, event }));
         if is_complete {
             self.note_complete(now, kind);
+        }
+    }
+
+    /// The operator's rules for the cluster. What the engine took or refused by others is told again: the
+    /// list's end removes what is not allowed any more, and nothing else. The own cluster has none.
+    pub fn policy(&mut self, rules: Arc<Rules>, out: &mut Vec<Effect>) {
+        if rules == self.rules || self.name == self.own.name {
+            return;
+        }
+        self.rules = rules.clone();
+        out.push(Effect::Tell(Input::Policy { name: self.name.clone(), rules }));
+        if let Some(accepted) = self.accepted {
+            info!(cluster = %self.name, "the import policy changed; listing the cluster again");
+            self.follow_records(accepted, out);
         }
     }
 

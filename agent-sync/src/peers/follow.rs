@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::EtcdSource;
+use clustermesh_kvstore::import_policy::CurrentPolicy;
 use clustermesh_kvstore::key::{Kind, Layout};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent};
 use futures::stream::SelectAll;
@@ -41,6 +42,7 @@ pub(super) struct Follower {
     status: watch::Receiver<ConnectionStatus>,
     state: watch::Sender<PeerState>,
     ids: Arc<Mutex<Ids>>,
+    policy: watch::Receiver<CurrentPolicy>,
     engine: mpsc::Sender<Input>,
     stop: CancellationToken,
     records: SelectAll<ReflectedKind>,
@@ -52,6 +54,7 @@ impl Follower {
         name: ClusterName,
         etcd: EtcdSource,
         ids: Arc<Mutex<Ids>>,
+        policy: watch::Receiver<CurrentPolicy>,
         engine: mpsc::Sender<Input>,
         stop: CancellationToken,
     ) -> (Self, PeerView) {
@@ -60,7 +63,7 @@ impl Follower {
         let view = PeerView { state: view, connection: status.clone() };
         let core = Core::new(own, name.clone());
         let records = SelectAll::new();
-        (Self { name, core, connection, status, state, ids, engine, stop, records }, view)
+        (Self { name, core, connection, status, state, ids, policy, engine, stop, records }, view)
     }
 
     pub(super) async fn run(mut self) {
@@ -70,6 +73,8 @@ impl Follower {
 
     async fn follow(&mut self) {
         let mut configs = self.connection.reflect(self.core.config_spec());
+        // Before anything is let in.
+        self.take_policy().await;
         loop {
             let deadline = self.core.deadline();
             let deadline = async {
@@ -91,11 +96,21 @@ impl Follower {
                     let error = self.status.borrow_and_update().failure();
                     effects.extend(error.map(Effect::Error));
                 }
+                Ok(()) = self.policy.changed() => self.take_policy().await,
                 () = deadline => self.core.tick(now(), &mut ids::lock(&self.ids), &mut effects),
             }
             for effect in effects {
                 self.perform(effect).await;
             }
+        }
+    }
+
+    async fn take_policy(&mut self) {
+        let rules = self.policy.borrow_and_update().file.rules_for(&self.name);
+        let mut effects = Vec::new();
+        self.core.policy(rules, &mut effects);
+        for effect in effects {
+            self.perform(effect).await;
         }
     }
 

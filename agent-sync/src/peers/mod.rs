@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::config_dir::ConfigChange;
 use clustermesh_kvstore::etcd::EtcdSource;
+use clustermesh_kvstore::import_policy::CurrentPolicy;
 use clustermesh_kvstore::reflector::ConnectionStatus;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -81,6 +82,7 @@ pub struct Peers {
     engine: mpsc::Sender<Input>,
     directory: Directory,
     ids: Arc<Mutex<Ids>>,
+    policy: watch::Receiver<CurrentPolicy>,
     running: BTreeMap<ClusterName, Running>,
 }
 
@@ -91,9 +93,14 @@ struct Running {
 
 impl Peers {
     /// No cluster is followed yet.
-    pub fn new(own: OwnCluster, engine: mpsc::Sender<Input>, directory: Directory) -> Self {
+    pub fn new(
+        own: OwnCluster,
+        engine: mpsc::Sender<Input>,
+        directory: Directory,
+        policy: watch::Receiver<CurrentPolicy>,
+    ) -> Self {
         let ids = Arc::new(Mutex::new(Ids::new(own.name.clone(), own.id)));
-        Self { own, engine, directory, ids, running: BTreeMap::new() }
+        Self { own, engine, directory, ids, policy, running: BTreeMap::new() }
     }
 
     /// Follows the own cluster.
@@ -132,6 +139,7 @@ impl Peers {
             name.clone(),
             etcd,
             self.ids.clone(),
+            self.policy.clone(),
             self.engine.clone(),
             stop.clone(),
         );

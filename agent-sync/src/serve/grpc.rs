@@ -62,8 +62,11 @@ struct Service {
 impl Agent for Service {
     type DumpTableStream = Pin<Box<dyn Stream<Item = Result<v1::DumpTableRow, Status>> + Send>>;
 
-    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        Ok(Response::new(self.source.status().await?))
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new(self.source.status(request.into_inner().with_refused).await?))
     }
 
     async fn dump_table(

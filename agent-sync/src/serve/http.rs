@@ -55,7 +55,7 @@ async fn readiness(State(source): State<Source>) -> Response {
 }
 
 async fn scrape(State(source): State<Source>) -> Response {
-    let Ok(status) = source.status().await else {
+    let Ok(status) = source.status(false).await else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
     match metrics::encode(&status) {

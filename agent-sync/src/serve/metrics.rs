@@ -1,7 +1,10 @@
 //! Prometheus' view, made from the status at each scrape.
 
+use std::collections::BTreeMap;
+
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
 use prometheus_client::encoding::text::encode as encode_text;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -11,12 +14,14 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge>;
+type Counters = Family<Labels, Counter>;
 
 /// All metrics as text.
 pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("clustermesh");
     agent(status, &mut registry);
     clusters(status, &mut registry);
+    refusals(status, &mut registry);
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)
@@ -53,7 +58,6 @@ fn clusters(status: &StatusResponse, registry: &mut Registry) {
     let reconnects = gauge("cluster_reconnects", "Sessions after the first one");
     let synced = gauge("cluster_synced", "The list of a kind is complete");
     let records = gauge("cluster_records", "Records held");
-    let refused = gauge("cluster_refused_records", "Records refused by the import policy so far");
     set(&remotes, Labels::new(), status.remotes.len() as u64);
     for peer in status.own.iter().chain(&status.remotes) {
         let labels = || vec![("target_cluster", peer.name.clone())];
@@ -61,19 +65,37 @@ fn clusters(status: &StatusResponse, registry: &mut Registry) {
         set(&ready, labels(), peer.ready.into());
         set(&silence, labels(), peer.last_event_age_ms / 1000);
         set(&reconnects, labels(), peer.reconnects);
-        set_kinds(peer, &synced, &records, &refused);
+        set_kinds(peer, &synced, &records);
     }
 }
 
-fn set_kinds(peer: &Peer, synced: &Gauges, records: &Gauges, refused: &Gauges) {
+fn set_kinds(peer: &Peer, synced: &Gauges, records: &Gauges) {
     for kind in &peer.kinds {
         let labels = || vec![("target_cluster", peer.name.clone()), ("kind", kind.kind.clone())];
         set(synced, labels(), kind.synced.into());
         set(records, labels(), kind.records);
-        for (reason, count) in &kind.refused_by_reason {
-            let mut labels = labels();
-            labels.push(("reason", reason.clone()));
-            set(refused, labels, *count);
+    }
+}
+
+fn refusals(status: &StatusResponse, registry: &mut Registry) {
+    let mut counters = |name, help| {
+        let counters = Counters::default();
+        registry.register(name, help, counters.clone());
+        counters
+    };
+    let refused = counters("import_refused", "Records that the import policy refused");
+    let audited = counters("import_audited", "Records let in only because the import policy is audited");
+    for peer in status.own.iter().chain(&status.remotes) {
+        for kind in &peer.kinds {
+            let add = |counters: &Counters, counts: &BTreeMap<String, u64>| {
+                for (reason, count) in counts {
+                    let labels = [("cluster", &peer.name), ("kind", &kind.kind), ("reason", reason)]
+                        .map(|(k, v)| (k, v.clone()));
+                    counters.get_or_create(&labels.into()).inc_by(*count);
+                }
+            };
+            add(&refused, &kind.refused_by_reason);
+            add(&audited, &kind.audited_by_reason);
         }
     }
 }
@@ -103,8 +125,7 @@ mod tests {
         };
         let beta = Peer { name: "beta".into(), kinds: vec![kind], ..Peer::default() };
         let text = encode(&StatusResponse { remotes: vec![beta], ..StatusResponse::default() }).unwrap();
-        let line =
-            r#"clustermesh_cluster_refused_records{target_cluster="beta",kind="ip",reason="bad_json"} 3"#;
+        let line = r#"clustermesh_import_refused_total{cluster="beta",kind="ip",reason="bad_json"} 3"#;
         assert!(text.lines().any(|l| l.starts_with(line)), "{text}");
         assert!(text.contains("clustermesh_remote_clusters{} 1"), "{text}");
     }

@@ -12,7 +12,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clustermesh_kvstore::cluster::MaxConnectedClusters;
-use tokio::sync::{mpsc, oneshot};
+use clustermesh_kvstore::import_policy::CurrentPolicy;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::{DumpError, Overview, Query, Row};
 use crate::peers::{Directory, OwnCluster};
@@ -33,6 +34,8 @@ pub struct Source {
     pub queries: mpsc::Sender<Query>,
     /// The clusters.
     pub directory: Directory,
+    /// What they may say.
+    pub policy: watch::Receiver<CurrentPolicy>,
 }
 
 /// Why nothing is served.

@@ -4,18 +4,20 @@ use std::time::Duration;
 
 use clustermesh_agent_api::v1;
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
 use crate::engine::{KindView, Overview};
 use crate::peers::PeerView;
 
 impl Source {
-    pub(super) async fn status(&self) -> Result<v1::StatusResponse, Gone> {
+    /// `with_refused`: with the keys that were refused lately.
+    pub(super) async fn status(&self, with_refused: bool) -> Result<v1::StatusResponse, Gone> {
         let overview = self.overview().await?;
         let mut views = self.directory.snapshot();
         let own = views.remove(&self.own.name);
-        let own = own.map(|view| peer(&self.own.name, &view, &overview));
-        let remotes = views.iter().map(|(name, view)| peer(name, view, &overview)).collect();
+        let own = own.map(|view| peer(&self.own.name, &view, &overview, with_refused));
+        let remotes = views.iter().map(|(name, view)| peer(name, view, &overview, with_refused)).collect();
         let fills = overview.tables.iter();
         let conflicts = overview.conflicts.iter();
         Ok(v1::StatusResponse {
@@ -49,6 +51,7 @@ impl Source {
                 .collect(),
             backend_conflicts: overview.left_out.conflicts,
             clusters_left_out: overview.left_out.clusters,
+            import_policy_error: self.policy.borrow().error.clone().unwrap_or_default(),
         })
     }
 }
@@ -65,10 +68,11 @@ fn local(overview: &Overview) -> v1::LocalCounts {
     }
 }
 
-fn peer(name: &ClusterName, view: &PeerView, overview: &Overview) -> v1::Peer {
+fn peer(name: &ClusterName, view: &PeerView, overview: &Overview, with_refused: bool) -> v1::Peer {
     let connection = view.connection.borrow();
     let state = view.state.borrow();
-    let kinds: Vec<v1::KindStatus> = overview.kinds.get(name).into_iter().flatten().map(kind).collect();
+    let kinds: Vec<v1::KindStatus> =
+        overview.kinds.get(name).into_iter().flatten().map(|view| kind(view, with_refused)).collect();
     let config_retrieved = state.id.is_some();
     let synced = !kinds.is_empty() && kinds.iter().all(|kind| kind.synced);
     let (last_error, age) = match &state.last_error {
@@ -92,15 +96,30 @@ fn peer(name: &ClusterName, view: &PeerView, overview: &Overview) -> v1::Peer {
     }
 }
 
-fn kind(view: &KindView) -> v1::KindStatus {
-    let by_reason = view.refused.by_reason.iter();
+fn kind(view: &KindView, with_refused: bool) -> v1::KindStatus {
+    let by_reason = |count: fn(Tally) -> u64| {
+        let counts = view.refused.by_reason().map(|(reason, tally)| (reason.to_string(), count(tally)));
+        counts.filter(|(_, count)| *count > 0).collect()
+    };
+    let newest = view.refused.newest().next();
     v1::KindStatus {
         kind: view.kind.to_string(),
         synced: view.synced,
         records: view.records as u64,
-        refused: view.refused.total(),
-        refused_by_reason: by_reason.map(|(reason, n)| ((*reason).to_owned(), *n)).collect(),
-        last_refused: view.refused.last.clone().unwrap_or_default(),
+        refused: view.refused.refused(),
+        refused_by_reason: by_reason(|tally| tally.refused),
+        last_refused: newest.map_or_else(String::new, |key| format!("{}: {}", key.key, key.detail)),
+        audited_by_reason: by_reason(|tally| tally.audited),
+        newest_refused: view.refused.newest().filter(|_| with_refused).map(refused_key).collect(),
+    }
+}
+
+fn refused_key(key: &RefusedKey) -> v1::RefusedKey {
+    v1::RefusedKey {
+        key: key.key.clone(),
+        reason: key.reason.to_string(),
+        detail: key.detail.clone(),
+        audited: key.audited,
     }
 }
 

@@ -233,6 +233,7 @@ impl Agent {
         let dir = tempfile::Builder::new().prefix("cm-agent-").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("clustermesh")).unwrap();
         std::fs::write(dir.path().join("etcd.yaml"), own.yaml()).unwrap();
+        std::fs::write(dir.path().join("policy.yaml"), "").unwrap();
         let max = MaxConnectedClusters::C255;
         let options = Options {
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
@@ -240,6 +241,7 @@ impl Agent {
             node_ip: None,
             etcd_config: dir.path().join("etcd.yaml"),
             clustermesh_config: dir.path().join("clustermesh"),
+            import_policy: Some(dir.path().join("policy.yaml")),
             kernel: None,
             grpc_socket: dir.path().join("agent.sock"),
             http_addr: None,
@@ -262,6 +264,13 @@ impl Agent {
         std::fs::rename(temporary, self.config_file(&remote.name)).unwrap();
     }
 
+    /// Replaces the import policy.
+    pub(crate) fn allow(&self, policy: &str) {
+        let temporary = self.dir.path().join("policy.tmp");
+        std::fs::write(&temporary, policy).unwrap();
+        std::fs::rename(temporary, self.dir.path().join("policy.yaml")).unwrap();
+    }
+
     pub(crate) fn disconnect(&self, remote: &Cluster) {
         std::fs::remove_file(self.config_file(&remote.name)).unwrap();
     }
@@ -275,7 +284,7 @@ impl Agent {
     }
 
     pub(crate) async fn status(&self) -> v1::StatusResponse {
-        self.client().await.status(v1::StatusRequest {}).await.unwrap().into_inner()
+        self.client().await.status(v1::StatusRequest { with_refused: true }).await.unwrap().into_inner()
     }
 
     pub(crate) async fn dump(&self, table: &str) -> Vec<BTreeMap<String, String>> {

@@ -22,7 +22,12 @@ const DUMP: Duration = Duration::from_secs(60);
 
 /// The status of all agents of `context`, asked at the same time, in the context's order.
 pub(crate) async fn statuses(context: &Context) -> Vec<Result<StatusResponse, String>> {
-    join_all(context.agents.iter().map(status)).await
+    join_all(context.agents.iter().map(|agent| status(agent, false))).await
+}
+
+/// The same with the keys that were refused lately.
+pub(crate) async fn statuses_with_refused(context: &Context) -> Vec<Result<StatusResponse, String>> {
+    join_all(context.agents.iter().map(|agent| status(agent, true))).await
 }
 
 /// Lets `agent` try the etcd of `peer` without storing anything.
@@ -52,9 +57,9 @@ pub(crate) async fn dump(agent: &Agent, table: &str) -> Result<Vec<DumpTableRow>
     .await
 }
 
-async fn status(agent: &Agent) -> Result<StatusResponse, String> {
+async fn status(agent: &Agent, with_refused: bool) -> Result<StatusResponse, String> {
     let mut client = client(agent).await?;
-    within(ANSWER, client.status(StatusRequest {})).await
+    within(ANSWER, client.status(StatusRequest { with_refused })).await
 }
 
 async fn client(agent: &Agent) -> Result<Client, String> {

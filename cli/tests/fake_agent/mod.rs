@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use clustermesh_agent_api::v1::agent_server::{Agent, AgentServer};
 use clustermesh_agent_api::v1::{
     Column, DumpTableRequest, DumpTableRow, KindStatus, LocalCounts, Peer, ProbePeerRequest,
-    ProbePeerResponse, StatusRequest, StatusResponse, TableFill,
+    ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse, TableFill,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -206,6 +206,13 @@ impl FakeAgent {
                     refused: 3,
                     refused_by_reason: [("bad_identity".to_string(), 3)].into(),
                     last_refused: "10.9.9.9: identity 99 is not beta's".into(),
+                    newest_refused: vec![RefusedKey {
+                        key: "10.9.9.9".into(),
+                        reason: "bad_identity".into(),
+                        detail: "identity 99 is not beta's".into(),
+                        audited: false,
+                    }],
+                    ..Default::default()
                 }],
                 last_error: stuck.unwrap_or_default().into(),
                 last_error_age_ms: 1500,
@@ -220,9 +227,12 @@ impl FakeAgent {
 
 #[tonic::async_trait]
 impl Agent for FakeAgent {
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let answers = self.answers.lock().unwrap().clone();
-        let remotes = self.remotes(answers.stuck.as_deref(), answers.probe.cluster_id);
+        let mut remotes = self.remotes(answers.stuck.as_deref(), answers.probe.cluster_id);
+        if !request.into_inner().with_refused {
+            remotes.iter_mut().flat_map(|peer| &mut peer.kinds).for_each(|kind| kind.newest_refused.clear());
+        }
         Ok(Response::new(StatusResponse { remotes, ..answers.status }))
     }
 

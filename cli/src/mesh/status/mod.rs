@@ -19,12 +19,16 @@ pub(crate) use report::{why_agent_not_ready, why_not_ready};
 #[command(after_help = "Examples:
   clustermesh status
   clustermesh status --context alpha --wait --wait-duration 30s
+  clustermesh status --context alpha --refused
   clustermesh status -o json")]
 pub(crate) struct StatusArgs {
     /// A cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER). Can be
     /// repeated. Without it: all clusters of the running lab.
     #[arg(long)]
     context: Vec<String>,
+    /// Also list the keys of other clusters that the import policy refused lately.
+    #[arg(long)]
+    refused: bool,
     /// Wait until every agent is ready and connected to all clusters.
     #[arg(long)]
     wait: bool,
@@ -47,11 +51,13 @@ impl StatusArgs {
             names => names.iter().map(|name| context::resolve(name)).collect::<Result<_, _>>()?,
         };
         let waited = if self.wait { wait_until_ready(&contexts, self.wait_duration).await } else { Ok(()) };
-        let clusters = join_all(
-            contexts
-                .iter()
-                .map(|context| async { ClusterReport::new(context, agents::statuses(context).await) }),
-        )
+        let clusters = join_all(contexts.iter().map(|context| async {
+            let statuses = match self.refused {
+                true => agents::statuses_with_refused(context).await,
+                false => agents::statuses(context).await,
+            };
+            ClusterReport::new(context, statuses)
+        }))
         .await;
         let report = Report { clusters };
         print(&match self.output {

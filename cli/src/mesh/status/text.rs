@@ -1,5 +1,6 @@
 //! The report for people. Summary lines read like those of Cilium's status.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -81,6 +82,13 @@ impl Text {
         } else if status.pending_changes > 0 {
             self.line(2, format!("datapath: {} changes pending", status.pending_changes));
         }
+        if !status.import_policy_error.is_empty() {
+            let text = format!(
+                "import policy: {}; the one before stays in force",
+                one_line(&status.import_policy_error)
+            );
+            self.line(2, self.style.paint(Tone::Bad, &text));
+        }
         if let Some(local) = &status.local {
             self.line(2, format!("local: {}", counts(local)));
         }
@@ -144,15 +152,30 @@ impl Text {
         if !kinds.is_empty() {
             self.line(3, kinds.join(", "));
         }
-        for kind in peer.kinds.iter().filter(|kind| kind.refused > 0) {
-            let text = self.style.paint(Tone::Doubtful, &refused(kind));
-            self.line(3, text);
+        for kind in &peer.kinds {
+            self.refusals(kind);
         }
         let text = one_line(&peer.last_error);
         // What holds the cluster up now is said above.
         if !text.is_empty() && text != why {
             let when = if peer.ready { "recovered from an error" } else { "last error" };
             self.line(3, format!("{when} {} ago: {text}", age(peer.last_error_age_ms)));
+        }
+    }
+
+    /// What the import policy refused, by reason, and the keys if they were asked for.
+    fn refusals(&mut self, kind: &KindStatus) {
+        for (verb, counts) in
+            [("refused", &kind.refused_by_reason), ("would refuse", &kind.audited_by_reason)]
+        {
+            if let Some(text) = refused(verb, kind, counts) {
+                self.line(3, self.style.paint(Tone::Doubtful, &text));
+            }
+        }
+        for refused in &kind.newest_refused {
+            let note = if refused.audited { " (let in, the policy is only audited)" } else { "" };
+            let (key, detail) = (one_line(&refused.key), one_line(&refused.detail));
+            self.line(4, format!("{} {key}: {}: {detail}{note}", kind.kind, one_line(&refused.reason)));
         }
     }
 
@@ -205,16 +228,18 @@ fn counts(local: &LocalCounts) -> String {
     )
 }
 
-fn refused(kind: &KindStatus) -> String {
-    let reasons: Vec<_> = kind.refused_by_reason.iter().map(|(why, n)| format!("{why} {n}")).collect();
-    let mut text = format!("refused {}: {}", kind.kind, kind.refused);
-    if !reasons.is_empty() {
-        let _ = write!(text, " ({})", reasons.join(", "));
+fn refused(verb: &str, kind: &KindStatus, counts: &BTreeMap<String, u64>) -> Option<String> {
+    if counts.is_empty() {
+        return None;
     }
-    if !kind.last_refused.is_empty() {
+    let total = counts.values().fold(0_u64, |sum, count| sum.saturating_add(*count));
+    let reasons: Vec<_> = counts.iter().map(|(why, n)| format!("{} {n}", one_line(why))).collect();
+    let mut text = format!("{verb} {}: {total} ({})", kind.kind, reasons.join(", "));
+    // Whoever lists the keys sees the newest anyway.
+    if !kind.last_refused.is_empty() && kind.newest_refused.is_empty() {
         let _ = write!(text, ", last: {}", one_line(&kind.last_refused));
     }
-    text
+    Some(text)
 }
 
 /// `0.4s`, `12s`, `3m12s`, `5h7m`, `2d3h`.
