@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterError, MaxConnectedClusters};
+use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError, KeyRange, SessionError};
 use clustermesh_kvstore::key::{self, Kind, Layout};
-use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
+use clustermesh_kvstore::publisher::{Origin, OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::record::{ClusterConfig, IdentityRecord, Record};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus};
 use futures::FutureExt as _;
@@ -133,7 +134,9 @@ impl Server {
                 event = self.source.recv() => self.take(event.ok_or(RunError::SourceEnded)?, &mut exporter),
                 _ = ticks.tick() => exporter.tick(Instant::now()),
             };
-            publish(&publisher, changes);
+            // What was there before us did not happen now.
+            let origin = self.status.progress().state_complete.then(|| Origin::Event(SourceTime::now()));
+            publish(&publisher, changes, origin);
             self.report(&mut exporter);
             self.complete(&publisher, inherited);
         }
@@ -178,13 +181,9 @@ impl Server {
     }
 
     fn publisher_spec(&self) -> PublisherSpec {
-        let mut owned: Vec<OwnedPrefix> = Kind::ALL
-            .map(|kind| OwnedPrefix {
-                prefix: key::data_prefix(kind, &self.cluster.name, Layout::State),
-                canary: Some(key::canary_key(kind, &self.cluster.name, Layout::State)),
-            })
-            .into();
-        owned.push(OwnedPrefix { prefix: key::cluster_config_key(&self.cluster.name), canary: None });
+        let mut owned: Vec<OwnedPrefix> =
+            Kind::ALL.map(|kind| OwnedPrefix::of_kind(kind, &self.cluster.name, Layout::State)).into();
+        owned.push(OwnedPrefix::new(key::cluster_config_key(&self.cluster.name)));
         PublisherSpec { owned, ..PublisherSpec::default() }
     }
 
@@ -251,9 +250,12 @@ const EXPIRY_MAX: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 const PAGE: i64 = 1000;
 
-fn publish(publisher: &Publisher, changes: Vec<KeyChange>) {
+fn publish(publisher: &Publisher, changes: Vec<KeyChange>, origin: Option<Origin>) {
     for KeyChange { key, value } in changes {
-        publisher.set(key, value);
+        match origin {
+            Some(origin) => publisher.set_from(key, value, origin),
+            None => publisher.set(key, value),
+        }
     }
 }
 

@@ -12,7 +12,9 @@ use clap::Parser;
 use clustermesh_apiserver::args::ExportArgs;
 use clustermesh_apiserver::server::{RunError, Server};
 use clustermesh_apiserver::status::Status;
+use clustermesh_kvstore::digest::{DigestRecord, SourceTime};
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, KeyValue, Session, SessionOptions, WriteOp};
+use clustermesh_kvstore::key::{Kind, Layout, data_prefix, digest_key};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -61,6 +63,14 @@ async fn manifests_become_keys_and_follow_their_files() {
     // In place, and slowly, is fine too.
     std::fs::write(bed.manifests.path().join("services.yaml"), services).unwrap();
     eventually("the old affinity", async || bed.value(cart).await.contains(r#""affinity":"local""#)).await;
+
+    // What stands there is stated a moment later, with the times of its changes.
+    eventually("the digests", async || bed.misstated().await.is_empty()).await;
+    let key = "clustermesh/local/digests/v1/alpha/localservices";
+    let changes = async || DigestRecord::decode(bed.value(key).await.as_bytes()).unwrap().recent;
+    eventually("the times", async || !changes().await.is_empty()).await;
+    let took = changes().await[0].at.seconds_until(SourceTime::now());
+    assert!((0.0..60.0).contains(&took), "{took} s");
 
     // A broken file changes nothing but the count of broken files.
     let before = bed.data().await;
@@ -299,14 +309,31 @@ impl TestBed {
         String::from_utf8(value.unwrap_or_default()).unwrap()
     }
 
-    /// All keys but canaries, heartbeat and cluster configuration, with their revisions.
+    /// All keys but canaries, heartbeat, cluster configuration and digests, with their revisions.
     async fn data(&self) -> BTreeMap<String, KeyValue> {
         let mut data = BTreeMap::new();
         for prefix in ["cilium/state/", "clustermesh/"] {
             let page = self.session().list_page(&KeyRange::of(prefix), None, 10_000, 0).await.unwrap();
             data.extend(page.kvs.into_iter().map(|kv| (String::from_utf8(kv.key.clone()).unwrap(), kv)));
         }
+        data.retain(|key, _| !key.contains("/digests/"));
         data
+    }
+
+    /// The kinds whose stated digest is not that of what stands there.
+    async fn misstated(&self) -> Vec<Kind> {
+        let (data, alpha) = (self.data().await, "alpha".parse().unwrap());
+        let mut misstated = Vec::new();
+        for kind in Kind::ALL {
+            let prefix = data_prefix(kind, &alpha, Layout::State);
+            let kvs = data.iter().filter_map(|(key, kv)| Some((key.strip_prefix(&prefix)?, &*kv.value)));
+            let stated = self.session().get(&digest_key(kind, &alpha, Layout::State)).await.unwrap();
+            let stated = stated.map(|kv| DigestRecord::decode(&kv.value).unwrap().digest);
+            if stated != Some(kvs.collect()) {
+                misstated.push(kind);
+            }
+        }
+        misstated
     }
 }
 

@@ -30,6 +30,11 @@ impl Kind {
     pub const ALL: [Self; 6] =
         [Self::Nodes, Self::Identities, Self::Ip, Self::Services, Self::ServiceExports, Self::LocalServices];
 
+    /// The kind of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
+
     /// The name used in keys, metrics and messages.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -89,6 +94,21 @@ pub fn canary_key(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
     }
 }
 
+/// The folder of the digests of a cluster's kinds: one for those that other clusters may read, one for
+/// those that only its own agents may. Ends in `/`.
+pub fn digest_prefix(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
+    match kind {
+        Kind::LocalServices => format!("clustermesh/local/digests/v1/{cluster}/"),
+        // Below the folder that Cilium's roles open to readers; Cilium's own readers pass it by.
+        _ => format!("{}/digests/v1/{cluster}/", layout.root()),
+    }
+}
+
+/// Where the writer of a kind states its digest, see [`crate::digest`].
+pub fn digest_key(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
+    format!("{}{kind}", digest_prefix(kind, cluster, layout))
+}
+
 /// Where a cluster says who it is and what it can do.
 pub fn cluster_config_key(cluster: &ClusterName) -> String {
     format!("cilium/cluster-config/{cluster}")
@@ -132,6 +152,8 @@ mod tests {
             for layout in [Layout::State, Layout::Cache] {
                 assert!(data_prefix(kind, &name, layout).ends_with('/'));
                 assert!(!canary_key(kind, &name, layout).ends_with('/'));
+                let digest = digest_key(kind, &name, layout);
+                assert!(Kind::ALL.iter().all(|kind| !digest.starts_with(&data_prefix(*kind, &name, layout))));
             }
         }
         assert_eq!(

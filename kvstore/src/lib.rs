@@ -3,6 +3,7 @@
 //! * [`cluster`], [`labels`], [`key`], [`record`]: names, numbers, keys and values. Byte-compatible
 //!   with Cilium ClusterMesh; whatever was decoded is checked.
 //! * [`config_dir`], [`accept`]: which remote clusters there are, and how each is read.
+//! * [`digest`]: the sum over a prefix by which both ends find out that they differ.
 //! * [`etcd`]: configuration file and session. The only module that speaks gRPC.
 //! * [`reflector`]: follows prefixes of one etcd (in).
 //! * [`import_policy`]: what a cluster may say (in).
@@ -15,6 +16,7 @@
 pub mod accept;
 pub mod cluster;
 pub mod config_dir;
+pub mod digest;
 pub mod etcd;
 pub mod import_policy;
 pub mod key;

@@ -5,8 +5,9 @@ mod support;
 
 use std::time::Duration;
 
+use clustermesh_kvstore::digest::{Digest, DigestRecord, SourceTime, Timed};
 use clustermesh_kvstore::key::HEARTBEAT;
-use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
+use clustermesh_kvstore::publisher::{Origin, OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions};
 use support::{DEADLINE, Etcd, eventually};
 use tokio::time::timeout;
@@ -15,8 +16,8 @@ const CANARY: &str = "synced/a";
 
 fn spec() -> PublisherSpec {
     let owned = vec![
-        OwnedPrefix { prefix: "data/a/".into(), canary: Some(CANARY.into()) },
-        OwnedPrefix { prefix: "config/a".into(), canary: None },
+        OwnedPrefix { canary: Some(CANARY.into()), ..OwnedPrefix::new("data/a/") },
+        OwnedPrefix::new("config/a"),
     ];
     PublisherSpec { owned, heartbeat: None, ..PublisherSpec::default() }
 }
@@ -196,4 +197,47 @@ async fn the_heart_beats() {
     assert_ne!(lease, 0);
     assert_eq!(first.len(), "2026-11-20T20:41:35Z".len());
     eventually("the next beat", || async { etcd.keys(HEARTBEAT).await[0].1 != first }).await;
+}
+
+#[tokio::test]
+async fn the_digest_of_what_stands_is_stated_with_the_times_of_its_changes() {
+    let etcd = Etcd::start().await;
+    let digest = Some("digests/a/data".to_owned());
+    let with_digest = || {
+        let mut spec = spec();
+        spec.owned[0].digest = digest.clone();
+        spec
+    };
+    let stated = async |etcd: &Etcd| {
+        let keys = etcd.keys("digests/a/data").await;
+        keys.first().and_then(|(_, value, _)| DigestRecord::decode(value.as_bytes()).ok())
+    };
+    let publisher = publish(&etcd, with_digest(), &[("data/a/1", "x"), ("data/a/2", "y")]);
+    let whole: Digest = [("1", b"x".as_slice()), ("2", b"y")].into_iter().collect();
+    eventually("the digest is stated", || async { stated(&etcd).await.is_some() }).await;
+    assert_eq!(stated(&etcd).await.unwrap().digest, whole);
+
+    let at = SourceTime::now();
+    publisher.set_from("data/a/2".into(), None, Origin::Event(at));
+    let rest: Digest = [("1", b"x".as_slice())].into_iter().collect();
+    eventually("the change is stated", || async { stated(&etcd).await.unwrap().digest == rest }).await;
+    let record = stated(&etcd).await.unwrap();
+    assert_eq!(record.recent, [Timed { revision: record.revision, at }]);
+
+    etcd.put("digests/a/data", "nonsense").await;
+    eventually("it is put right", || async {
+        etcd.keys("digests/a/data").await[0].1.as_bytes() == record.encode()
+    })
+    .await;
+
+    // A restart has nothing else to say.
+    publisher.shutdown().await;
+    let revision = etcd.session().await.revision();
+    let publisher = publish(&etcd, with_digest(), &[("data/a/1", "x")]);
+    flushed(&publisher).await;
+    publisher.set_from("data/a/1".into(), Some(b"z".to_vec()), Origin::Event(at));
+    let changed: Digest = [("1", b"z".as_slice())].into_iter().collect();
+    eventually("the next change is stated", || async { stated(&etcd).await.unwrap().digest == changed })
+        .await;
+    assert_eq!(etcd.session().await.revision(), revision + 2, "one write, one statement");
 }

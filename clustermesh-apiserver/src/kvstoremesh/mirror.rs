@@ -205,7 +205,8 @@ impl Mirror {
                     copies.complete(out);
                 }
             }
-            ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
+            // The reflector itself finds out what a list lacks.
+            ReflectorEvent::Relisting | ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
         }
     }
 

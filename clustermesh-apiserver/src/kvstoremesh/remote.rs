@@ -84,7 +84,7 @@ impl Remote {
                         self.mirror.lost(now());
                         self.status.failed(&self.name, reason);
                     }
-                    Some(ReflectorEvent::Progress { .. }) => {}
+                    Some(ReflectorEvent::Progress { .. } | ReflectorEvent::Relisting) => {}
                     // Only when the runtime shuts down.
                     None => return pending().await,
                 },
@@ -167,11 +167,8 @@ impl Remote {
 }
 
 fn publisher_spec(name: &ClusterName) -> PublisherSpec {
-    let mut owned = vec![OwnedPrefix { prefix: cluster_config_key(name), canary: None }];
-    owned.extend(KINDS.map(|kind| OwnedPrefix {
-        prefix: data_prefix(kind, name, Layout::Cache),
-        canary: Some(canary_key(kind, name, Layout::Cache)),
-    }));
+    let mut owned = vec![OwnedPrefix::new(cluster_config_key(name))];
+    owned.extend(KINDS.map(|kind| OwnedPrefix::of_kind(kind, name, Layout::Cache)));
     // The heartbeat is the exporter's.
     PublisherSpec { owned, heartbeat: None, ..PublisherSpec::default() }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::{KeyRange, SessionError};
-use clustermesh_kvstore::key::{Layout, cluster_config_key, data_prefix};
+use clustermesh_kvstore::key::{Layout, cluster_config_key, data_prefix, digest_key};
 use clustermesh_kvstore::record::ClusterConfig;
 use clustermesh_kvstore::reflector::{Backoff, Connection};
 use rand::SeedableRng as _;
@@ -28,6 +28,7 @@ pub(super) async fn remove(local: &Connection, name: &ClusterName, grace: Durati
     sleep(grace).await;
     delete(local, name, &KeyRange::Prefix(canaries(name))).await;
     for kind in KINDS {
+        delete(local, name, &KeyRange::Key(digest_key(kind, name, Layout::Cache))).await;
         delete(local, name, &KeyRange::Prefix(data_prefix(kind, name, Layout::Cache))).await;
     }
 }

@@ -11,15 +11,19 @@
 //! Canaries: the canary of a prefix is written when its desired state was declared complete and every
 //! key of it stands in this etcd. A re-created etcd has neither keys nor canaries, so the same rule
 //! fills it again in the right order.
+//!
+//! Digests: see `digests`. A digest is one more key with a desired value, written after all others.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::digests::Digests;
 use super::keys::{Actual, Class, Keys, Place, Trouble};
 use super::leases::{LeaseState, Leases};
 use super::message::{Effect, Observed, Op};
-use super::spec::{PublisherSpec, PublisherStatus};
+use super::spec::{Origin, PublisherSpec, PublisherStatus};
+use crate::digest::Timed;
 
 /// Bytes of keys and values in one transaction; etcd refuses requests above 1.5 MiB.
 const TXN_BYTES: usize = 512 * 1024;
@@ -32,13 +36,18 @@ pub(super) const RETRY_MAX: Duration = Duration::from_secs(5);
 /// State of a publisher; see the module's documentation.
 pub struct Core {
     spec: PublisherSpec,
-    /// One for each owned prefix, then one for all canaries.
+    /// One for each owned prefix, then one for all canaries, then those of the digests' folders.
     streams: Vec<Stream>,
     generation: u64,
     /// By owned prefix: its desired state was declared complete.
     complete: Vec<bool>,
     keys: Keys,
-    in_flight: HashMap<u64, Vec<Op>>,
+    digests: Digests,
+    /// By owned prefix: the stream of its digest's folder.
+    digest_streams: Vec<usize>,
+    /// Where the changes come from that are yet to be written.
+    origins: HashMap<Arc<str>, Origin>,
+    in_flight: HashMap<u64, Vec<(Op, Option<Origin>)>>,
     next_txn: u64,
     leases: Leases,
     retry: Option<Retry>,
@@ -50,8 +59,8 @@ struct Stream {
     prefix: String,
     generation: u64,
     listed: bool,
-    /// Lists completed so far.
-    lists: u64,
+    /// Revision of its last list.
+    listed_at: i64,
 }
 
 struct Retry {
@@ -65,18 +74,19 @@ impl Core {
         let prefixes = spec.owned.len();
         let leases = Leases::new(spec.lease_ttl);
         let canaries = spec.owned.iter().filter_map(|o| o.canary.as_deref());
-        let streams = spec
-            .owned
-            .iter()
-            .map(|o| o.prefix.clone())
-            .chain(common_folder(canaries))
-            .map(|prefix| Stream { prefix, generation: 0, listed: false, lists: 0 })
-            .collect();
+        let mut folders: Vec<String> =
+            spec.owned.iter().map(|o| o.prefix.clone()).chain(common_folder(canaries)).collect();
+        let digest_streams = add_digest_folders(&spec, &mut folders);
+        let stream = |prefix| Stream { prefix, generation: 0, listed: false, listed_at: 0 };
+        let streams = folders.into_iter().map(stream).collect();
         let mut core = Self {
             streams,
             generation: 0,
             complete: vec![false; prefixes],
             keys: Keys::new(prefixes),
+            digests: Digests::new(&spec.owned),
+            digest_streams,
+            origins: HashMap::new(),
             in_flight: HashMap::new(),
             next_txn: 0,
             leases,
@@ -91,9 +101,9 @@ impl Core {
         core
     }
 
-    /// Wants `key` to have `value`, or (`None`) not to be there. A key outside of the owned prefixes is
-    /// refused: `false`.
-    pub fn set(&mut self, key: &str, value: Option<Vec<u8>>) -> bool {
+    /// Wants `key` to have `value`, or (`None`) not to be there, because of `origin` if that is to be
+    /// traced. A key outside of the owned prefixes is refused: `false`.
+    pub fn set(&mut self, key: &str, value: Option<Vec<u8>>, origin: Option<Origin>) -> bool {
         let Some(class) = self.owned_class(key) else { return false };
         if value.is_none() && self.keys.get(key).is_none() {
             return true;
@@ -104,8 +114,22 @@ impl Core {
             state.desired = value;
             state.settled = false;
             self.keys.touch(key);
+            match (origin, class) {
+                (Some(origin), Class::Owned(index)) if self.digests.has(index) => {
+                    self.origins.insert(key.into(), origin);
+                }
+                // Where the value before came from is of no interest any more.
+                _ => drop(self.origins.remove(key)),
+            }
         }
         true
+    }
+
+    /// What the etcd that the owned `prefix` mirrors states of the times of its newest revisions.
+    pub fn source_stated(&mut self, prefix: &str, recent: &[Timed]) {
+        if let Some(index) = self.spec.owned.iter().position(|o| o.prefix == prefix) {
+            self.digests.source_stated(index, recent);
+        }
     }
 
     /// Declares the desired state of an owned prefix complete: what else stands under it may go, and
@@ -129,6 +153,7 @@ impl Core {
         if let Observed::Etcd { generation } = observed {
             state.generation = generation;
             state.listed = false;
+            state.listed_at = 0;
             if generation > self.generation {
                 self.generation = generation;
                 self.start_over();
@@ -140,18 +165,22 @@ impl Core {
         }
         match observed {
             Observed::Present { key, value, lease, revision } => {
-                let lists = state.lists;
                 self.saw(&key, Some((value, lease)), revision, now);
                 if let Some(key) = self.keys.get_mut(&key) {
-                    key.told = lists;
+                    key.told = true;
                 }
             }
-            Observed::Absent { key, revision } => self.saw(&key, None, revision, now),
+            Observed::Absent { key, revision } => {
+                if let Some(key) = self.keys.get_mut(&key) {
+                    key.told = false;
+                }
+                self.saw(&key, None, revision, now);
+            }
             Observed::Listed { revision } => {
                 state.listed = true;
-                state.lists += 1;
-                let round = state.lists - 1;
-                self.forget_untold(stream, round, revision, now);
+                state.listed_at = revision;
+                self.forget_untold(stream, revision, now);
+                self.digests.listed(stream, revision);
                 for index in 0..self.complete.len() {
                     if index == stream {
                         self.keys.touch_all(|key| key.class == Class::Owned(index));
@@ -164,16 +193,13 @@ impl Core {
     }
 
     /// A key that we wrote and that vanished before its stream ever saw it is in no list and no deletion:
-    /// what a complete list did not tell of is not there.
-    fn forget_untold(&mut self, stream: usize, round: u64, revision: i64, now: Instant) {
-        let canaries = self.complete.len();
-        let of_stream = |class: Class| match class {
-            Class::Owned(index) => index == stream,
-            Class::Canary(_) => stream == canaries,
-            Class::Heartbeat => false,
-        };
+    /// what stands there the stream has told.
+    fn forget_untold(&mut self, stream: usize, revision: i64, now: Instant) {
         let gone = self.keys.names(|key| {
-            of_stream(key.class) && key.actual.is_some() && key.told != round && key.revision < revision
+            self.stream_of(key.class) == Some(stream)
+                && key.actual.is_some()
+                && !key.told
+                && key.revision < revision
         });
         for key in gone {
             self.saw(&key, None, revision, now);
@@ -184,16 +210,23 @@ impl Core {
     fn start_over(&mut self) {
         self.leases.forget_all();
         self.in_flight.clear();
+        self.origins.clear();
+        self.digests.start_over();
         self.retry = None;
         self.heartbeat_due = None;
         for key in self.keys.names(|_| true) {
             if let Some(state) = self.keys.get_mut(&key) {
                 state.actual = None;
+                state.ours = None;
+                state.told = false;
                 state.revision = 0;
                 state.settled = false;
                 state.trouble = None;
-                state.uncertain = false;
+                if matches!(state.class, Class::Digest(_)) {
+                    state.desired = None;
+                }
             }
+            self.keys.set_uncertain(&key, false);
             self.keys.place(&key, Place::Dirty);
         }
     }
@@ -209,6 +242,7 @@ impl Core {
         if self.retry.as_ref().is_some_and(|r| r.at > now) {
             return effects;
         }
+        self.state_digests(now);
         while self.in_flight.len() < TXNS_IN_FLIGHT {
             let ops = self.batch(now, wall);
             if ops.is_empty() {
@@ -217,7 +251,8 @@ impl Core {
             let id = self.next_txn;
             self.next_txn += 1;
             effects.push(Effect::Txn { id, ops: ops.clone() });
-            self.in_flight.insert(id, ops);
+            let origins = |op: Op| (op.clone(), self.origins.remove(op.key()));
+            self.in_flight.insert(id, ops.into_iter().map(origins).collect());
         }
         if self.leases.wants_grant() {
             self.leases.granting();
@@ -230,7 +265,8 @@ impl Core {
     pub fn next_deadline(&self) -> Option<Instant> {
         let retry = self.retry.as_ref().map(|r| r.at);
         let waiting = self.keys.next_wake();
-        [retry, waiting, self.leases.next_due(), self.heartbeat_due].into_iter().flatten().min()
+        let others = [self.leases.next_due(), self.heartbeat_due, self.digests.next_due()];
+        [retry, waiting].into_iter().chain(others).flatten().min()
     }
 
     /// A transaction was committed at `revision`.
@@ -238,7 +274,7 @@ impl Core {
         let Some(ops) = self.in_flight.remove(&id) else { return };
         self.retry = None;
         self.status.last_error.clear();
-        for op in ops {
+        for (op, origin) in ops {
             let written = match &op {
                 Op::Put { value, lease, .. } => Some(Actual { value: value.clone(), lease: *lease }),
                 Op::Delete { .. } => None,
@@ -251,16 +287,27 @@ impl Core {
             if let Op::Put { lease, .. } = &op {
                 self.leases.unreserve(*lease);
             }
+            let class = self.keys.get(&key).map(|state| state.class);
+            let listed = class.and_then(|class| self.streams.get(self.stream_of(class)?));
+            let listed_at = listed.map_or(0, |stream| stream.listed_at);
             if let Some(state) = self.keys.get_mut(&key) {
-                // A watch may have told of something newer before this answer came.
-                if revision > state.revision {
+                if let Class::Owned(index) = state.class {
+                    let value = written.as_ref().map(|written| &*written.value);
+                    self.digests.confirm(index, &key, &mut state.ours, value, revision);
+                    if let Some(origin) = origin {
+                        self.digests.changed(index, revision, origin);
+                    }
+                }
+                // A watch may have told of something newer before this answer came; a newer list that had
+                // nothing to tell of the key, that it is gone again.
+                if revision > state.revision.max(listed_at) {
                     Self::move_lease(&mut self.leases, state.actual.as_ref(), written.as_ref());
                     state.actual = written;
                     state.revision = revision;
                 }
                 state.trouble = state.trouble.filter(|t| !t.alone);
-                state.uncertain = false;
             }
+            self.keys.set_uncertain(&key, false);
             self.keys.landed(&key);
         }
     }
@@ -270,10 +317,12 @@ impl Core {
     pub fn txn_failed(&mut self, id: u64, error: &str, lease_missing: bool, refused: bool, now: Instant) {
         let Some(ops) = self.in_flight.remove(&id) else { return };
         self.status.last_error = error.to_string();
+        let is_digest = |key: &str| matches!(self.class_of(key), Some(Class::Digest(_)));
+        let only_digests = ops.iter().all(|(op, _)| is_digest(op.key()));
         if lease_missing {
             let used: BTreeSet<i64> = ops
                 .iter()
-                .filter_map(|op| match op {
+                .filter_map(|(op, _)| match op {
                     Op::Put { lease, .. } => Some(*lease),
                     Op::Delete { .. } => None,
                 })
@@ -281,19 +330,29 @@ impl Core {
             for lease in used {
                 self.lease_gone(lease);
             }
-        } else if !refused {
+        } else if !refused && !only_digests {
             let delay = self.retry.as_ref().map_or(RETRY_MIN, |r| (r.delay * 2).min(RETRY_MAX));
             self.retry = Some(Retry { at: now + delay, delay });
         }
         let alone = ops.len() == 1;
-        for op in ops {
-            let key = op.key().clone();
-            if let Op::Put { lease, .. } = op {
-                self.leases.unreserve(lease);
+        for (op, origin) in ops {
+            let (key, written) = match op {
+                Op::Put { key, value, lease } => {
+                    self.leases.unreserve(lease);
+                    (key, Some(value))
+                }
+                Op::Delete { key } => (key, None),
+            };
+            let still_wanted = self.keys.get(&key).is_some_and(|state| state.desired == written);
+            if let Some(origin) = origin.filter(|_| still_wanted) {
+                self.origins.entry(key.clone()).or_insert(origin);
+            }
+            if !refused && !lease_missing {
+                self.keys.set_uncertain(&key, true);
             }
             let Some(state) = self.keys.get_mut(&key) else { continue };
-            state.uncertain |= !refused && !lease_missing;
-            if refused {
+            // A digest that cannot be written must not hold back the data.
+            if refused || (only_digests && !lease_missing) {
                 state.trouble = Some(Trouble::refused(state.trouble, alone, now));
             }
             self.keys.landed(&key);
@@ -348,6 +407,17 @@ impl Core {
         (0..self.complete.len()).all(|index| self.is_synced(index))
     }
 
+    /// Nothing is left to state.
+    #[cfg(test)]
+    pub(super) fn all_stated(&self) -> bool {
+        let stands = |index: &usize| {
+            let key = self.spec.owned[*index].digest.as_deref().and_then(|key| self.keys.get(key));
+            key.is_some_and(|key| key.desired.is_some() && key.is_clean())
+        };
+        self.digests.active().is_empty()
+            && (0..self.complete.len()).filter(|index| self.digests.has(*index)).all(|index| stands(&index))
+    }
+
     /// Stream `index` has listed the present etcd.
     fn is_listed(&self, index: usize) -> bool {
         self.streams.get(index).is_some_and(|s| s.listed && s.generation == self.generation)
@@ -365,6 +435,16 @@ impl Core {
         self.is_settled(index) && canary_stands
     }
 
+    /// The stream that tells of keys of a class.
+    fn stream_of(&self, class: Class) -> Option<usize> {
+        match class {
+            Class::Owned(index) => Some(index),
+            Class::Canary(_) => Some(self.complete.len()),
+            Class::Digest(index) => Some(self.digest_streams[index]),
+            Class::Heartbeat => None,
+        }
+    }
+
     fn owned_class(&self, key: &str) -> Option<Class> {
         self.spec.owned.iter().position(|o| o.covers(key)).map(Class::Owned)
     }
@@ -374,7 +454,9 @@ impl Core {
             || self.spec.owned.iter().position(|o| o.canary.as_deref() == Some(key)).map(Class::Canary);
         let heartbeat =
             || (self.spec.heartbeat.is_some() && key == crate::key::HEARTBEAT).then_some(Class::Heartbeat);
-        self.owned_class(key).or_else(canary).or_else(heartbeat)
+        let digest =
+            || self.spec.owned.iter().position(|o| o.digest.as_deref() == Some(key)).map(Class::Digest);
+        self.owned_class(key).or_else(canary).or_else(heartbeat).or_else(digest)
     }
 
     fn saw(&mut self, key: &str, present: Option<(Vec<u8>, i64)>, revision: i64, now: Instant) {
@@ -439,10 +521,33 @@ impl Core {
         }
     }
 
+    /// Wants the digests of prefixes in which something has changed to be stated, when their time has come.
+    fn state_digests(&mut self, now: Instant) {
+        for index in self.digests.active() {
+            if !self.is_listed(index) || !self.is_listed(self.digest_streams[index]) {
+                continue;
+            }
+            if self.is_settled(index) {
+                self.digests.complete(index);
+            }
+            if self.keys.all_known(index) {
+                self.digests.settled(index, now);
+            }
+            let standing = |key: &str| Some(self.keys.get(key)?.actual.as_ref()?.value.clone());
+            if let Some((key, value)) = self.digests.take_due(index, now, standing) {
+                let state = self.keys.entry(&key, Class::Digest(index));
+                state.desired = Some(value);
+                state.settled = false;
+                self.keys.touch(&key);
+            }
+        }
+    }
+
     /// The next transaction: keys that truly differ, up to the limits of one request.
     fn batch(&mut self, now: Instant, wall: &str) -> Vec<Op> {
         let mut ops: Vec<Op> = Vec::new();
         let mut bytes = 0;
+        let mut digests = false;
         let mut aside = Vec::new();
         while ops.len() < self.spec.batch.clamp(1, 128) {
             let Some((class, key)) = self.keys.first_dirty() else { break };
@@ -457,7 +562,12 @@ impl Core {
                 Difference::None => {
                     if let Some(state) = self.keys.get_mut(&key) {
                         state.settled = true;
+                        if let Class::Owned(index) = class {
+                            let (desired, revision) = (state.desired.as_deref(), state.revision);
+                            self.digests.confirm(index, &key, &mut state.ours, desired, revision);
+                        }
                     }
+                    self.origins.remove(&key);
                     self.keys.place(&key, Place::Clean);
                     if let Class::Owned(index) = class {
                         self.check_canary(index);
@@ -471,13 +581,16 @@ impl Core {
                 }
                 Difference::Write(op) => {
                     let alone = trouble.is_some_and(|t| t.alone);
-                    if !ops.is_empty() && (alone || bytes + op.bytes() > TXN_BYTES) {
+                    // Should etcd not take digests, data must not fail with them.
+                    let mixed = matches!(class, Class::Digest(_)) && !digests;
+                    if !ops.is_empty() && (alone || mixed || bytes + op.bytes() > TXN_BYTES) {
                         break;
                     }
                     if let Op::Put { lease, .. } = &op {
                         self.leases.reserve(*lease);
                     }
                     bytes += op.bytes();
+                    digests = matches!(class, Class::Digest(_));
                     self.keys.place(&key, Place::InFlight);
                     ops.push(op);
                     if alone {
@@ -495,6 +608,7 @@ impl Core {
         match class {
             Class::Owned(index) => self.is_listed(index),
             Class::Canary(index) => self.is_settled(index) && self.is_listed(self.complete.len()),
+            Class::Digest(index) => self.is_listed(self.digest_streams[index]),
             Class::Heartbeat => true,
         }
     }
@@ -507,21 +621,21 @@ impl Core {
                 let standing = state.actual.as_ref().map(|a| a.value.clone());
                 Some(standing.unwrap_or_else(|| wall.as_bytes().into()))
             }
-            Class::Owned(_) | Class::Heartbeat => state.desired.clone(),
+            Class::Owned(_) | Class::Heartbeat | Class::Digest(_) => state.desired.clone(),
         };
         let Some(value) = desired else {
             let complete = match class {
                 Class::Owned(index) => self.complete[index],
-                Class::Canary(_) | Class::Heartbeat => false,
+                Class::Canary(_) | Class::Heartbeat | Class::Digest(_) => false,
             };
             return match &state.actual {
-                actual if complete && (actual.is_some() || state.uncertain) => {
+                actual if complete && (actual.is_some() || state.is_uncertain()) => {
                     Difference::Write(Op::Delete { key: key.clone() })
                 }
                 _ => Difference::None,
             };
         };
-        let same = state.actual.as_ref().filter(|a| a.value == value && !state.uncertain);
+        let same = state.actual.as_ref().filter(|a| a.value == value && !state.is_uncertain());
         if let Some(actual) = same {
             match self.leases.state(actual.lease) {
                 LeaseState::Ours => return Difference::None,
@@ -549,6 +663,19 @@ fn common_folder<'a>(mut keys: impl Iterator<Item = &'a str>) -> Option<String> 
     }
     common.truncate(common.rfind('/')? + 1);
     Some(common)
+}
+
+/// Adds the folders of all digests to `folders`; gives for each owned prefix the index of its digest's.
+fn add_digest_folders(spec: &PublisherSpec, folders: &mut Vec<String>) -> Vec<usize> {
+    let mut index_of = |key: &str| {
+        let folder = &key[..key.rfind('/').map_or(0, |at| at + 1)];
+        folders.iter().position(|known| known == folder).unwrap_or_else(|| {
+            folders.push(folder.to_owned());
+            folders.len() - 1
+        })
+    };
+    // Of a prefix without digest nobody asks.
+    spec.owned.iter().map(|owned| owned.digest.as_deref().map_or(0, &mut index_of)).collect()
 }
 
 enum Difference {

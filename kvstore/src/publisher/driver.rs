@@ -14,7 +14,8 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{Core, Effect, Observed, Op, PublisherSpec, PublisherStatus};
+use super::{Core, Effect, Observed, Op, Origin, PublisherSpec, PublisherStatus};
+use crate::digest::{MAX_RECENT, Timed};
 use crate::etcd::{Session, SessionError, WriteOp};
 use crate::reflector::core::Change;
 use crate::reflector::{Connection, LiveSession, ReflectorSpec};
@@ -37,7 +38,9 @@ struct Inbox {
 
 #[derive(Debug, Default)]
 struct Wishes {
-    values: BTreeMap<String, Option<Vec<u8>>>,
+    values: BTreeMap<String, (Option<Vec<u8>>, Option<Origin>)>,
+    /// By prefix: what the etcds that are mirrored have stated.
+    source: BTreeMap<String, Vec<Timed>>,
     /// Prefixes that are complete; they count after the values.
     done: Vec<String>,
     waiters: Vec<oneshot::Sender<()>>,
@@ -56,7 +59,26 @@ impl Publisher {
     /// Sets the desired value of a key; `None`: it is to be gone. A key under none of the owned
     /// prefixes is the caller's mistake; it is logged.
     pub fn set(&self, key: String, value: Option<Vec<u8>>) {
-        self.inbox.lock().values.insert(key, value);
+        self.inbox.lock().values.insert(key, (value, None));
+        self.inbox.news.notify_one();
+    }
+
+    /// [`Self::set`], because of `origin`: if the key's prefix has a digest, readers learn from it how long
+    /// the change took.
+    pub fn set_from(&self, key: String, value: Option<Vec<u8>>, origin: Origin) {
+        self.inbox.lock().values.insert(key, (value, Some(origin)));
+        self.inbox.news.notify_one();
+    }
+
+    /// What the etcd that the owned `prefix` mirrors states (in [`crate::digest::DigestRecord::recent`]) of
+    /// the times of its newest revisions: they become those of the changes that had such a revision as
+    /// [`Origin`].
+    pub fn source_stated(&self, prefix: &str, recent: &[Timed]) {
+        let mut inbox = self.inbox.lock();
+        let known = inbox.source.entry(prefix.to_owned()).or_default();
+        known.extend(recent);
+        known.drain(..known.len().saturating_sub(2 * MAX_RECENT));
+        drop(inbox);
         self.inbox.news.notify_one();
     }
 
@@ -167,9 +189,9 @@ async fn run(
                 driver.switch(live);
             }
             () = inbox.news.notified() => {
-                let wishes = std::mem::take(&mut *inbox.lock());
-                driver.wish(wishes.values, &wishes.done);
-                waiters.extend(wishes.waiters);
+                let mut wishes = std::mem::take(&mut *inbox.lock());
+                waiters.append(&mut wishes.waiters);
+                driver.wish(wishes);
             }
             Some((stream, change)) = changes.next() => driver.saw(stream, change),
             Some(outcome) = driver.running.next() => driver.came_back(outcome),
@@ -210,13 +232,16 @@ impl Driver {
         }
     }
 
-    fn wish(&mut self, values: BTreeMap<String, Option<Vec<u8>>>, done: &[String]) {
-        for (key, value) in values {
-            if !self.core.set(&key, value) {
+    fn wish(&mut self, wishes: Wishes) {
+        for (key, (value, origin)) in wishes.values {
+            if !self.core.set(&key, value, origin) {
                 tracing::error!(key, "not published: it is under none of the owned prefixes");
             }
         }
-        done.iter().for_each(|prefix| self.core.initial_done(prefix));
+        for (prefix, recent) in wishes.source {
+            self.core.source_stated(&prefix, &recent);
+        }
+        wishes.done.iter().for_each(|prefix| self.core.initial_done(prefix));
     }
 
     fn saw(&mut self, index: usize, change: Change) {

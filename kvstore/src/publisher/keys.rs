@@ -21,6 +21,8 @@ pub(super) enum Class {
     Owned(usize),
     Canary(usize),
     Heartbeat,
+    /// Last: what is stated of a prefix never delays what stands in it.
+    Digest(usize),
 }
 
 /// All keys with something desired, standing or unknown.
@@ -32,6 +34,8 @@ pub(super) struct Keys {
     waiting: BTreeSet<(Instant, Arc<str>)>,
     /// By owned prefix: keys dirty, waiting or in flight.
     unsettled: Vec<usize>,
+    /// By owned prefix: keys of which nobody can tell right now what stands in etcd.
+    open: Vec<usize>,
 }
 
 pub(super) struct KeyState {
@@ -40,10 +44,12 @@ pub(super) struct KeyState {
     pub(super) actual: Option<Actual>,
     /// Revision of the newest thing known of this key.
     pub(super) revision: i64,
-    /// How many lists its stream had completed when it last told of it.
-    pub(super) told: u64,
+    /// The last word of its stream is that it stands there.
+    pub(super) told: bool,
+    /// Hash of the value that stands there by our will; none if we want none, or have not written it yet.
+    pub(super) ours: Option<u64>,
     /// A write of it may or may not have been committed: only another write makes sure.
-    pub(super) uncertain: bool,
+    uncertain: bool,
     place: Place,
     /// It was as desired once: a later difference is somebody else's doing unless `set` made it.
     pub(super) settled: bool,
@@ -84,6 +90,7 @@ impl Keys {
             dirty: BTreeSet::new(),
             waiting: BTreeSet::new(),
             unsettled: vec![0; prefixes],
+            open: vec![0; prefixes],
         }
     }
 
@@ -93,7 +100,8 @@ impl Keys {
             desired: None,
             actual: None,
             revision: 0,
-            told: 0,
+            told: false,
+            ours: None,
             uncertain: false,
             place: Place::Clean,
             settled: false,
@@ -142,8 +150,10 @@ impl Keys {
     pub(super) fn place(&mut self, key: &Arc<str>, to: Place) {
         let Some(state) = self.known.get_mut(key) else { return };
         let class = state.class;
+        let was_open = state.is_open();
         let from = std::mem::replace(&mut state.place, to);
         let forgotten = to == Place::Clean && state.desired.is_none() && state.actual.is_none();
+        let is_open = state.is_open() && !forgotten;
         match from {
             Place::Dirty => drop(self.dirty.remove(&(class, key.clone()))),
             Place::Waiting(at) => drop(self.waiting.remove(&(at, key.clone()))),
@@ -158,9 +168,19 @@ impl Keys {
             let change = isize::from(to != Place::Clean) - isize::from(from != Place::Clean);
             self.unsettled[index] = self.unsettled[index].saturating_add_signed(change);
         }
+        self.count_open(class, was_open, is_open);
         if forgotten {
             self.known.remove(key);
         }
+    }
+
+    /// Whether a write of the key may or may not have been committed.
+    pub(super) fn set_uncertain(&mut self, key: &str, uncertain: bool) {
+        let Some(state) = self.known.get_mut(key) else { return };
+        let was_open = state.is_open();
+        state.uncertain = uncertain;
+        let (class, is_open) = (state.class, state.is_open());
+        self.count_open(class, was_open, is_open);
     }
 
     /// Takes a dirty key out of the order for as long as a batch is put together.
@@ -199,9 +219,21 @@ impl Keys {
         self.unsettled[prefix]
     }
 
+    /// Whether it is known of all keys of an owned prefix what stands in etcd by our own hand.
+    pub(super) fn all_known(&self, prefix: usize) -> bool {
+        self.open[prefix] == 0
+    }
+
     /// Keys of all owned prefixes that are not clean.
     pub(super) fn pending(&self) -> usize {
         self.unsettled.iter().sum()
+    }
+
+    fn count_open(&mut self, class: Class, was_open: bool, is_open: bool) {
+        if let Class::Owned(index) = class {
+            let change = isize::from(is_open) - isize::from(was_open);
+            self.open[index] = self.open[index].saturating_add_signed(change);
+        }
     }
 }
 
@@ -209,6 +241,16 @@ impl KeyState {
     /// As desired, as far as is known.
     pub(super) fn is_clean(&self) -> bool {
         self.place == Place::Clean
+    }
+
+    /// A write of it may or may not have been committed, and only another write makes sure.
+    pub(super) fn is_uncertain(&self) -> bool {
+        self.uncertain
+    }
+
+    /// Something else than is known may stand in etcd by our own hand.
+    fn is_open(&self) -> bool {
+        self.uncertain || self.place == Place::InFlight
     }
 }
 

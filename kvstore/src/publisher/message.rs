@@ -86,8 +86,8 @@ pub enum Observed {
         /// Revision of its deletion, or of the list that no longer had it.
         revision: i64,
     },
-    /// The stream's prefix has been listed completely: every key that stands there was told since the
-    /// last `Listed`.
+    /// The stream's prefix has been listed completely: what the stream has told by now, of this list or
+    /// before, is what stood there.
     Listed {
         /// Revision of the list.
         revision: i64,

@@ -2,7 +2,9 @@
 //!
 //! Faults: lost answers of committed and uncommitted transactions, refused values, expired leases,
 //! foreign writes and deletes, re-lists, re-created etcds, restarts of the publisher. After each
-//! schedule the faults stop and etcd must become exactly what is desired.
+//! schedule the faults stop and etcd must become exactly what is desired. Each digest that is stated is
+//! compared with the history of etcd: it has to be that of the revision that it names, and the times of
+//! its changes those of the events that they came from.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -11,7 +13,8 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use super::leases::KEYS_PER_LEASE;
-use super::{Core, Effect, Observed, Op, OwnedPrefix, PublisherSpec};
+use super::{Core, Effect, Observed, Op, Origin, OwnedPrefix, PublisherSpec};
+use crate::digest::{Digest, DigestRecord, SourceTime, Timed};
 
 const TTL: Duration = Duration::from_secs(30);
 const POISON: &[u8] = b"too large";
@@ -53,6 +56,19 @@ impl Etcd {
         self.revision
     }
 
+    /// Of what stood under `prefix` at `revision`.
+    fn digest(&self, prefix: &str, revision: i64) -> Digest {
+        let mut keys = BTreeMap::new();
+        for (_, key, value) in self.history.iter().filter(|(at, ..)| *at <= revision) {
+            match (key.strip_prefix(prefix), value) {
+                (Some(suffix), Some(value)) => drop(keys.insert(suffix, &*value.value)),
+                (Some(suffix), None) => drop(keys.remove(suffix)),
+                (None, _) => {}
+            }
+        }
+        keys.into_iter().collect()
+    }
+
     fn expire(&mut self, now: Instant) {
         let dead: Vec<i64> = self.leases.iter().filter(|(_, at)| **at <= now).map(|(id, _)| *id).collect();
         for lease in dead {
@@ -73,7 +89,8 @@ struct Stream {
     generation: u64,
     listed: bool,
     read_to: i64,
-    known: BTreeSet<String>,
+    /// With the revision that was told.
+    known: BTreeMap<String, i64>,
 }
 
 struct World {
@@ -83,19 +100,29 @@ struct World {
     core: Core,
     streams: Vec<Stream>,
     effects: VecDeque<Effect>,
+    /// Transactions that are committed, but the publisher has not heard of it: number and revision.
+    answers: Vec<(u64, i64)>,
+    /// Nobody else writes and leases do not end, so that each digest has to be exact.
+    undisturbed: bool,
     /// What the process wants, and which prefixes it declared complete.
     desired: BTreeMap<String, Vec<u8>>,
     complete: BTreeSet<String>,
     /// Keys that a foreign hand touched: a canary may overtake their repair.
     foreign: BTreeSet<String>,
+    /// Something else than the publisher changed etcd.
+    tampered: bool,
+    /// By origin, its number: the key and the value that was set.
+    origins: Vec<(String, Option<Vec<u8>>)>,
     next_lease: i64,
     writes: usize,
+    stated: usize,
 }
 
 fn spec() -> PublisherSpec {
     let owned = |prefix: &str, canary: Option<&str>| OwnedPrefix {
-        prefix: prefix.into(),
         canary: canary.map(Into::into),
+        digest: canary.map(|_| format!("digests/{prefix}d")),
+        ..OwnedPrefix::new(prefix)
     };
     PublisherSpec {
         owned: vec![
@@ -118,11 +145,16 @@ impl World {
             core: Core::new(spec()),
             streams: Vec::new(),
             effects: VecDeque::new(),
+            answers: Vec::new(),
+            undisturbed: seed.is_multiple_of(2),
             desired: BTreeMap::new(),
             complete: BTreeSet::new(),
             foreign: BTreeSet::new(),
+            tampered: false,
+            origins: Vec::new(),
             next_lease: 1,
             writes: 0,
+            stated: 0,
         };
         world.attach();
         world
@@ -139,6 +171,7 @@ impl World {
 
     fn key(&mut self) -> String {
         match self.rng.random_range(0..25) {
+            0 if self.chance(20) => "digests/a/d".into(),
             0 => "config/alpha".into(),
             n if n < 13 => format!("a/{n}"),
             n => format!("b/{n}"),
@@ -149,6 +182,9 @@ impl World {
         match self.rng.random_range(0..100) {
             0..=19 => {
                 let key = self.key();
+                if key.starts_with("digests") {
+                    return;
+                }
                 let value = match self.rng.random_range(0..10) {
                     0..=2 => None,
                     3 if self.chance(30) => Some(POISON.to_vec()),
@@ -162,16 +198,20 @@ impl World {
                 self.core.initial_done(prefix);
             }
             23..=42 => self.poll(),
-            43..=62 => self.execute(true),
+            43..=57 => self.execute(true),
+            58..=61 => self.answer(),
+            62 => self.tell_source(),
             63..=84 => self.deliver(),
             85..=91 => {
-                let ms = self.rng.random_range(0..8000);
+                let ms = self.rng.random_range(0..if self.undisturbed { 300 } else { 8000 });
                 self.advance(Duration::from_millis(ms));
             }
+            92..=95 if self.undisturbed => self.answer(),
             92..=95 => {
                 let key = self.key();
                 let value = self.chance(50).then(|| (b"foreign".to_vec(), 0));
                 self.foreign.insert(key.clone());
+                self.tampered = true;
                 self.etcd.write(vec![(key, value)]);
             }
             96..=97 => {
@@ -184,20 +224,37 @@ impl World {
     }
 
     fn set(&mut self, key: String, value: Option<Vec<u8>>) {
-        assert!(self.core.set(&key, value.clone()));
+        let origin = match self.rng.random_range(0..3) {
+            0 => None,
+            1 => Some(Origin::Event(SourceTime(self.origins.len() as i64))),
+            _ => Some(Origin::Revision(self.origins.len() as i64)),
+        };
+        self.origins.push((key.clone(), value.clone()));
+        assert!(self.core.set(&key, value.clone(), origin));
         match value {
             Some(value) => drop(self.desired.insert(key, value)),
             None => drop(self.desired.remove(&key)),
         }
     }
 
+    /// The etcd that is mirrored tells the times of its revisions: here, both are the origin's number.
+    fn tell_source(&mut self) {
+        let from = self.rng.random_range(0..=self.origins.len() as i64);
+        let recent: Vec<_> = (from..self.origins.len() as i64).map(|n| timed(n, n)).collect();
+        self.core.source_stated("a/", &recent);
+    }
+
     fn advance(&mut self, by: Duration) {
         self.now += by;
+        let before = self.etcd.revision;
         self.etcd.expire(self.now);
+        self.tampered |= self.etcd.revision != before;
     }
 
     fn recreate(&mut self) {
         self.etcd = Etcd::new(self.etcd.generation + 1);
+        self.tampered = false;
+        self.answers.clear();
     }
 
     fn knows_etcd(&self) -> bool {
@@ -207,9 +264,10 @@ impl World {
     fn restart(&mut self) {
         self.core = Core::new(spec());
         self.effects.clear();
+        self.answers.clear();
         self.attach();
         for (key, value) in &self.desired {
-            self.core.set(key, Some(value.clone()));
+            self.core.set(key, Some(value.clone()), None);
         }
         for prefix in &self.complete {
             self.core.initial_done(prefix);
@@ -274,11 +332,11 @@ impl World {
                 None => self.core.lease_gone(lease),
             },
             Effect::KeepAlive { lease } => self.core.keep_alive_failed(lease, self.now),
-            Effect::Txn { id, ops } => self.transact(id, ops, lost),
+            Effect::Txn { id, ops } => self.transact(id, ops, lost, faults),
         }
     }
 
-    fn transact(&mut self, id: u64, ops: Vec<Op>, lost: bool) {
+    fn transact(&mut self, id: u64, ops: Vec<Op>, lost: bool, faults: bool) {
         let poisoned = ops.iter().any(|op| matches!(op, Op::Put { value, .. } if **value == *POISON));
         let unleased =
             ops.iter().any(|op| matches!(op, Op::Put { lease, .. } if !self.etcd.leases.contains_key(lease)));
@@ -296,10 +354,42 @@ impl World {
             Op::Put { key, value, lease } => (key.to_string(), Some((value.to_vec(), lease))),
             Op::Delete { key } => (key.to_string(), None),
         });
-        let revision = self.etcd.write(changes.collect());
+        let changes: Vec<_> = changes.collect();
+        for (key, value) in &changes {
+            if let (Some(prefix), Some((value, _))) = (key.strip_prefix("digests/"), value) {
+                self.check_statement(prefix.trim_end_matches('d'), value);
+            }
+        }
+        let revision = self.etcd.write(changes);
         match lost {
             true => self.core.txn_failed(id, "timeout", false, false, self.now),
+            // It may be a while until the answer is read, and not in the order of the commits.
+            false if faults && self.chance(50) => self.answers.push((id, revision)),
             false => self.core.txn_done(id, revision),
+        }
+    }
+
+    fn answer(&mut self) {
+        if !self.answers.is_empty() {
+            let at = self.rng.random_range(0..self.answers.len());
+            let (id, revision) = self.answers.swap_remove(at);
+            self.core.txn_done(id, revision);
+        }
+    }
+
+    fn check_statement(&mut self, prefix: &str, value: &[u8]) {
+        self.stated += 1;
+        let record = DigestRecord::decode(value).unwrap();
+        assert!(record.revision <= self.etcd.revision, "{record:?} is of a revision to come");
+        if !self.tampered {
+            assert_eq!(record.digest, self.etcd.digest(prefix, record.revision), "{prefix} at {record:?}");
+        }
+        for timed in record.recent {
+            let (key, value) = &self.origins[usize::try_from(timed.at.0).unwrap()];
+            let is_it = |(revision, k, v): &(i64, String, Option<Value>)| {
+                *revision == timed.revision && k == key && v.as_ref().map(|v| &v.value) == value.as_ref()
+            };
+            assert!(self.etcd.history.iter().any(is_it), "{timed:?} is not of {key} = {value:?}");
         }
     }
 
@@ -316,16 +406,19 @@ impl World {
         if stream.generation != self.etcd.generation {
             stream.generation = self.etcd.generation;
             stream.listed = false;
+            stream.known.values_mut().for_each(|told| *told = 0);
             said.push(Observed::Etcd { generation: stream.generation });
         } else if !stream.listed {
             let mut gone = std::mem::take(&mut stream.known);
             for (key, v) in self.etcd.keys.iter().filter(|(k, _)| k.starts_with(&stream.prefix)) {
-                gone.remove(key);
-                stream.known.insert(key.clone());
-                said.push(present(key, v));
+                // As a reflector does: what was told already is not told again.
+                if gone.remove(key) != Some(v.revision) {
+                    said.push(present(key, v));
+                }
+                stream.known.insert(key.clone(), v.revision);
             }
             let revision = self.etcd.revision;
-            said.extend(gone.into_iter().map(|key| Observed::Absent { key, revision }));
+            said.extend(gone.into_keys().map(|key| Observed::Absent { key, revision }));
             said.push(Observed::Listed { revision });
             (stream.listed, stream.read_to) = (true, revision);
         } else {
@@ -343,7 +436,7 @@ impl World {
                 }
                 match value {
                     Some(v) => {
-                        stream.known.insert(key.clone());
+                        stream.known.insert(key.clone(), v.revision);
                         said.push(present(key, v));
                     }
                     None => {
@@ -367,10 +460,13 @@ impl World {
             while !self.effects.is_empty() {
                 self.execute(false);
             }
+            while !self.answers.is_empty() {
+                self.answer();
+            }
             for index in 0..self.streams.len() {
                 while self.deliver_on(index) {}
             }
-            if self.core.is_flushed() {
+            if self.core.is_flushed() && self.core.all_stated() {
                 return;
             }
             let wait = self.core.next_deadline().map_or(Duration::from_millis(10), |at| {
@@ -391,10 +487,19 @@ impl World {
         for canary in ["synced/alpha/a", "synced/alpha/b"] {
             assert!(self.etcd.keys.contains_key(canary), "{canary} is missing");
         }
+        for prefix in ["a/", "b/"] {
+            let stated = &self.etcd.keys[&format!("digests/{prefix}d")].value;
+            let digest = DigestRecord::decode(stated).unwrap().digest;
+            assert_eq!(digest, self.etcd.digest(prefix, i64::MAX), "the last word on {prefix}");
+        }
         for (key, v) in &self.etcd.keys {
             assert!(self.etcd.leases.contains_key(&v.lease), "{key} hangs on no living lease");
         }
     }
+}
+
+fn timed(revision: i64, at: i64) -> Timed {
+    Timed { revision, at: SourceTime(at) }
 }
 
 fn present(key: &str, v: &Value) -> Observed {
@@ -473,6 +578,24 @@ fn no_lease_gets_more_keys_than_it_may() {
 fn keys_outside_of_what_is_owned_are_refused() {
     let mut core = Core::new(spec());
     for key in ["c/1", "config/alpha2", "config/alph", "a"] {
-        assert!(!core.set(key, Some(vec![1])), "{key}");
+        assert!(!core.set(key, Some(vec![1]), None), "{key}");
     }
+}
+
+#[test]
+fn a_steady_stream_of_changes_is_stated_five_times_a_second() {
+    let mut world = World::new(1);
+    finish(&mut world);
+    world.stated = 0;
+    for n in 0..1000 {
+        world.set("a/1".into(), Some(vec![(n % 250) as u8]));
+        for _ in 0..2 {
+            world.poll();
+            while !world.effects.is_empty() {
+                world.execute(false);
+            }
+        }
+        world.advance(Duration::from_millis(10));
+    }
+    assert!((45..=51).contains(&world.stated), "{} statements in 10 s", world.stated);
 }

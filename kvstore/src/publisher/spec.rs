@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::cluster::ClusterName;
+use crate::digest::SourceTime;
+use crate::key::{self, Kind, Layout};
+
 /// What a publisher owns and how it writes.
 #[derive(Clone, Debug)]
 pub struct PublisherSpec {
@@ -35,9 +39,35 @@ pub struct OwnedPrefix {
     pub prefix: String,
     /// Key written once everything under the prefix has been.
     pub canary: Option<String>,
+    /// Key in which the digest of all under the prefix is stated, see [`crate::digest`].
+    pub digest: Option<String>,
+}
+
+/// Where a change comes from: what the time until it is effective elsewhere is counted from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// An event that was seen then.
+    Event(SourceTime),
+    /// A revision of the etcd that is mirrored. When its event was seen, that etcd's digest record says
+    /// a little later; see [`super::Publisher::source_stated`].
+    Revision(i64),
 }
 
 impl OwnedPrefix {
+    /// A prefix or key that has neither canary nor digest.
+    pub fn new(prefix: impl Into<String>) -> Self {
+        Self { prefix: prefix.into(), canary: None, digest: None }
+    }
+
+    /// All that a cluster writes of a kind, with canary and digest.
+    pub fn of_kind(kind: Kind, cluster: &ClusterName, layout: Layout) -> Self {
+        Self {
+            prefix: key::data_prefix(kind, cluster, layout),
+            canary: Some(key::canary_key(kind, cluster, layout)),
+            digest: Some(key::digest_key(kind, cluster, layout)),
+        }
+    }
+
     /// Whether `key` belongs to it.
     pub fn covers(&self, key: &str) -> bool {
         if self.prefix.ends_with('/') { key.starts_with(&self.prefix) } else { key == self.prefix }
