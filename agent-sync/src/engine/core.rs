@@ -4,6 +4,7 @@
 //! happened, [`Core::step`] writes what follows from all of it; how many inputs are taken before a
 //! step is the driver's choice and changes only how often a key is written.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
@@ -13,9 +14,12 @@ use tracing::{debug, info, warn};
 
 use super::Input;
 use super::members::Members;
-use crate::mesh::{Links, Mesh};
+use crate::mesh::{Conflict, Links, Mesh};
 use crate::peers::OwnCluster;
 use crate::reconcile::Reconciler;
+
+/// Refused claims that are remembered to be shown.
+const CONFLICTS: usize = 1000;
 
 /// See the module.
 #[derive(Debug)]
@@ -24,6 +28,8 @@ pub struct Core {
     members: Members,
     mesh: Mesh,
     reconciler: Reconciler,
+    /// Refused claims, and since when; at most [`CONFLICTS`] of them.
+    conflicts: BTreeMap<Conflict, Instant>,
 }
 
 /// What a step touched beyond the tables.
@@ -53,7 +59,7 @@ impl Core {
             "read back what is installed"
         );
         let mesh = Mesh::new(own.id, node_name, node_ip, restored);
-        Ok(Self { members: Members::new(own.clone()), own, mesh, reconciler })
+        Ok(Self { members: Members::new(own.clone()), own, mesh, reconciler, conflicts: BTreeMap::new() })
     }
 
     /// Takes in what a peer's task tells.
@@ -73,6 +79,9 @@ impl Core {
         if !changes.is_empty() {
             debug!(changes = changes.len(), "writing");
         }
+        if self.mesh.take_conflicts_decided() {
+            self.note_conflicts(now);
+        }
         let topology_changed = !changes.prefix.is_empty() || !changes.node.is_empty();
         self.reconciler.accept(changes);
         let before = self.reconciler.last_error().map(str::to_owned);
@@ -81,6 +90,23 @@ impl Core {
             warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
         }
         Stepped { topology_changed }
+    }
+
+    /// Claims that another cluster's keep out, and since when. The list is bounded.
+    pub fn conflicts(&self) -> impl Iterator<Item = (&Conflict, Instant)> {
+        self.conflicts.iter().map(|(conflict, since)| (conflict, *since))
+    }
+
+    fn note_conflicts(&mut self, now: Instant) {
+        let before = std::mem::take(&mut self.conflicts);
+        for conflict in self.mesh.conflicts().take(CONFLICTS) {
+            let since = before.get(&conflict).copied();
+            if since.is_none() {
+                let Conflict { cluster, claim, holder } = &conflict;
+                info!(cluster, claim, holder, "refused a claim: another cluster holds it");
+            }
+            self.conflicts.insert(conflict, since.unwrap_or(now));
+        }
     }
 
     /// When [`Self::step`] has something to do even if nothing is applied before.

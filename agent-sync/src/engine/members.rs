@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
-use clustermesh_kvstore::import_policy::{PeerPolicy, Rules};
+use clustermesh_kvstore::import_policy::{Mode, PeerPolicy, PodCidrs, Rules};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use tracing::{debug, info};
 
 use super::Input;
 use super::intake::{self, Intake, Verdict};
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, PlacementRules};
 use crate::peers::{OWN_KINDS, OwnCluster, REMOTE_KINDS};
 
 /// All configured clusters.
@@ -68,6 +68,7 @@ impl Members {
                 member.id = Some(id);
                 member.lost.clear();
                 kinds.iter().for_each(|kind| mesh.begin_list(id, *kind));
+                mesh.set_placement(id, placement(&member.rules));
                 self.forget_strangers(mesh);
             }
             Input::Record { name, kind, event } => self.record(&name, kind, event, mesh),
@@ -134,5 +135,13 @@ impl Members {
         if let (true, Some(ids)) = (self.complete, ids) {
             mesh.keep_only(&ids);
         }
+    }
+}
+
+/// The rules that only the mesh can apply, for they depend on the cluster's nodes.
+fn placement(rules: &Rules) -> PlacementRules {
+    PlacementRules {
+        hosts: rules.node_cidrs.clone().unwrap_or_default(),
+        at_own_nodes: rules.mode == Mode::Enforce && rules.pod_cidrs == PodCidrs::Nodes,
     }
 }

@@ -51,6 +51,8 @@ pub struct Overview {
     pub ready: bool,
     /// Kinds of each configured cluster.
     pub kinds: BTreeMap<ClusterName, Vec<KindView>>,
+    /// IDs of the clusters that are let in.
+    pub ids: BTreeMap<ClusterName, ClusterId>,
     /// Sizes.
     pub counts: Counts,
     /// Name, entries and capacity of each table.
@@ -59,8 +61,8 @@ pub struct Overview {
     pub pending: usize,
     /// Why not.
     pub error: Option<String>,
-    /// Refused claims to addresses of others.
-    pub conflicts: Vec<Conflict>,
+    /// Refused claims to addresses of others, and for how long.
+    pub conflicts: Vec<(Conflict, Duration)>,
     /// Refused contributions to services.
     pub left_out: LeftOut,
     /// Since the start.
@@ -76,6 +78,8 @@ pub struct KindView {
     pub synced: bool,
     /// Records held.
     pub records: usize,
+    /// Addresses that are not installed as their records say.
+    pub misplaced: usize,
     /// Records refused so far.
     pub refused: Ledger,
 }
@@ -99,11 +103,21 @@ impl Engine {
                 .iter()
                 .map(|(name, member)| (name.clone(), self.kinds(name, member)))
                 .collect(),
+            ids: self
+                .core
+                .members()
+                .iter()
+                .filter_map(|(name, member)| Some((name.clone(), member.id?)))
+                .collect(),
             counts: self.core.mesh().counts(),
             tables: fills(&self.tables),
             pending: self.core.pending() + self.hooks.pending(),
             error: error.map(str::to_owned),
-            conflicts: self.core.mesh().conflicts().collect(),
+            conflicts: self
+                .core
+                .conflicts()
+                .map(|(conflict, since)| (conflict.clone(), since.elapsed()))
+                .collect(),
             left_out: self.core.mesh().left_out(),
             uptime: self.started.elapsed(),
         }
@@ -115,6 +129,10 @@ impl Engine {
             synced: !member.lost.contains(kind)
                 && member.id.is_some_and(|id| self.core.mesh().is_synced(id, *kind)),
             records: member.id.map_or(0, |id: ClusterId| self.core.mesh().count(id, *kind)),
+            misplaced: match kind {
+                Kind::Ip => member.id.map_or(0, |id| self.core.mesh().misplaced(id)),
+                _ => 0,
+            },
             refused: member.intake.get(kind).map(|intake| intake.ledger().clone()).unwrap_or_default(),
         };
         self.core.members().kinds(name).iter().map(view).collect()

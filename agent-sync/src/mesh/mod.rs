@@ -12,6 +12,7 @@
 mod addresses;
 mod endpoint;
 mod fact;
+mod placement;
 mod records;
 mod service;
 mod topology;
@@ -27,11 +28,13 @@ use ipnet::IpNet;
 use crate::desired::{Changes, Restored};
 use crate::wire_key;
 use endpoint::Endpoints;
+use placement::Placement;
 use records::{Change, Records};
 use service::Services;
 use topology::Topology;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
+pub use placement::PlacementRules;
 pub use service::LeftOut;
 pub use topology::Conflict;
 
@@ -43,9 +46,8 @@ pub struct Mesh {
     clusters: BTreeMap<u16, Records>,
     topology: Topology,
     own_node_changed: bool,
-    /// Pod prefixes of the own cluster, as last accepted: aggregated, ascending.
-    own_prefixes: Vec<IpNet>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
+    placement: Placement,
     endpoints: Endpoints,
     services: Services,
     /// Removals of entries that make no sense on this node, restored from before.
@@ -92,8 +94,8 @@ impl Mesh {
             clusters: BTreeMap::new(),
             topology: Topology::default(),
             own_node_changed: false,
-            own_prefixes: Vec::new(),
             ipcache: HashMap::new(),
+            placement: Placement::default(),
             endpoints,
             services: Services::new(own, restored.service),
             foreign: Changes { endpoint: foreign_endpoints, ..Changes::default() },
@@ -260,6 +262,15 @@ impl Mesh {
         gone.into_iter().for_each(|cluster| self.drain_id(cluster));
     }
 
+    /// Where pods and nodes of `cluster` may be, by the operator's word.
+    pub fn set_placement(&mut self, cluster: ClusterId, rules: PlacementRules) {
+        let cluster = cluster.get();
+        if cluster != self.own && self.placement.set_rules(cluster, rules) {
+            self.place_all(cluster);
+            self.services.all_changed();
+        }
+    }
+
     /// What the network edge found out about this node's pods.
     pub fn set_links(&mut self, links: Links) {
         self.endpoints.set_links(links);
@@ -269,18 +280,14 @@ impl Mesh {
     pub fn compute(&mut self) -> Changes {
         let mut changes = std::mem::take(&mut self.foreign);
         self.compute_topology(&mut changes);
+        self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
         if let Some(own) = self.clusters.get(&self.own) {
             changes.endpoint.extend(self.endpoints.compute(&own.ips));
         }
-        let own_prefixes = &self.own_prefixes;
-        let is_own = |ip: IpAddr| {
-            // Aggregated, so they are disjoint: only the last one that starts at or before can hold it.
-            let after = own_prefixes.partition_point(|prefix| prefix.network() <= ip);
-            after.checked_sub(1).is_some_and(|index| own_prefixes[index].contains(&ip))
-        };
-        changes.service.extend(self.services.compute(&self.clusters, is_own));
+        let may_serve = |cluster, ip| self.placement.may_serve(&self.topology, cluster, ip);
+        changes.service.extend(self.services.compute(&self.clusters, may_serve));
         changes
     }
 
@@ -330,6 +337,16 @@ impl Mesh {
         })
     }
 
+    /// Whether [`Self::conflicts`] may be others than when this was asked last.
+    pub fn take_conflicts_decided(&mut self) -> bool {
+        self.topology.take_decided()
+    }
+
+    /// Addresses of `cluster` that are not installed as their records say, for want of such a node.
+    pub fn misplaced(&self, cluster: ClusterId) -> usize {
+        self.placement.misplaced(cluster.get()).map_or(0, BTreeSet::len)
+    }
+
     /// Claims to addresses that another cluster holds.
     pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
         self.topology.conflicts()
@@ -364,6 +381,14 @@ impl Mesh {
     }
 
     fn address_changed(&mut self, cluster: u16, ip: IpAddr, value: Option<IpValue>) {
+        let value = match value {
+            Some(value) if cluster != self.own => self.placement.place(&self.topology, cluster, ip, value),
+            Some(value) => Some(value),
+            None => {
+                self.placement.forget(cluster, ip);
+                None
+            }
+        };
         self.ipcache.insert(wire_key::ip_key(cluster, ip), value);
         if cluster == self.own {
             self.endpoints.address_changed(ip);
@@ -371,20 +396,55 @@ impl Mesh {
     }
 
     fn compute_topology(&mut self, changes: &mut Changes) {
-        if self.topology.resolve(self.own, changes) {
-            let own = self.topology.prefixes().filter(|(_, cluster, _)| *cluster == self.own);
-            let own: Vec<IpNet> = own.map(|(net, _, _)| net).collect();
-            let mut own = IpNet::aggregate(&own);
-            own.sort_unstable_by_key(IpNet::network);
-            if own != self.own_prefixes {
-                self.own_prefixes = own;
-                self.services.all_changed();
-            }
-        }
+        self.topology.resolve(self.own, changes);
         if std::mem::take(&mut self.own_node_changed) {
             let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
                 self.endpoints.set_node_ip(node_ip, &own.ips);
+            }
+        }
+    }
+
+    /// Looks again at what a change of topology may have moved: addresses that were not where they were
+    /// said to be, those of clusters that lost something, and backends whose address found another holder.
+    fn place_again(&mut self, changes: &Changes) {
+        if changes.prefix.is_empty() && changes.node.is_empty() {
+            return;
+        }
+        let lost = self.topology.take_lost();
+        let misplaced: Vec<u16> =
+            self.placement.clusters().filter(|cluster| !lost.contains(cluster)).collect();
+        for cluster in misplaced {
+            let ips = self.placement.misplaced(cluster).cloned().unwrap_or_default();
+            for ip in ips {
+                let value = self.clusters.get(&cluster).and_then(|records| records.ips.get(&ip));
+                self.address_changed(cluster, ip, value);
+            }
+        }
+        for cluster in lost {
+            if cluster != self.own {
+                self.place_all(cluster);
+            }
+        }
+        let nets: Vec<IpNet> = changes.prefix.iter().filter_map(|(key, _)| wire_key::prefix(key)).collect();
+        let hosts = changes.node.iter().filter_map(|(key, _)| wire_key::address(key.family, key.ip));
+        let mut nets = IpNet::aggregate(&nets.into_iter().chain(hosts.map(IpNet::from)).collect());
+        nets.sort_unstable_by_key(IpNet::network);
+        self.services.holders_changed(|ip| {
+            // Aggregated, so they are disjoint: only the last one that starts at or before can hold it.
+            let after = nets.partition_point(|net| net.network() <= ip);
+            after.checked_sub(1).is_some_and(|index| nets[index].contains(&ip))
+        });
+    }
+
+    /// Looks again at all addresses of a cluster.
+    fn place_all(&mut self, cluster: u16) {
+        let Some(records) = self.clusters.get(&cluster) else { return };
+        for (ip, value) in records.ips.iter() {
+            let was_misplaced = self.placement.misplaced(cluster).is_some_and(|ips| ips.contains(&ip));
+            let placed = self.placement.place(&self.topology, cluster, ip, value);
+            if was_misplaced || placed != Some(value) {
+                self.ipcache.insert(wire_key::ip_key(cluster, ip), placed);
             }
         }
     }
@@ -398,6 +458,7 @@ impl Mesh {
             self.topology.node_changed(cluster, name, Some(before), None);
         }
         self.topology.forget_restored(cluster);
+        self.placement.drain(cluster);
         self.own_node_changed |= cluster == self.own;
         let own = self.clusters.get(&self.own);
         for (name, _) in records.services.iter() {

@@ -25,14 +25,18 @@ pub(super) struct Topology {
     address_claims: BTreeMap<IpAddr, Claims<()>>,
     /// Accepted, with the underlay address of the node that carries it.
     prefixes: BTreeMap<IpNet, Holder>,
+    /// Lengths that accepted prefixes have, or once had, by family.
+    lengths: BTreeSet<(bool, u8)>,
     addresses: BTreeMap<IpAddr, u16>,
     /// Clusters whose claim was refused, and for whom.
     refused_prefixes: BTreeMap<(IpNet, u16), u16>,
     refused_addresses: BTreeMap<(IpAddr, u16), u16>,
     /// What was installed before and is in question until its cluster's nodes are known.
     restored: BTreeMap<u16, (Vec<IpNet>, Vec<IpAddr>)>,
-    /// Among it are prefixes that nobody was told of.
-    has_news: bool,
+    /// Claims were decided since this was asked last, perhaps against somebody.
+    decided: bool,
+    /// Clusters that hold something no more.
+    lost: BTreeSet<u16>,
     dirty_prefixes: BTreeSet<IpNet>,
     dirty_addresses: BTreeSet<IpAddr>,
 }
@@ -70,7 +74,7 @@ impl Topology {
         let holder = Holder { cluster: value.cluster, node_ip: value.node_ip };
         if holder.value() == value {
             self.prefixes.insert(net, holder);
-            self.has_news = true;
+            self.lengths.insert((net.addr().is_ipv4(), net.prefix_len()));
         }
         self.dirty_prefixes.insert(net);
         true
@@ -137,25 +141,53 @@ impl Topology {
         }
     }
 
-    /// Decides what changed; tells whether the prefixes of the cluster `own` are others than before.
-    pub(super) fn resolve(&mut self, own: u16, changes: &mut Changes) -> bool {
+    /// Decides what changed.
+    pub(super) fn resolve(&mut self, own: u16, changes: &mut Changes) {
+        self.decided |= !self.dirty_prefixes.is_empty() || !self.dirty_addresses.is_empty();
         let dirty = std::mem::take(&mut self.dirty_prefixes);
         let roots: BTreeSet<IpNet> = dirty.iter().map(|net| self.widest_around(*net, &dirty)).collect();
         dirty.iter().for_each(|net| drop_empty(&mut self.prefix_claims, net));
-        let mut own_changed = std::mem::take(&mut self.has_news);
         for root in roots {
-            own_changed |= self.resolve_prefixes(root, own, changes);
+            self.resolve_prefixes(root, own, changes);
         }
         for ip in std::mem::take(&mut self.dirty_addresses) {
             drop_empty(&mut self.address_claims, &ip);
             self.resolve_address(ip, own, changes);
         }
-        own_changed
+    }
+
+    /// Whether conflicts may be others than when this was asked last.
+    pub(super) fn take_decided(&mut self) -> bool {
+        std::mem::take(&mut self.decided)
+    }
+
+    /// Clusters that lost a prefix or an address since this was asked last.
+    pub(super) fn take_lost(&mut self) -> BTreeSet<u16> {
+        std::mem::take(&mut self.lost)
     }
 
     /// Accepted pod prefixes, with the cluster and the underlay address of the node.
     pub(super) fn prefixes(&self) -> impl Iterator<Item = (IpNet, u16, [u8; 4])> {
         self.prefixes.iter().map(|(net, holder)| (*net, holder.cluster, holder.node_ip))
+    }
+
+    /// The cluster that holds an address: by a pod prefix around it, or as a node's.
+    pub(super) fn holder(&self, ip: IpAddr) -> Option<u16> {
+        self.prefix_of(ip).map(|(_, cluster)| cluster).or_else(|| self.address_holder(ip))
+    }
+
+    /// The longest accepted pod prefix around an address, and its cluster.
+    pub(super) fn prefix_of(&self, ip: IpAddr) -> Option<(IpNet, u16)> {
+        let lengths = self.lengths.range((ip.is_ipv4(), 0)..=(ip.is_ipv4(), u8::MAX)).rev();
+        lengths
+            .filter_map(|(_, length)| IpNet::new(ip, *length).ok())
+            .find_map(|net| self.prefixes.get_key_value(&net.trunc()))
+            .map(|(net, holder)| (*net, holder.cluster))
+    }
+
+    /// The cluster that has a node of this underlay address.
+    pub(super) fn address_holder(&self, ip: IpAddr) -> Option<u16> {
+        self.addresses.get(&ip).copied()
     }
 
     pub(super) fn conflicts(&self) -> impl Iterator<Item = Conflict> {
@@ -181,7 +213,7 @@ impl Topology {
     }
 
     /// Decides all claims inside `root`, which overlap with none outside of it.
-    fn resolve_prefixes(&mut self, root: IpNet, own: u16, changes: &mut Changes) -> bool {
+    fn resolve_prefixes(&mut self, root: IpNet, own: u16, changes: &mut Changes) {
         let mut claims: Vec<(IpNet, Holder)> = Vec::new();
         for (net, claimants) in within(&self.prefix_claims, root, |net| *net) {
             for ((cluster, _), node_ip) in claimants {
@@ -207,7 +239,6 @@ impl Topology {
             self.prefixes.remove(net);
         }
         let mut accepted = Prefixes::default();
-        let mut own_changed = false;
         for (net, holder) in claims {
             match accepted.overlapped_by(net, holder.cluster) {
                 Some(other) => {
@@ -216,8 +247,8 @@ impl Topology {
                 None => {
                     accepted.insert(net, holder.cluster);
                     self.prefixes.insert(net, holder);
+                    self.lengths.insert((net.addr().is_ipv4(), net.prefix_len()));
                     if before.get(&net) != Some(&holder) {
-                        own_changed |= holder.cluster == own;
                         changes.prefix.push((wire_key::prefix_key(net), Some(holder.value())));
                     }
                 }
@@ -225,12 +256,13 @@ impl Topology {
         }
         for (net, holder) in before {
             let now = self.prefixes.get(&net);
-            own_changed |= holder.cluster == own && now.is_none_or(|now| now.cluster != own);
+            if now.is_none_or(|now| now.cluster != holder.cluster) {
+                self.lost.insert(holder.cluster);
+            }
             if now.is_none() {
                 changes.prefix.push((wire_key::prefix_key(net), None));
             }
         }
-        own_changed
     }
 
     fn resolve_address(&mut self, ip: IpAddr, own: u16, changes: &mut Changes) {
@@ -245,6 +277,7 @@ impl Topology {
         let preferred = [Some(own), before].into_iter().flatten().find(|cluster| claimants.contains(cluster));
         let holder = preferred.or_else(|| claimants.first().copied());
         if holder != before {
+            self.lost.extend(before);
             match holder {
                 Some(holder) => self.addresses.insert(ip, holder),
                 None => self.addresses.remove(&ip),

@@ -8,6 +8,7 @@ use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
 use crate::engine::{KindView, Overview};
+use crate::mesh::Conflict;
 use crate::peers::PeerView;
 
 impl Source {
@@ -42,17 +43,30 @@ impl Source {
             uptime_seconds: overview.uptime.as_secs(),
             pending_changes: overview.pending as u64,
             datapath_error: overview.error.clone().unwrap_or_default(),
-            conflicts: conflicts
-                .map(|conflict| v1::Conflict {
-                    cluster_id: conflict.cluster.into(),
-                    claim: conflict.claim.clone(),
-                    holder_id: conflict.holder.into(),
-                })
-                .collect(),
+            conflicts: conflicts.map(|(conflict, age)| self.conflict(conflict, *age, &overview)).collect(),
             backend_conflicts: overview.left_out.conflicts,
             clusters_left_out: overview.left_out.clusters,
             import_policy_error: self.policy.borrow().error.clone().unwrap_or_default(),
         })
+    }
+}
+
+impl Source {
+    fn conflict(&self, conflict: &Conflict, age: Duration, overview: &Overview) -> v1::Conflict {
+        v1::Conflict {
+            cluster_id: conflict.cluster.into(),
+            claim: conflict.claim.clone(),
+            holder_id: conflict.holder.into(),
+            cluster: self.name_of(conflict.cluster, overview),
+            holder: self.name_of(conflict.holder, overview),
+            age_ms: millis(age),
+        }
+    }
+
+    /// The name of a configured cluster; empty if there is none of that ID.
+    fn name_of(&self, id: u16, overview: &Overview) -> String {
+        let named = overview.ids.iter().find(|(_, other)| other.get() == id);
+        named.map_or_else(String::new, |(name, _)| name.to_string())
     }
 }
 
@@ -110,6 +124,7 @@ fn kind(view: &KindView, with_refused: bool) -> v1::KindStatus {
         refused_by_reason: by_reason(|tally| tally.refused),
         last_refused: newest.map_or_else(String::new, |key| format!("{}: {}", key.key, key.detail)),
         audited_by_reason: by_reason(|tally| tally.audited),
+        misplaced: view.misplaced as u64,
         newest_refused: view.refused.newest().filter(|_| with_refused).map(refused_key).collect(),
     }
 }

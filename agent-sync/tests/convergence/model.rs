@@ -36,11 +36,20 @@ pub(crate) fn check(own: u16, node_ip: [u8; 4], views: &BTreeMap<u16, Truth>, ta
 
 fn check_addresses(own: u16, node_ip: [u8; 4], views: &BTreeMap<u16, Truth>, tables: &Tables) {
     let installed: BTreeMap<IpKey, IpValue> = tables.ipcache.dump().unwrap().into_iter().collect();
+    let hosts: BTreeMap<_, u16> =
+        tables.node.dump().unwrap().into_iter().map(|(key, node)| (key, node.cluster)).collect();
     let mut wanted = BTreeMap::new();
     let mut here = BTreeMap::new();
     for (cluster, view) in views {
         for (ip, value) in &view.ips {
-            wanted.insert(wire_key::ip_key(*cluster, *ip), *value);
+            let mut placed = *value;
+            let host = wire_key::node_key(std::net::Ipv4Addr::from(value.node_ip).into());
+            let is_at_home = hosts.get(&host) == Some(cluster);
+            if *cluster != own && !is_at_home {
+                // The pod's prefix says where it is.
+                placed.node_ip = [0; 4];
+            }
+            wanted.insert(wire_key::ip_key(*cluster, *ip), placed);
             if *cluster == own && value.node_ip == node_ip {
                 here.insert(wire_key::ip_key(own, *ip), value.identity);
             }
@@ -101,8 +110,9 @@ fn check_services(own: u16, views: &BTreeMap<u16, Truth>, tables: &Tables) {
         }
     }
     assert!(installed.keys().eq(wanted.keys()), "{:?}\n{:?}", installed.keys(), wanted.keys());
+    let holder = holder_of(tables);
     for (key, service) in wanted {
-        let expected = merge(own, &key, service, views, &installed[&key]);
+        let expected = merge(own, &key, service, views, &installed[&key], &holder);
         assert_eq!(installed[&key], expected, "{} {:?}", service.name, service.affinity);
     }
     let used: BTreeSet<BackendKey> = installed
@@ -135,12 +145,29 @@ pub(crate) fn installed_services(tables: &Tables) -> BTreeMap<ServiceKey, Groups
     services
 }
 
+/// Who holds an address: by a pod prefix, or as a node's. Who came first is in the tables.
+fn holder_of(tables: &Tables) -> impl Fn(IpAddr) -> Option<u16> {
+    let prefixes: Vec<_> = tables
+        .prefix
+        .dump()
+        .unwrap()
+        .into_iter()
+        .map(|(key, value)| (wire_key::prefix(&key).unwrap(), value.cluster))
+        .collect();
+    let nodes: BTreeMap<_, _> = tables.node.dump().unwrap().into_iter().collect();
+    move |ip| {
+        let by_prefix = prefixes.iter().find(|(net, _)| net.contains(&ip)).map(|(_, cluster)| *cluster);
+        by_prefix.or_else(|| nodes.get(&wire_key::node_key(ip)).map(|node| node.cluster))
+    }
+}
+
 fn merge(
     own: u16,
     key: &ServiceKey,
     service: &LocalService,
     views: &BTreeMap<u16, Truth>,
     installed: &Groups,
+    holder: impl Fn(IpAddr) -> Option<u16>,
 ) -> Groups {
     let vip = wire_key::address(key.family, key.ip).unwrap();
     let mut all: BTreeSet<BackendKey> = BTreeSet::new();
@@ -166,10 +193,9 @@ fn merge(
             }
         }
     }
-    let own_net = |ip: &IpAddr| {
-        views[&own].nodes.values().flat_map(|node| &node.pod_cidrs).any(|cidr| cidr.contains(ip))
-    };
-    all.retain(|backend| backend.cluster == own || !own_net(&backend.ip));
+    all.retain(|backend| {
+        backend.cluster == own || holder(backend.ip).is_none_or(|holder| holder == backend.cluster)
+    });
     let claims = all.clone();
     all.retain(|backend| {
         let claimants: BTreeSet<u16> =

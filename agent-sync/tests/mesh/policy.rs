@@ -75,3 +75,77 @@ async fn a_record_that_becomes_forbidden_takes_the_one_before_with_it() {
     agent.waits_for_groups(&[("1", "2"), ("2", "1")]).await;
     agent.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_names_a_node_of_its_own_cluster_or_none() {
+    let (alpha, beta) = tokio::join!(Cluster::start("alpha", 1), Cluster::start("beta", 2));
+    alpha.publish_all().await;
+    beta.publish_all().await;
+    let agent = Agent::start(&alpha).await;
+    agent.connect(&beta);
+    let tunnel = async |pod: u8| {
+        let rows = agent.dump("ipcache").await;
+        let row = rows.into_iter().find(|row| row["address"] == beta.pod(pod).to_string());
+        row.map(|row| row["tunnel_endpoint"].clone())
+    };
+    eventually("it is known", async || tunnel(1).await.as_deref() == Some("192.0.2.2")).await;
+    // It names a node of alpha.
+    let mut stray = beta.ip(1);
+    stray.host_ip = alpha.ip(1).host_ip;
+    beta.publish(&stray).await;
+    eventually("its prefix decides", async || tunnel(1).await.as_deref() == Some("0.0.0.0")).await;
+    assert_eq!(kind(&agent.status().await, "ip").misplaced, 1);
+
+    // Its node goes, and comes back.
+    beta.delete(&beta.node()).await;
+    eventually("no node of beta", async || tunnel(2).await.as_deref() == Some("0.0.0.0")).await;
+    beta.publish(&beta.node()).await;
+    eventually("it is back", async || tunnel(2).await.as_deref() == Some("192.0.2.2")).await;
+
+    // Beyond its own nodes' prefixes there is nothing of it.
+    agent.allow("clusters: {beta: {pod-cidrs: nodes}}");
+    beta.delete(&beta.node()).await;
+    eventually("none is left", async || tunnel(2).await.is_none() && agent.groups().await.len() == 1).await;
+    beta.publish(&beta.node()).await;
+    agent.waits_for_groups(&[("1", "2"), ("2", "2")]).await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_holder_of_a_prefix_keeps_it_until_it_lets_go() {
+    let clusters =
+        tokio::join!(Cluster::start("alpha", 1), Cluster::start("beta", 2), Cluster::start("gamma", 3));
+    let (alpha, beta, gamma) = clusters;
+    alpha.publish_all().await;
+    beta.publish_all().await;
+    gamma.publish_all().await;
+    let agent = Agent::start(&alpha).await;
+    agent.connect(&beta);
+    agent.waits_for_groups(&[("1", "2"), ("2", "2")]).await;
+    // gamma claims beta's prefix, and backends in it.
+    let mut node = gamma.node();
+    node.ipv4_alloc_cidr = beta.node().ipv4_alloc_cidr;
+    gamma.publish(&node).await;
+    let mut service = gamma.service(&[]);
+    service.backends = beta.service(&[7, 8]).backends;
+    gamma.publish(&service).await;
+    agent.connect(&gamma);
+    eventually("the conflict shows", async || {
+        let status = agent.status().await;
+        let shown: Vec<_> = status
+            .conflicts
+            .iter()
+            .map(|c| (c.cluster.as_str(), c.claim.as_str(), c.holder.as_str()))
+            .collect();
+        shown == [("gamma", "10.2.0.0/24", "beta")] && status.backend_conflicts == 2
+    })
+    .await;
+    assert!(!agent.groups().await.contains_key("3"));
+
+    agent.disconnect(&beta);
+    agent.waits_for_groups(&[("1", "2"), ("3", "2")]).await;
+    assert!(agent.status().await.conflicts.is_empty());
+    let holder = agent.dump("prefix").await.into_iter().find(|row| row["prefix"] == "10.2.0.0/24");
+    assert_eq!(holder.unwrap()["cluster"], "3");
+    agent.stop().await;
+}

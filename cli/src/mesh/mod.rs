@@ -14,11 +14,10 @@ mod agents;
 mod bpf;
 mod connect;
 mod disconnect;
-pub(crate) mod entry;
+mod entry;
 mod plan;
 mod status;
 mod terminal;
-mod users;
 mod wait;
 
 /// The commands that operate a mesh.

@@ -79,6 +79,17 @@ impl Services {
         self.dirty.extend(self.plans.keys().copied());
     }
 
+    /// These addresses may have another holder than before: backends may have to go, and those that were
+    /// left out may come.
+    pub(super) fn holders_changed(&mut self, changed: impl Fn(IpAddr) -> bool) {
+        let touched = self.plans.iter().filter(|(_, plan)| {
+            let remote = plan.groups.iter().filter(|group| group.cluster != self.own);
+            remote.flat_map(|group| &group.backends).any(|backend| changed(backend.ip))
+        });
+        self.dirty.extend(touched.map(|(key, _)| *key));
+        self.dirty.extend(self.left_out.keys().copied());
+    }
+
     /// A cluster has told all its services: what it was restored with counts no more for frontends
     /// whose service is known.
     pub(super) fn remote_synced(&mut self, cluster: u16) {
@@ -112,11 +123,11 @@ impl Services {
     pub(super) fn compute(
         &mut self,
         clusters: &BTreeMap<u16, Records>,
-        is_own: impl Fn(IpAddr) -> bool,
+        may_serve: impl Fn(u16, IpAddr) -> bool,
     ) -> Vec<(ServiceKey, Option<ServicePlan>)> {
         let mut changes = Vec::new();
         for key in std::mem::take(&mut self.dirty) {
-            let (after, left_out) = self.compute_one(&key, clusters, &is_own);
+            let (after, left_out) = self.compute_one(&key, clusters, &may_serve);
             if left_out == LeftOut::default() {
                 self.left_out.remove(&key);
             } else {
@@ -150,7 +161,7 @@ impl Services {
         &self,
         key: &ServiceKey,
         clusters: &BTreeMap<u16, Records>,
-        is_own: impl Fn(IpAddr) -> bool,
+        may_serve: impl Fn(u16, IpAddr) -> bool,
     ) -> (Option<ServicePlan>, LeftOut) {
         let own_records = clusters.get(&self.own);
         let owner = self.owners.get(key).and_then(BTreeSet::first);
@@ -177,7 +188,7 @@ impl Services {
             }
         }
         let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key) };
-        let (plan, left_out) = plan(key, &inputs, is_own);
+        let (plan, left_out) = plan(key, &inputs, may_serve);
         (Some(plan), left_out)
     }
 

@@ -33,20 +33,20 @@ pub(super) enum Remote<'a> {
 /// Contributions that were left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Backends with an address that another cluster holds, or that lies in the own pod prefixes.
+    /// Backends with an address that another cluster holds, or that is not where the operator wants it.
     pub conflicts: u64,
     /// Clusters beyond the number that a frontend can have.
     pub clusters: u64,
 }
 
-/// Computes the frontend's plan. `is_own` tells whether an address lies in the own pod prefixes.
+/// Computes the frontend's plan. `may_serve` tells whether a cluster may have a backend of an address.
 pub(super) fn plan(
     key: &ServiceKey,
     inputs: &Inputs<'_>,
-    is_own: impl Fn(IpAddr) -> bool,
+    may_serve: impl Fn(u16, IpAddr) -> bool,
 ) -> (ServicePlan, LeftOut) {
     let mut left_out = LeftOut::default();
-    let mut backends = inputs.collect(key, is_own, &mut left_out);
+    let mut backends = inputs.collect(key, may_serve, &mut left_out);
     inputs.settle_contested(&mut backends, &mut left_out);
     let groups = inputs.groups(backends);
     left_out.clusters = groups.len().saturating_sub(MAX_GROUPS) as u64;
@@ -58,7 +58,7 @@ impl Inputs<'_> {
     fn collect(
         &self,
         key: &ServiceKey,
-        is_own: impl Fn(IpAddr) -> bool,
+        may_serve: impl Fn(u16, IpAddr) -> bool,
         left_out: &mut LeftOut,
     ) -> BTreeMap<u16, BTreeSet<BackendKey>> {
         let names = self.port_names(key);
@@ -97,7 +97,7 @@ impl Inputs<'_> {
                 }
             }
             let candidates = found.len();
-            found.retain(|backend| !is_own(backend.ip));
+            found.retain(|backend| may_serve(*cluster, backend.ip));
             left_out.conflicts += (candidates - found.len()) as u64;
             by_cluster.insert(*cluster, found);
         }

@@ -112,10 +112,17 @@ impl Text {
     /// What one cluster claims and another one holds: it is refused as long as both claim it.
     fn conflicts(&mut self, status: &StatusResponse) {
         for conflict in &status.conflicts {
-            let Conflict { cluster_id, claim, holder_id } = conflict;
+            let Conflict { cluster_id, claim, holder_id, cluster, holder, age_ms } = conflict;
+            let name = |name: &str, id: &u32| match name {
+                "" => format!("cluster {id}"),
+                name => one_line(name),
+            };
             let text = format!(
-                "conflict: cluster {cluster_id} claims {}, which is cluster {holder_id}'s",
-                one_line(claim)
+                "conflict: {} claims {}, which {} holds, for {}",
+                name(cluster, cluster_id),
+                one_line(claim),
+                name(holder, holder_id),
+                age(*age_ms)
             );
             self.line(2, self.style.paint(Tone::Bad, &text));
         }
@@ -171,6 +178,10 @@ impl Text {
             if let Some(text) = refused(verb, kind, counts) {
                 self.line(3, self.style.paint(Tone::Doubtful, &text));
             }
+        }
+        if kind.misplaced > 0 {
+            let text = format!("{} addresses name a node that the cluster does not have", kind.misplaced);
+            self.line(3, self.style.paint(Tone::Doubtful, &text));
         }
         for refused in &kind.newest_refused {
             let note = if refused.audited { " (let in, the policy is only audited)" } else { "" };
@@ -311,7 +322,14 @@ mod tests {
         text.conflicts(&StatusResponse::default());
         assert_eq!(text.out, "");
         text.conflicts(&StatusResponse {
-            conflicts: vec![Conflict { cluster_id: 2, claim: "10.1.0.0/24".into(), holder_id: 1 }],
+            conflicts: vec![Conflict {
+                cluster_id: 2,
+                claim: "10.1.0.0/24".into(),
+                holder_id: 1,
+                cluster: "beta".into(),
+                holder: String::new(),
+                age_ms: 192_000,
+            }],
             backend_conflicts: 3,
             ..StatusResponse::default()
         });
@@ -319,7 +337,7 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "conflict: cluster 2 claims 10.1.0.0/24, which is cluster 1's",
+                "conflict: beta claims 10.1.0.0/24, which cluster 1 holds, for 3m12s",
                 "conflict: 3 backends left out, their addresses are another cluster's"
             ]
         );
