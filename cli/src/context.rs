@@ -23,12 +23,28 @@ pub(crate) const FILE: &str = "context.yaml";
 pub(crate) struct ContextFile {
     /// Who the cluster is.
     pub(crate) cluster: ClusterEntry,
-    /// What a remote cluster has to use to read this cluster's etcd.
+    /// What a remote cluster has to use to read this cluster's etcd. Without a client certificate it comes
+    /// with its own.
     pub(crate) etcd: EtcdConfig,
+    /// What this cluster shows to the etcds of others that want it to come with its own certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) remote: Option<ClientFiles>,
+    /// The file in which this cluster's exporter finds the clusters that may read its etcd; without it
+    /// somebody else looks after them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) users: Option<PathBuf>,
     /// The directory in which this cluster's agents look for their remote clusters.
     pub(crate) clustermesh_config: PathBuf,
     /// This cluster's agents.
     pub(crate) agents: Vec<Agent>,
+}
+
+/// A client certificate with its key, PEM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ClientFiles {
+    pub(crate) cert_file: PathBuf,
+    pub(crate) key_file: PathBuf,
 }
 
 /// Name and ID of a cluster, as configured.
@@ -60,6 +76,10 @@ pub(crate) struct Context {
     pub(crate) id: u32,
     /// How a remote cluster reads its etcd.
     pub(crate) etcd: EtcdConfig,
+    /// What it shows to others' etcds.
+    pub(crate) remote: Option<ClientFiles>,
+    /// Where its exporter finds the clusters that may read its etcd.
+    pub(crate) users: Option<PathBuf>,
     /// Where its agents look for remote clusters.
     pub(crate) clustermesh_config: PathBuf,
     /// Its agents, at least one.
@@ -96,6 +116,11 @@ impl Context {
                 key_file: etcd.key_file.map(absolute),
                 ..etcd
             },
+            remote: read.remote.map(|files| ClientFiles {
+                cert_file: absolute(files.cert_file),
+                key_file: absolute(files.key_file),
+            }),
+            users: read.users.map(absolute),
             clustermesh_config: absolute(read.clustermesh_config),
             agents: read
                 .agents
@@ -104,6 +129,20 @@ impl Context {
                 .collect(),
             dir,
         })
+    }
+
+    /// How this cluster reads the etcd of `peer`: with the certificate that the peer hands out, or else
+    /// with its own.
+    pub(crate) fn access_to(&self, peer: &Self) -> EtcdConfig {
+        let own = self.remote.as_ref().filter(|_| peer.etcd.cert_file.is_none());
+        match own {
+            Some(files) => EtcdConfig {
+                cert_file: Some(files.cert_file.clone()),
+                key_file: Some(files.key_file.clone()),
+                ..peer.etcd.clone()
+            },
+            None => peer.etcd.clone(),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! `clustermesh`: the command line of ClusterMesh.
 #![forbid(unsafe_code)]
 
+mod ca;
 mod context;
 mod error;
 mod lab;
@@ -34,6 +35,8 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Mesh(mesh::Command),
+    /// Certificates of a mesh: issue, rotate, show
+    Ca(ca::CaArgs),
     /// Several clusters on this machine: start, change, break, remove
     Lab(lab::args::LabArgs),
     /// Print the completions of a shell
@@ -71,6 +74,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     runtime.block_on(async {
         match &cli.command {
             Command::Mesh(command) => command.run().await,
+            Command::Ca(args) => args.run(),
             Command::Lab(args) => lab::run(args).await,
             Command::Completions { shell } => {
                 let mut script = Vec::new();

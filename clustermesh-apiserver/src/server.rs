@@ -22,11 +22,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::{ExportArgs, SourceSpec};
 use crate::connection_log::log_connection;
-use crate::export::{Cluster, Exporter, KeyChange};
+use crate::export::{Cluster, Exporter, KeyChange, Rules};
 use crate::http;
 use crate::identity::Allocator;
 use crate::rights::users::{self, UsersError};
 use crate::source::SourceEvent;
+use crate::source::kubernetes::{self, ConnectError};
 use crate::source::manifests::{self, WatchError};
 use crate::status::Status;
 
@@ -35,6 +36,7 @@ pub struct Server {
     cluster: Cluster,
     max: MaxConnectedClusters,
     identity_grace: Duration,
+    rules: Rules,
     source: mpsc::Receiver<SourceEvent>,
     connection: Connection,
     connection_status: watch::Receiver<ConnectionStatus>,
@@ -62,8 +64,18 @@ impl Server {
             }
             None => None,
         };
-        let SourceSpec::Manifests(directory) = &args.source;
-        let source = manifests::watch(directory.clone())?;
+        let source = match &args.source {
+            SourceSpec::Manifests(directory) => {
+                if args.kubeconfig.is_some() {
+                    return Err(StartError::Kubeconfig);
+                }
+                manifests::watch(directory.clone())?
+            }
+            SourceSpec::Kubernetes => {
+                let client = kubernetes::connect(args.kubeconfig.as_deref(), args.context.as_deref()).await?;
+                kubernetes::watch(client, kubernetes::LOOK)
+            }
+        };
         // By path: certificates and endpoints may change while we run.
         let (connection, connection_status) =
             Connection::spawn(args.etcd_config.clone(), ConnectionOptions::default());
@@ -71,6 +83,7 @@ impl Server {
             cluster,
             max: args.max_connected_clusters,
             identity_grace: args.identity_grace(),
+            rules: args.rules(),
             source,
             status: Arc::new(Status::new(connection_status.clone())),
             connection,
@@ -126,8 +139,8 @@ impl Server {
         self.status.set_publisher(publisher.status());
         publisher.set(key::cluster_config_key(&self.cluster.name), Some(self.cluster_config()));
 
-        let mut exporter = Exporter::new(self.cluster.clone(), identities);
-        let mut ticks = tokio::time::interval(self.identity_grace.clamp(EXPIRY_MIN, EXPIRY_MAX));
+        let mut exporter = Exporter::new(self.cluster.clone(), identities, self.rules);
+        let mut ticks = tokio::time::interval(self.identity_grace.clamp(TICK_MIN, TICK_MAX));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let changes = tokio::select! {
@@ -149,6 +162,7 @@ impl Server {
                 return exporter.apply(changes, Instant::now());
             }
             SourceEvent::Synced => self.status.progress().source_synced = true,
+            SourceEvent::Trouble(trouble) => self.status.progress().source_trouble = trouble,
             SourceEvent::Broken(broken) => self.status.progress().broken_inputs = broken,
         }
         Vec::new()
@@ -244,9 +258,9 @@ impl Server {
     }
 }
 
-/// How often unused identities are looked for.
-const EXPIRY_MIN: Duration = Duration::from_millis(100);
-const EXPIRY_MAX: Duration = Duration::from_secs(10);
+/// How often time passes for the exporter: unused identities are freed, doubts are settled.
+const TICK_MIN: Duration = Duration::from_millis(100);
+const TICK_MAX: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(1);
 const PAGE: i64 = 1000;
 
@@ -279,6 +293,12 @@ pub enum StartError {
     /// The directory of manifests.
     #[error(transparent)]
     Manifests(#[from] WatchError),
+    /// The way to the API server.
+    #[error(transparent)]
+    Kubernetes(#[from] ConnectError),
+    /// Flags that do not belong together.
+    #[error("--kubeconfig is for --source kubernetes")]
+    Kubeconfig,
     /// Somebody else has the address, or it is not one of this host.
     #[error("cannot listen on {addr}: {error}")]
     Listen {

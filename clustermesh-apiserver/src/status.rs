@@ -32,6 +32,8 @@ pub struct Progress {
     pub source_synced: bool,
     /// The keys that follow from it are complete; what else is in etcd may go.
     pub state_complete: bool,
+    /// Why nothing more can be read from the source at the moment.
+    pub source_trouble: Option<String>,
     /// Inputs of the source that are broken now.
     pub broken_inputs: usize,
     /// Objects by kind.
@@ -84,7 +86,10 @@ impl Status {
             return Some("reading the identities that etcd holds".to_owned());
         }
         if !progress.source_synced {
-            return Some("reading the source".to_owned());
+            return Some(match &progress.source_trouble {
+                Some(trouble) => format!("reading the source: {trouble}"),
+                None => "reading the source".to_owned(),
+            });
         }
         if !progress.state_complete {
             let broken = progress.broken_inputs;

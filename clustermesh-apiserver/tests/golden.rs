@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clustermesh_apiserver::export::{Cluster, Exporter};
+use clustermesh_apiserver::export::{Cluster, Exporter, Rules};
 use clustermesh_apiserver::identity::Allocator;
 use clustermesh_apiserver::objects::{Change, Object};
 use clustermesh_apiserver::source::manifests::parse;
@@ -61,7 +61,7 @@ fn manifests(directory: &str) -> Vec<Change> {
     let mut changes = Vec::new();
     for entry in std::fs::read_dir(testdata(directory)).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "keys") {
+        if path.extension().is_none_or(|extension| extension != "keys" && extension != "txt") {
             let objects = parse(&std::fs::read_to_string(&path).unwrap())
                 .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             changes.extend(objects.into_iter().map(Change::Upsert));
@@ -74,7 +74,7 @@ fn keys_of(changes: &[Change]) -> String {
     let max = MaxConnectedClusters::C255;
     let cluster = Cluster { name: "alpha".parse().unwrap(), id: ClusterId::new(1, max).unwrap() };
     let allocator = Allocator::new(cluster.id, max, Duration::from_secs(600));
-    let mut exporter = Exporter::new(cluster, allocator);
+    let mut exporter = Exporter::new(cluster, allocator, Rules::default());
     exporter.apply(changes.to_vec(), Instant::now());
     assert_eq!(exporter.take_problems(), []);
     let mut lines: Vec<(String, String)> =

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clustermesh_agent_api::v1;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
-use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions};
+use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionError, SessionOptions};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{ClusterConfig, Node, Record as _};
 use tokio::time::timeout;
@@ -23,38 +23,56 @@ pub(super) async fn probe(request: v1::ProbePeerRequest, max: MaxConnectedCluste
         ms => Duration::from_millis(ms.into()).min(MAX_TIMEOUT),
     };
     let outcome = timeout(limit, try_probe(&request, max, limit)).await.unwrap_or_else(|_| {
-        Err(format!(
+        Err(text(format!(
             "{} did not answer within {limit:?}: check that its etcd is reachable from this node (address, port, firewall)",
             request.cluster_name
-        ))
+        )))
     });
-    outcome.unwrap_or_else(|error| v1::ProbePeerResponse { error, ..v1::ProbePeerResponse::default() })
+    outcome.unwrap_or_else(|Failure { error, not_permitted }| v1::ProbePeerResponse {
+        error,
+        not_permitted,
+        ..v1::ProbePeerResponse::default()
+    })
+}
+
+/// Why a peer could not be read.
+struct Failure {
+    error: String,
+    /// It may be soon, if its users are just being changed.
+    not_permitted: bool,
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        let not_permitted = matches!(error, SessionError::PermissionDenied { .. });
+        Self { error: error.to_string(), not_permitted }
+    }
 }
 
 async fn try_probe(
     request: &v1::ProbePeerRequest,
     max: MaxConnectedClusters,
     limit: Duration,
-) -> Result<v1::ProbePeerResponse, String> {
+) -> Result<v1::ProbePeerResponse, Failure> {
     let name: ClusterName = request.cluster_name.parse().map_err(text)?;
     let config = EtcdConfig::parse(&request.etcd_config).map_err(text)?;
     let options = SessionOptions { connect_timeout: limit, call_timeout: limit, ..SessionOptions::default() };
-    let session = Session::connect(&config, options).await.map_err(text)?;
+    let session = Session::connect(&config, options).await?;
     let asked = Instant::now();
-    let found = session.get(&cluster_config_key(&name)).await.map_err(text)?;
+    let found = session.get(&cluster_config_key(&name)).await?;
     let round_trip = asked.elapsed();
     let found = found.ok_or_else(|| {
-        format!(
+        text(format!(
             "{} is an etcd, but not that of cluster {name}: check the cluster's name, and that its apiserver is running",
             session.endpoint()
-        )
+        ))
     })?;
     let cluster = ClusterConfig::decode(&found.value)
-        .map_err(|error| format!("the cluster config of {name} is broken: {error}"))?;
-    ClusterId::new(cluster.id, max).map_err(|error| format!("cluster {name}: {error}"))?;
+        .map_err(|error| text(format!("the cluster config of {name} is broken: {error}")))?;
+    ClusterId::new(cluster.id, max).map_err(|error| text(format!("cluster {name}: {error}")))?;
     let layout = if cluster.cached { Layout::Cache } else { Layout::State };
     let pod_cidrs = pod_cidrs(&session, &data_prefix(Kind::Nodes, &name, layout)).await?;
-    let status = session.status().await.map_err(text)?;
+    let status = session.status().await?;
     Ok(v1::ProbePeerResponse {
         error: String::new(),
         cluster_id: cluster.id,
@@ -63,16 +81,17 @@ async fn try_probe(
         cached: cluster.cached,
         round_trip_us: u64::try_from(round_trip.as_micros()).unwrap_or(u64::MAX),
         etcd_version: status.version,
+        not_permitted: false,
     })
 }
 
 /// Pod CIDRs of all nodes; nodes that cannot be read have none.
-async fn pod_cidrs(session: &Session, prefix: &str) -> Result<Vec<String>, String> {
+async fn pod_cidrs(session: &Session, prefix: &str) -> Result<Vec<String>, Failure> {
     let range = KeyRange::of(prefix);
     let mut cidrs = Vec::new();
     let (mut after, mut revision): (Option<Vec<u8>>, i64) = (None, 0);
     loop {
-        let page = session.list_page(&range, after.as_deref(), PAGE, revision).await.map_err(text)?;
+        let page = session.list_page(&range, after.as_deref(), PAGE, revision).await?;
         for kv in &page.kvs {
             let node = range.suffix(&kv.key).and_then(|suffix| Node::decode(suffix, &kv.value).ok());
             cidrs.extend(node.iter().flat_map(Node::pod_cidrs).map(|cidr| cidr.to_string()));
@@ -84,6 +103,6 @@ async fn pod_cidrs(session: &Session, prefix: &str) -> Result<Vec<String>, Strin
     }
 }
 
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
+fn text(error: impl std::fmt::Display) -> Failure {
+    Failure { error: error.to_string(), not_permitted: false }
 }

@@ -67,8 +67,14 @@ impl Layout {
         self.cluster(cluster).join("context.yaml")
     }
 
-    pub(crate) fn pki(&self, cluster: &str) -> PathBuf {
-        self.cluster(cluster).join("pki")
+    /// The authority of all clusters and what it has issued, in a folder per cluster.
+    pub(crate) fn pki(&self) -> PathBuf {
+        self.dir().join("pki")
+    }
+
+    /// Which other clusters may read the cluster's etcd.
+    pub(crate) fn users(&self, cluster: &str) -> PathBuf {
+        self.cluster(cluster).join("users.yaml")
     }
 
     /// Config directory of the cluster's agents: one file per connected cluster.
@@ -81,7 +87,7 @@ impl Layout {
         self.cluster(cluster).join("manifests")
     }
 
-    /// etcd client configuration of the cluster's own `client` (`admin` or `local`).
+    /// etcd client configuration of the cluster's own `client` (`admin` or `agent`).
     pub(crate) fn etcd_config(&self, cluster: &str, client: &str) -> PathBuf {
         self.cluster(cluster).join(format!("etcd-{client}.yaml"))
     }

@@ -16,10 +16,12 @@ use tokio::time::Instant;
 use super::cgroup::Cgroup;
 use super::layout::Layout;
 use super::netns;
-use super::pki::{Pki, etcd_yaml};
+use super::pki::{self, certificate, etcd_yaml};
 use super::process::{Place, Spec, binaries, log_tail, spawn};
 use super::state::{ClusterState, write_atomically};
 use super::topology::{Cluster, Node};
+use crate::ca::authority::bundle;
+use crate::ca::leaf::Role;
 use crate::error::usage;
 use crate::wait::until;
 
@@ -125,24 +127,58 @@ impl<'a> SystemProcess<'a> {
         if self.is_running() {
             bail!("{} of cluster {} runs already", self.process, self.cluster.name);
         }
-        let mut child = self.launch(state)?;
+        let mut child = self.launch(state, deadline).await?;
         self.wait_listening(&mut child, deadline).await
     }
 
-    /// Starts it.
+    /// Starts it; an etcd without data is prepared first, as by an init container.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub(crate) fn launch(&self, state: &ClusterState) -> anyhow::Result<Child> {
+    pub(crate) async fn launch(&self, state: &ClusterState, deadline: Instant) -> anyhow::Result<Child> {
         let argv = match &self.process {
-            Process::Etcd => self.etcd(state),
+            Process::Etcd => {
+                self.initialize_etcd(state, deadline).await?;
+                self.etcd(state)
+            }
             Process::Apiserver => self.apiserver()?,
             Process::Agent(_) => self.agent()?,
         };
+        self.spawn(&argv)
+    }
+
+    fn spawn(&self, argv: &[String]) -> anyhow::Result<Child> {
         let netns = netns::file(&self.layout.node_netns(self.cluster.name.as_str(), &self.node.name));
         let place = Place { netns, cgroup: self.cgroup().path().to_path_buf() };
-        spawn(Spec { place, argv: &argv, env: Default::default(), log: self.log() })
+        spawn(Spec { place, argv, env: Default::default(), log: self.log() })
             .with_context(|| format!("cannot start {} of cluster {}", self.process, self.cluster.name))
+    }
+
+    /// Sets users and roles, unless etcd has its data already. Works beside the data directory, so that
+    /// one that exists is always complete.
+    async fn initialize_etcd(&self, state: &ClusterState, deadline: Instant) -> anyhow::Result<()> {
+        let cluster = self.cluster.name.as_str();
+        let data = self.layout.etcd_data(cluster);
+        if data.join("member").exists() {
+            return Ok(());
+        }
+        let fresh = data.with_extension("new");
+        let argv = [
+            binary("clustermesh-apiserver")?,
+            "etcdinit".to_owned(),
+            format!("--cluster-name={cluster}"),
+            format!("--etcd-cluster-name={cluster}"),
+            format!("--etcd-initial-cluster-token={}", state.etcd_token),
+            format!("--etcd-data-dir={}", fresh.display()),
+        ];
+        let mut child = self.spawn(&argv)?;
+        let ended = until(deadline, async || child.try_wait().context("cannot wait for a process")).await?;
+        match ended {
+            Some(status) if status.success() => std::fs::rename(&fresh, &data)
+                .with_context(|| format!("cannot rename {} to {}", fresh.display(), data.display())),
+            Some(_) => bail!("cannot prepare etcd of cluster {cluster}:\n{}", log_tail(&self.log(), 8)),
+            None => bail!("etcd of cluster {cluster} is not prepared in time; see {}", self.log().display()),
+        }
     }
 
     /// Waits until it listens.
@@ -189,8 +225,7 @@ impl<'a> SystemProcess<'a> {
 
     fn etcd(&self, state: &ClusterState) -> Vec<String> {
         let cluster = self.cluster.name.as_str();
-        let pki = Pki::at(self.layout.pki(cluster));
-        let server = pki.certificate("server");
+        let server = certificate(self.layout, self.cluster, Role::Server);
         let client = etcd_endpoint(self.cluster);
         // Peers are this process only: plain HTTP inside the node's own namespace.
         let peer = "http://127.0.0.1:2380";
@@ -204,7 +239,7 @@ impl<'a> SystemProcess<'a> {
             ("--initial-advertise-peer-urls", peer.to_owned()),
             ("--initial-cluster", format!("{cluster}={peer}")),
             ("--initial-cluster-token", state.etcd_token.clone()),
-            ("--trusted-ca-file", text(&pki.ca())),
+            ("--trusted-ca-file", text(&bundle(&self.layout.pki()))),
             ("--cert-file", text(&server.cert)),
             ("--key-file", text(&server.key)),
             ("--auto-compaction-mode", "periodic".to_owned()),
@@ -229,6 +264,9 @@ impl<'a> SystemProcess<'a> {
             self.layout.etcd_config(cluster, "admin").display().to_string(),
             "--http-addr".to_owned(),
             format!("0.0.0.0:{APISERVER_PORT}"),
+            "--cluster-users-enabled".to_owned(),
+            "--cluster-users-config-path".to_owned(),
+            self.layout.users(cluster).display().to_string(),
         ]);
         Ok(argv)
     }
@@ -238,7 +276,7 @@ impl<'a> SystemProcess<'a> {
         let mut argv = vec![binary("clustermesh-agent")?];
         self.add_cluster_flags(&mut argv);
         for (flag, path) in [
-            ("--etcd-config", layout.etcd_config(cluster, "local")),
+            ("--etcd-config", layout.etcd_config(cluster, "agent")),
             ("--clustermesh-config", layout.clustermesh_config(cluster)),
             ("--bpf-root", layout.node_bpf(cluster, node)),
             ("--cgroup-root", layout.node_cgroup(cluster, node)),
@@ -294,15 +332,14 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         Cgroup::at(layout.node_cgroup(name, &node.name)).create()?;
     }
-    let pki = Pki::at(layout.pki(name));
-    let address = IpAddr::V4(cluster.first_node().address);
-    pki.issue(name, &[address, [127, 0, 0, 1].into(), IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)])?;
-    let endpoints = [etcd_endpoint(cluster)];
-    for role in ["admin", "local"] {
-        let yaml = etcd_yaml(&endpoints, &pki.ca(), &pki.certificate(role));
-        write_atomically(&layout.etcd_config(name, role), yaml.as_bytes(), 0o644)?;
+    pki::issue(layout, cluster, IpAddr::V4(cluster.first_node().address))?;
+    let (endpoints, ca) = ([etcd_endpoint(cluster)], bundle(&layout.pki()));
+    for role in [Role::Admin, Role::Agent] {
+        let yaml = etcd_yaml(&endpoints, &ca, &certificate(layout, cluster, role));
+        write_atomically(&layout.etcd_config(name, role.as_str()), yaml.as_bytes(), 0o644)?;
     }
-    let remote = pki.certificate("remote");
+    write_atomically(&layout.users(name), b"users: []\n", 0o644)?;
+    let remote = certificate(layout, cluster, Role::Remote);
     let agents = cluster
         .nodes
         .iter()
@@ -311,10 +348,10 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
         "cluster": {"name": name, "id": cluster.id.get()},
         "etcd": {
             "endpoints": endpoints,
-            "trusted-ca-file": pki.ca(),
-            "cert-file": remote.cert,
-            "key-file": remote.key,
+            "trusted-ca-file": ca,
         },
+        "remote": {"cert-file": remote.cert, "key-file": remote.key},
+        "users": layout.users(name),
         "clustermeshConfig": layout.clustermesh_config(name),
         "agents": agents.collect::<Vec<_>>(),
     });

@@ -19,7 +19,9 @@ use crate::error::usage;
 const DEFAULT_UNDERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16);
 
 /// Nodes have a directory each, beside these of their cluster.
-const RESERVED: [&str; 5] = ["clustermesh", "etcd", "manifests", "pki", "volumes"];
+const RESERVED: [&str; 4] = ["clustermesh", "etcd", "manifests", "volumes"];
+/// Clusters have a directory each, beside these of the lab.
+const RESERVED_FOR_LAB: [&str; 2] = ["logs", "pki"];
 
 /// The file as written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -278,6 +280,9 @@ struct Shape {
 fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) -> Option<Cluster> {
     let at = format!("clusters[{}]", shape.index);
     let name = mistakes.expect(format!("{at}.name"), entry.name.parse::<ClusterName>());
+    if RESERVED_FOR_LAB.contains(&entry.name.as_str()) {
+        mistakes.add(format!("{at}.name"), format!("{:?} is reserved", entry.name));
+    }
     let max_connected = mistakes.expect(
         format!("{at}.maxConnectedClusters"),
         MaxConnectedClusters::try_from(entry.max_connected_clusters.unwrap_or(255)),

@@ -14,7 +14,7 @@ use super::pods::Pods;
 use super::state::{ClusterState, LabState, Lock, names};
 use super::system::{self, SystemProcess, binary};
 use super::topology::{Topology, TopologyFile, lab_name};
-use super::{down, network, read_manifest, requirements};
+use super::{down, network, pki, read_manifest, requirements};
 use crate::error::usage;
 use crate::mesh;
 use crate::output::print_line;
@@ -134,6 +134,7 @@ async fn start(
     let dir = layout.dir();
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     lab.save(layout)?;
+    pki::make_authority(layout)?;
     network::create(layout, topology).await.map_err(|e| explain_leftovers(layout, e))?;
     let nodes: usize = topology.clusters.iter().map(|c| c.nodes.len()).sum();
     print_line(format!("  network: {nodes} nodes on {}", topology.underlay));
@@ -171,7 +172,7 @@ async fn start_cluster(
     let processes = SystemProcess::all(layout, cluster, mesh);
     let mut launched = Vec::new();
     for process in &processes {
-        launched.push((process, process.launch(&state)?));
+        launched.push((process, process.launch(&state, deadline).await?));
     }
     let count = pods.reconcile(&mut state, deadline).await?;
     for (process, child) in &mut launched {

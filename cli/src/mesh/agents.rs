@@ -8,7 +8,7 @@ use clustermesh_agent_api::v1::{
     DumpTableRequest, DumpTableRow, ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
 };
 use futures::future::join_all;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::terminal::one_line;
 use crate::context::{Agent, Context};
@@ -17,6 +17,9 @@ use crate::context::{Agent, Context};
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long an agent may try another cluster's etcd.
 const PROBE: Duration = Duration::from_secs(10);
+/// How long an exporter may take to let in a cluster that its users file lists since a moment.
+const ADMISSION: Duration = Duration::from_secs(10);
+const AGAIN: Duration = Duration::from_millis(50);
 /// A table may have a million rows.
 const DUMP: Duration = Duration::from_secs(60);
 
@@ -30,17 +33,29 @@ pub(crate) async fn statuses_with_refused(context: &Context) -> Vec<Result<Statu
     join_all(context.agents.iter().map(|agent| status(agent, true))).await
 }
 
-/// Lets `agent` try the etcd of `peer` without storing anything.
-pub(crate) async fn probe(agent: &Agent, peer: &Context) -> Result<ProbePeerResponse, String> {
+/// Lets `agent`, one of `context`, try the etcd of `peer` without storing anything. With a peer that has
+/// just been told to let the cluster in, a refusal is tried again for a while.
+pub(crate) async fn probe(
+    agent: &Agent,
+    context: &Context,
+    peer: &Context,
+) -> Result<ProbePeerResponse, String> {
     let request = ProbePeerRequest {
         cluster_name: peer.cluster.to_string(),
-        etcd_config: peer.etcd.to_yaml(),
+        etcd_config: context.access_to(peer).to_yaml(),
         timeout_ms: u32::try_from(PROBE.as_millis()).unwrap_or(u32::MAX),
     };
     // The agent keeps to the timeout; ours is for an agent that does not.
     let mut client = client(agent).await?;
-    let response = within(PROBE + ANSWER, client.probe_peer(request)).await?;
-    if response.error.is_empty() { Ok(response) } else { Err(one_line(&response.error)) }
+    let give_up = Instant::now() + if peer.users.is_some() { ADMISSION } else { Duration::ZERO };
+    loop {
+        let response = within(PROBE + ANSWER, client.probe_peer(request.clone())).await?;
+        match response.error.is_empty() {
+            true => return Ok(response),
+            false if response.not_permitted && Instant::now() < give_up => sleep(AGAIN).await,
+            false => return Err(one_line(&response.error)),
+        }
+    }
 }
 
 /// All rows of one table of `agent`.

@@ -11,7 +11,7 @@ use super::entry::{self, Entry, FileSystem};
 use super::plan::{AgentFacts, Facts, Outcome, Plan, Probe, Side, plan};
 use super::status::why_not_ready;
 use super::terminal::{Style, Tone, print};
-use super::{Output, Wait, agents, wait};
+use super::{Output, Wait, agents, users, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -37,7 +37,7 @@ pub(crate) struct ConnectArgs {
     /// How long to wait.
     #[arg(long, value_name = "DURATION", default_value = "60s")]
     wait_duration: Wait,
-    /// Only check, write nothing.
+    /// Only check. The clusters may read each other's etcd for as long as that takes.
     #[arg(long)]
     dry_run: bool,
     /// How to print the result.
@@ -73,10 +73,32 @@ impl ConnectArgs {
         }
         let of_source = Entry::new(&source, &destination)?;
         let of_destination = Entry::new(&destination, &source)?;
-        let (from, to) = tokio::join!(
-            side(&source, &destination, &of_source),
-            side(&destination, &source, &of_destination)
-        );
+        let admissions = Admissions::grant(&source, &destination)?;
+        let verdict = self.check_and_write(&source, &destination, of_source, of_destination).await;
+        if !verdict.as_ref().is_ok_and(|verdict| verdict.is_connected()) {
+            admissions.take_back();
+        }
+        if verdict?.is_connected() && self.wait {
+            wait_until_ready(&source, &destination, self.wait_duration).await?;
+            if self.output == Output::Text {
+                let mark = Style::of_stdout().mark(Outcome::Pass);
+                let agents = source.agents.len() + destination.agents.len();
+                print(&format!("{mark} All {agents} agents are connected and synced"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All between letting each other in and waiting for the agents.
+    async fn check_and_write(
+        &self,
+        source: &Context,
+        destination: &Context,
+        of_source: Entry,
+        of_destination: Entry,
+    ) -> anyhow::Result<Verdict> {
+        let (from, to) =
+            tokio::join!(side(source, destination, &of_source), side(destination, source, &of_destination));
         let facts = Facts { source: from?, destination: to? };
         let plan = plan(&facts);
 
@@ -92,15 +114,7 @@ impl ConnectArgs {
         if verdict == Verdict::Refused {
             bail!("{}", refusal(&facts, &plan));
         }
-        if self.wait && matches!(verdict, Verdict::Connected | Verdict::AlreadyConnected) {
-            wait_until_ready(&source, &destination, self.wait_duration).await?;
-            if self.output == Output::Text {
-                let mark = Style::of_stdout().mark(Outcome::Pass);
-                let agents = source.agents.len() + destination.agents.len();
-                print(&format!("{mark} All {agents} agents are connected and synced"))?;
-            }
-        }
-        Ok(())
+        Ok(verdict)
     }
 
     fn show(&self, facts: &Facts, plan: &Plan, verdict: Verdict) -> anyhow::Result<()> {
@@ -144,6 +158,44 @@ enum Verdict {
     Failed,
 }
 
+impl Verdict {
+    const fn is_connected(self) -> bool {
+        matches!(self, Self::Connected | Self::AlreadyConnected)
+    }
+}
+
+/// Who was let in by this run. What has to be checked stands in the etcds, so each cluster lets the other
+/// in before it is known whether they fit together.
+struct Admissions<'a>(Vec<(&'a Context, &'a Context)>);
+
+impl<'a> Admissions<'a> {
+    fn grant(a: &'a Context, b: &'a Context) -> anyhow::Result<Self> {
+        let mut granted = Self(Vec::new());
+        for (context, peer) in [(a, b), (b, a)] {
+            match users::admit(context, &peer.cluster) {
+                Ok(true) => granted.0.push((context, peer)),
+                Ok(false) => {}
+                Err(error) => {
+                    granted.take_back();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(granted)
+    }
+
+    fn take_back(self) {
+        for (context, peer) in self.0 {
+            if let Err(error) = users::dismiss(context, &peer.cluster) {
+                eprintln!(
+                    "warning: {} may still read the etcd of {}: {error:#}",
+                    peer.cluster, context.cluster
+                );
+            }
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Report<'a> {
     source: Named<'a>,
@@ -164,7 +216,7 @@ async fn side(context: &Context, peer: &Context, entry: &Entry) -> anyhow::Resul
     let asked = context.agents.iter().zip(&statuses).find(|(_, status)| status.is_ok());
     let probe = match asked {
         Some((agent, _)) => {
-            Some(Probe { node: agent.node.clone(), result: agents::probe(agent, peer).await })
+            Some(Probe { node: agent.node.clone(), result: agents::probe(agent, context, peer).await })
         }
         None => None,
     };

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::entry::{self, FileSystem};
 use super::plan::Outcome;
 use super::terminal::{Style, print};
-use super::{Output, Wait, wait};
+use super::{Output, Wait, users, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -107,6 +107,8 @@ impl DisconnectArgs {
         let mut removed = false;
         for (n, Forgetting { context, peer }) in sides.iter().enumerate() {
             let result = entry::remove(&FileSystem, &context.clustermesh_config, peer);
+            // What a cluster may no longer read it does not use any more.
+            let result = result.and_then(|removed| Ok(users::dismiss(context, peer)? || removed));
             removed |= if n == 0 {
                 result?
             } else {

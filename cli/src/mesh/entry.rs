@@ -43,26 +43,28 @@ impl Entry {
             )));
         }
         let paths = Paths::new(&reader.clustermesh_config, &peer.cluster);
-        let read = |file: &Option<PathBuf>| {
+        let etcd = reader.access_to(peer);
+        let client = if etcd.cert_file == peer.etcd.cert_file { peer } else { reader };
+        let read = |file: &Option<PathBuf>, of: &Context| {
             file.as_ref()
                 .map(|path| {
                     fs::read(path).map_err(|e| {
                         usage(format!(
                             "cannot read {} (named in {}): {e}",
                             path.display(),
-                            peer.dir.join(crate::context::FILE).display()
+                            of.dir.join(crate::context::FILE).display()
                         ))
                     })
                 })
                 .transpose()
         };
-        let (ca, cert, key) =
-            (read(&peer.etcd.trusted_ca_file)?, read(&peer.etcd.cert_file)?, read(&peer.etcd.key_file)?);
+        let ca = read(&etcd.trusted_ca_file, peer)?;
+        let (cert, key) = (read(&etcd.cert_file, client)?, read(&etcd.key_file, client)?);
         let yaml = EtcdConfig {
             trusted_ca_file: ca.as_ref().map(|_| paths.ca.clone()),
             cert_file: cert.as_ref().map(|_| paths.cert.clone()),
             key_file: key.as_ref().map(|_| paths.key.clone()),
-            ..peer.etcd.clone()
+            ..etcd
         }
         .to_yaml();
         let mut files = vec![(paths.ca, ca), (paths.cert, cert), (paths.key, key)];
@@ -280,7 +282,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::context::Agent;
+    use crate::context::{Agent, ClientFiles};
 
     /// Fails at the n-th change, before or after it took effect, and works again for what follows.
     struct FailsAt {
@@ -332,6 +334,8 @@ mod tests {
                 username: None,
                 password: None,
             },
+            remote: None,
+            users: None,
             clustermesh_config: dir.join("clustermesh"),
             agents: vec![Agent { node: "node1".into(), socket: dir.join("agent.sock") }],
             dir,
@@ -378,6 +382,27 @@ mod tests {
         assert!(remove(&FileSystem, dir, &beta.cluster).unwrap());
         assert!(files(dir).is_empty());
         assert!(!remove(&FileSystem, dir, &beta.cluster).unwrap(), "a second time is fine");
+    }
+
+    #[test]
+    fn a_peer_without_a_certificate_for_others_is_read_with_the_own_one() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (mut alpha, mut beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
+        let file = |key: &str| tmp.path().join("alpha/pki").join(key);
+        alpha.remote = Some(ClientFiles { cert_file: file("remote.crt"), key_file: file("remote.key") });
+        let written = |alpha: &Context, beta: &Context| {
+            install(&FileSystem, &[&Entry::new(alpha, beta).unwrap()]).unwrap();
+            let key = fs::read_to_string(alpha.clustermesh_config.join("beta.etcd-client.key")).unwrap();
+            let ca = fs::read_to_string(alpha.clustermesh_config.join("beta.etcd-client-ca.crt")).unwrap();
+            (key, ca)
+        };
+        let ca = "ca.crt of beta".to_owned();
+        assert_eq!(written(&alpha, &beta), ("remote.key of beta".to_owned(), ca.clone()));
+        (beta.etcd.cert_file, beta.etcd.key_file) = (None, None);
+        assert_eq!(written(&alpha, &beta), ("remote.key of alpha".to_owned(), ca));
+        fs::remove_file(file("remote.crt")).unwrap();
+        let error = Entry::new(&alpha, &beta).unwrap_err().to_string();
+        assert!(error.contains("alpha/context.yaml"), "{error}");
     }
 
     #[test]

@@ -14,10 +14,11 @@ mod agents;
 mod bpf;
 mod connect;
 mod disconnect;
-mod entry;
+pub(crate) mod entry;
 mod plan;
 mod status;
 mod terminal;
+mod users;
 mod wait;
 
 /// The commands that operate a mesh.

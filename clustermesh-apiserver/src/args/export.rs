@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 
 use super::LogFormat;
-use crate::export::Cluster;
+use crate::export::{Cluster, Rules};
 
 /// Exports a cluster's nodes, identities, addresses and services into its etcd, where the agents of all
 /// connected clusters read them.
@@ -28,9 +28,28 @@ pub struct ExportArgs {
     /// How many clusters the mesh may have, 255 or 511: the same in all of them, for good.
     #[arg(long, default_value_t, value_name = "255|511")]
     pub max_connected_clusters: MaxConnectedClusters,
-    /// Where the cluster is described: a directory of Kubernetes manifests, which is followed.
-    #[arg(long, value_name = "manifests:DIR")]
+    /// Where the cluster is described: its API server, or a directory of Kubernetes manifests; either is followed.
+    #[arg(long, value_name = "kubernetes|manifests:DIR")]
     pub source: SourceSpec,
+    /// How to reach the API server; without it, as a pod of the cluster does.
+    #[arg(long, visible_alias = "k8s-kubeconfig-path", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig to use instead of its current one.
+    #[arg(long, requires = "kubeconfig", value_name = "NAME")]
+    pub context: Option<String>,
+    /// Whether other clusters get to know what is in a namespace without the annotation
+    /// clustermesh.cilium.io/global.
+    #[arg(
+        long,
+        visible_alias = "clustermesh-default-global-namespace",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_name = "true|false"
+    )]
+    pub default_global_namespace: bool,
     /// The cluster's etcd: endpoints and TLS files, in the form that Cilium uses.
     #[arg(long, value_name = "FILE")]
     pub etcd_config: PathBuf,
@@ -66,6 +85,14 @@ impl ExportArgs {
         self.cluster_users_config_path.as_deref().filter(|_| self.cluster_users_enabled)
     }
 
+    /// What other clusters get to know.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            default_global: self.default_global_namespace,
+            complete: self.source == SourceSpec::Kubernetes,
+        }
+    }
+
     /// `--identity-gc-grace` as a time.
     pub fn identity_grace(&self) -> Duration {
         Duration::from_secs(self.identity_gc_grace)
@@ -75,6 +102,8 @@ impl ExportArgs {
 /// A source of objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceSpec {
+    /// An API server.
+    Kubernetes,
     /// A directory of manifests.
     Manifests(PathBuf),
 }
@@ -84,6 +113,7 @@ impl FromStr for SourceSpec {
 
     fn from_str(text: &str) -> Result<Self, SourceSpecError> {
         match text.split_once(':') {
+            None if text == "kubernetes" => Ok(Self::Kubernetes),
             Some(("manifests", directory)) if !directory.is_empty() => Ok(Self::Manifests(directory.into())),
             _ => Err(SourceSpecError),
         }
@@ -93,6 +123,7 @@ impl FromStr for SourceSpec {
 impl fmt::Display for SourceSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Kubernetes => f.write_str("kubernetes"),
             Self::Manifests(directory) => write!(f, "manifests:{}", directory.display()),
         }
     }
@@ -100,7 +131,7 @@ impl fmt::Display for SourceSpec {
 
 /// The operator's: no such source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("use manifests:DIR, with the directory to follow")]
+#[error("use kubernetes, or manifests:DIR with the directory to follow")]
 pub struct SourceSpecError;
 
 #[cfg(test)]
@@ -118,15 +149,28 @@ mod tests {
         let args = parse(&good).unwrap();
         assert_eq!(args.source, SourceSpec::Manifests("/m".into()));
         assert!(args.cluster().is_err());
+        assert_eq!(args.rules(), Rules { default_global: true, complete: false });
         let args = parse(&[&good[..], &["--max-connected-clusters", "511"]].concat()).unwrap();
         assert_eq!(args.cluster().unwrap().id.get(), 300);
+    }
+
+    #[test]
+    fn flags_of_an_api_server() {
+        let good = ["--cluster-name", "alpha", "--cluster-id", "1", "--source", "kubernetes"];
+        let more = ["--k8s-kubeconfig-path", "/k", "--context", "c", "--default-global-namespace=false"];
+        let args = parse(&[&good[..], &more].concat()).unwrap();
+        assert_eq!((args.kubeconfig.as_deref(), args.context.as_deref()), (Some("/k".as_ref()), Some("c")));
+        assert_eq!(args.rules(), Rules { default_global: false, complete: true });
+        let cilium = ["--clustermesh-default-global-namespace=false"];
+        assert!(!parse(&[&good[..], &cilium].concat()).unwrap().default_global_namespace);
+        assert!(parse(&[&good[..], &["--context", "c"]].concat()).is_err());
     }
 
     #[test]
     fn bad_flags_say_what_is_right() {
         for (flags, expected) in [
             (["--cluster-name", "Alpha", "--source", "manifests:/m"], "lower-case letters"),
-            (["--cluster-name", "alpha", "--source", "kubernetes"], "manifests:DIR"),
+            (["--cluster-name", "alpha", "--source", "manifests"], "manifests:DIR"),
         ] {
             let error = parse(&[&flags[..], &["--cluster-id", "1"]].concat()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use clustermesh_kvstore::cluster::NamespacedName;
 
 use crate::endpoints::selects;
-use crate::objects::{EndpointSlice, Node, Object, Objects, Pod};
+use crate::objects::{EndpointSlice, Namespace, Node, Object, Objects, Pod};
 
 /// What has to be computed again. More than needed is fine, less is not.
 #[derive(Default)]
@@ -13,6 +13,10 @@ pub(super) struct Dirty {
     pub(super) pods: BTreeSet<NamespacedName>,
     pub(super) ips: BTreeSet<IpAddr>,
     pub(super) services: BTreeSet<NamespacedName>,
+    /// Of Cilium's identities, the names.
+    pub(super) cilium_identities: BTreeSet<String>,
+    /// Which identities are shown at all may have changed.
+    pub(super) identities: bool,
 }
 
 impl Dirty {
@@ -22,6 +26,21 @@ impl Dirty {
             self.mark_object(object, objects);
         }
         self.mark_node(node(before), node(after), objects);
+        if global(before) != global(after)
+            && let Some(namespace) = namespace(before).or(namespace(after))
+        {
+            self.mark_contents(&namespace.name, objects);
+        }
+    }
+
+    /// Marks everything in a namespace.
+    fn mark_contents(&mut self, namespace: &str, objects: &Objects) {
+        self.identities = true;
+        self.pods.extend(objects.pods_in(namespace).map(|pod| pod.name.clone()));
+        self.services.extend(objects.services_in(namespace).map(|service| service.name.clone()));
+        self.ips.extend(objects.cilium_endpoints_in(namespace).flat_map(|endpoint| &endpoint.ips));
+        let identities = objects.cilium_identities().filter(|o| o.namespace.as_deref() == Some(namespace));
+        self.cilium_identities.extend(identities.map(|identity| identity.name.clone()));
     }
 
     fn mark_object(&mut self, object: &Object, objects: &Objects) {
@@ -34,6 +53,14 @@ impl Dirty {
                 self.services.insert(service.name.clone());
             }
             Object::EndpointSlice(slice) => self.mark_slice(slice),
+            Object::CiliumIdentity(identity) => {
+                self.cilium_identities.insert(identity.name.clone());
+            }
+            Object::CiliumNode(node) => {
+                self.nodes.insert(node.record.name.clone());
+            }
+            // Who owns which address tells what changes: see `Owners`.
+            Object::CiliumEndpoint(_) | Object::CiliumEndpointSlice(_) => {}
             // What of it differs decides: see `mark_node`.
             Object::Node(_) => {}
         }
@@ -65,6 +92,18 @@ impl Dirty {
             self.services.extend(objects.services().map(|service| service.name.clone()));
         }
     }
+}
+
+fn namespace(object: Option<&Object>) -> Option<&Namespace> {
+    match object {
+        Some(Object::Namespace(namespace)) => Some(namespace),
+        _ => None,
+    }
+}
+
+/// What a namespace says of itself; that it is not there is something else again.
+fn global(object: Option<&Object>) -> Option<Option<bool>> {
+    namespace(object).map(|namespace| namespace.global)
 }
 
 fn node(object: Option<&Object>) -> Option<&Node> {

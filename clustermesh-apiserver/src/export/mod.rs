@@ -3,23 +3,37 @@
 //! [`Exporter`] keeps the facts and the keys that follow from them. Each batch of changes marks what
 //! may look different now (pods, addresses, services), computes those again from the facts alone, and
 //! returns the keys that did change. What a key says never depends on the order of changes, but for
-//! the numbers of identities, which last longer than the pods that need them.
+//! the numbers of identities, which last longer than the pods that need them, and who of several has an
+//! address.
+//!
+//! Where Cilium runs, its own objects say what identities, addresses and nodes there are; [`Basis`] tells
+//! whose word counts. [`Rules`] say what of a cluster other clusters get to know.
 
+mod basis;
 mod dirty;
+mod identities;
+mod owners;
 mod record;
+mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
-use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, NamespacedName};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, NamespacedName};
 use clustermesh_kvstore::key::{self, Kind, Layout};
 use clustermesh_kvstore::record::{MAX_VALUE, Record};
 
-use crate::identity::{self, Allocator, Exhausted};
-use crate::objects::{Change, Object, ObjectKind, Objects, Pod};
+use crate::endpoints;
+use crate::identity::{Allocator, Exhausted};
+use crate::objects::{Change, Object, ObjectKind, Objects};
 
+use basis::Choice;
 use dirty::Dirty;
+use owners::Owners;
+
+pub use basis::Basis;
+pub use rules::Rules;
 
 /// The cluster that is exported.
 #[derive(Clone, Debug)]
@@ -42,7 +56,9 @@ pub struct KeyChange {
 /// Computes keys from objects, incrementally.
 pub struct Exporter {
     cluster: Cluster,
+    rules: Rules,
     objects: Objects,
+    choice: Choice,
     identities: Allocator,
     /// The state of `identities` that is published.
     identities_revision: u64,
@@ -52,6 +68,8 @@ pub struct Exporter {
     starved: BTreeSet<NamespacedName>,
     /// Who says of itself to have an address. More than one for a moment when addresses are re-used.
     claims: BTreeMap<IpAddr, BTreeSet<Claim>>,
+    /// The same of Cilium's endpoints.
+    owners: Owners,
     published: BTreeMap<Kind, BTreeMap<String, Vec<u8>>>,
     prefixes: BTreeMap<Kind, String>,
     problems: Vec<Problem>,
@@ -95,17 +113,20 @@ impl Exporter {
         [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services, Kind::LocalServices];
 
     /// An exporter without objects. What `identities` has adopted is published from the first batch on.
-    pub fn new(cluster: Cluster, identities: Allocator) -> Self {
+    pub fn new(cluster: Cluster, identities: Allocator, rules: Rules) -> Self {
         let prefixes =
             Self::KINDS.map(|kind| (kind, key::data_prefix(kind, &cluster.name, Layout::State))).into();
         Self {
             cluster,
+            rules,
             objects: Objects::default(),
+            choice: Choice::new(),
             identities,
             identities_revision: 0,
             labels: BTreeMap::new(),
             starved: BTreeSet::new(),
             claims: BTreeMap::new(),
+            owners: Owners::default(),
             published: Self::KINDS.map(|kind| (kind, BTreeMap::new())).into(),
             prefixes,
             problems: Vec::new(),
@@ -123,17 +144,26 @@ impl Exporter {
                 for object in [before.as_ref(), after.as_ref()].into_iter().flatten() {
                     self.claim(object, &mut dirty);
                 }
+                self.owners.update(before.as_ref(), after.as_ref(), &mut dirty.ips);
                 dirty.mark(before.as_ref(), after.as_ref(), &self.objects);
             }
+        }
+        if let Some(before) = self.choice.decide(&self.objects, now) {
+            self.start_over(before, now, &mut dirty);
         }
         self.recompute(dirty, now)
     }
 
-    /// Lets time pass: frees identities that nobody has used for long.
+    /// Lets time pass: frees identities that nobody has used for long, and settles whose word counts.
     pub fn tick(&mut self, now: Instant) -> Vec<KeyChange> {
         let mut dirty = Dirty::default();
         if !self.identities.expire(now).is_empty() {
             dirty.pods = std::mem::take(&mut self.starved);
+        }
+        if self.choice.is_decided()
+            && let Some(before) = self.choice.decide(&self.objects, now)
+        {
+            self.start_over(before, now, &mut dirty);
         }
         self.recompute(dirty, now)
     }
@@ -196,100 +226,41 @@ impl Exporter {
 
     fn recompute(&mut self, mut dirty: Dirty, now: Instant) -> Vec<KeyChange> {
         let mut out = Output::default();
-        self.recompute_identities(&mut dirty, now, &mut out);
-        for name in dirty.nodes {
-            let record = self.objects.node(&name).map(|node| record::node(node, &self.cluster));
-            self.publish(&name, record, &mut out);
-        }
-        for ip in dirty.ips {
-            let record = self.ip_record(ip);
-            self.publish(&ip.to_string(), record, &mut out);
+        if !self.choice.is_frozen() {
+            self.recompute_identities(&mut dirty, now, &mut out);
+            for name in dirty.nodes {
+                let record = self.node_record(&name);
+                self.publish(&name, record, &mut out);
+            }
+            for ip in dirty.ips {
+                let record = self.ip_record(ip);
+                self.publish(&ip.to_string(), record, &mut out);
+            }
         }
         for name in dirty.services {
-            let service = self.objects.service(&name).filter(|service| !service.external_name);
-            let local = service.map(|service| record::local_service(service, &self.objects, &self.cluster));
-            let shared = service
-                .zip(local.as_ref())
-                .filter(|(service, _)| service.global && service.shared)
-                .map(|(service, local)| record::shared_service(service, local));
-            self.publish(&name.to_string(), local, &mut out);
-            self.publish(&name.to_string(), shared, &mut out);
+            self.recompute_service(&name, &mut out);
         }
         out.upserts.append(&mut out.deletes);
         out.upserts
     }
 
-    /// Moves the dirty pods to the identities of their labels. Label sets come in order of their text,
-    /// so that a restart that finds nothing in etcd gives the same numbers also where hashes collide.
-    fn recompute_identities(&mut self, dirty: &mut Dirty, now: Instant, out: &mut Output) {
-        let mut wanted: Vec<(Option<String>, NamespacedName)> = dirty
-            .pods
-            .iter()
-            .map(|name| {
-                let pod = self.objects.pod(name).filter(|pod| pod.owns_its_ips() && !pod.ips.is_empty());
-                (pod.map(|pod| self.label_string(pod)), name.clone())
-            })
-            .collect();
-        wanted.sort();
-        for (labels, name) in wanted {
-            if labels.is_none() || self.labels.get(&name) != labels.as_ref() {
-                self.move_pod(name, labels, now, dirty);
-            }
-        }
-        if self.identities_revision != self.identities.revision() {
-            self.identities_revision = self.identities.revision();
-            self.publish_identities(out);
-        }
-    }
-
-    fn label_string(&self, pod: &Pod) -> String {
-        let namespace = self.objects.namespace(&pod.name.namespace);
-        identity::security_labels(pod, namespace, &self.cluster.name).to_string()
-    }
-
-    fn move_pod(&mut self, name: NamespacedName, labels: Option<String>, now: Instant, dirty: &mut Dirty) {
-        if let Some(pod) = self.objects.pod(&name) {
-            dirty.ips.extend(&pod.ips);
-        }
-        if let Some(old) = self.labels.remove(&name) {
-            self.identities.release(&old, now);
-        }
-        self.starved.remove(&name);
-        let Some(labels) = labels else { return };
-        match self.identities.acquire(&labels) {
-            Ok(_) => {
-                self.labels.insert(name, labels);
-            }
-            Err(error) => {
-                self.starved.insert(name.clone());
-                self.problems.push(Problem::NoIdentity { pod: name, error });
-            }
-        }
-    }
-
-    /// New label sets are rare, so this compares all of them.
-    fn publish_identities(&mut self, out: &mut Output) {
-        let published = self.published.entry(Kind::Identities).or_default();
-        let prefix = &self.prefixes[&Kind::Identities];
-        let wanted: BTreeMap<String, &str> =
-            self.identities.assignments().map(|(identity, labels)| (identity.to_string(), labels)).collect();
-        published.retain(|suffix, _| {
-            let keep = wanted.contains_key(suffix);
-            if !keep {
-                out.deletes.push(KeyChange { key: format!("{prefix}{suffix}"), value: None });
-            }
-            keep
-        });
-        for (suffix, labels) in wanted {
-            if published.get(&suffix).is_none_or(|value| value != labels.as_bytes()) {
-                let value = labels.as_bytes().to_vec();
-                out.upserts.push(KeyChange { key: format!("{prefix}{suffix}"), value: Some(value.clone()) });
-                published.insert(suffix, value);
+    fn node_record(&self, name: &str) -> Option<clustermesh_kvstore::record::Node> {
+        match self.choice.current() {
+            Basis::Pods => self.objects.node(name).map(|node| record::node(node, &self.cluster)),
+            Basis::Endpoints | Basis::Slices => {
+                self.objects.cilium_node(name).map(|node| record::cilium_node(node, &self.cluster))
             }
         }
     }
 
     fn ip_record(&self, ip: IpAddr) -> Option<clustermesh_kvstore::record::IpRecord> {
+        let basis = self.choice.current();
+        if basis != Basis::Pods {
+            let mut owners = self.owners.of(ip, basis, &self.objects);
+            return owners
+                .find(|endpoint| self.rules.shows(&endpoint.name.namespace, &self.objects))
+                .map(|endpoint| record::cilium_ip(ip, endpoint));
+        }
         match record::holder(self.claims.get(&ip)?, &self.objects)? {
             record::Holder::Node(node) => Some(record::node_ip(ip, node)),
             record::Holder::Pod(pod) => {
@@ -299,8 +270,52 @@ impl Exporter {
         }
     }
 
-    fn identity_of(&self, pod: &NamespacedName) -> Option<Identity> {
-        self.identities.find(self.labels.get(pod)?)
+    fn recompute_service(&mut self, name: &NamespacedName, out: &mut Output) {
+        let service = self.objects.service(name);
+        let service = service.filter(|service| !service.external_name && !rules::is_pseudo_service(name));
+        let shown = self.rules.shows(&name.namespace, &self.objects);
+        let local = service.map(|service| {
+            let by_selector = !self.rules.complete || self.objects.slices_of(name).next().is_some();
+            let backends = match by_selector {
+                true => endpoints::backends(service, &self.objects),
+                false => BTreeMap::new(),
+            };
+            record::local_service(service, shown, backends, &self.cluster)
+        });
+        let shared = service
+            .zip(local.as_ref())
+            .filter(|(_, local)| local.global && local.shared)
+            .map(|(service, local)| record::shared_service(service, local));
+        self.publish(&name.to_string(), local, out);
+        self.publish(&name.to_string(), shared, out);
+    }
+
+    /// The basis is another one than before: everything that depends on it is to be told anew. What both
+    /// say alike stays as it is, and what only the new one says comes before what only the old one said
+    /// goes.
+    fn start_over(&mut self, before: Basis, now: Instant, dirty: &mut Dirty) {
+        tracing::info!(now = ?self.choice.current(), ?before, "another basis for identities, addresses, nodes");
+        if before == Basis::Pods {
+            for labels in std::mem::take(&mut self.labels).into_values() {
+                self.identities.release(&labels, now);
+            }
+            self.starved.clear();
+        }
+        if self.choice.current() == Basis::Pods {
+            self.adopt_published(now);
+        }
+        let published = |kind| self.published.get(&kind).into_iter().flat_map(BTreeMap::keys);
+        dirty.identities = true;
+        dirty.cilium_identities.extend(published(Kind::Identities).cloned());
+        dirty
+            .cilium_identities
+            .extend(self.objects.cilium_identities().map(|identity| identity.name.clone()));
+        dirty.pods.extend(self.objects.pods().map(|pod| pod.name.clone()));
+        dirty.nodes.extend(published(Kind::Nodes).cloned());
+        dirty.nodes.extend(self.objects.nodes().map(|node| node.name.clone()));
+        dirty.nodes.extend(self.objects.cilium_nodes().map(|node| node.record.name.clone()));
+        dirty.ips.extend(published(Kind::Ip).filter_map(|suffix| suffix.parse::<IpAddr>().ok()));
+        dirty.ips.extend(self.claims.keys().copied().chain(self.owners.ips()));
     }
 
     /// Compares with what was published under the suffix before.
@@ -330,5 +345,7 @@ struct Output {
     deletes: Vec<KeyChange>,
 }
 
+#[cfg(test)]
+mod cilium_tests;
 #[cfg(test)]
 mod tests;

@@ -11,8 +11,8 @@ use clustermesh_kvstore::record::{
 use ipnet::IpNet;
 
 use super::{Claim, Cluster};
-use crate::endpoints;
-use crate::objects::{Node, Objects, Pod, Service};
+use crate::endpoints::Backend;
+use crate::objects::{CiliumEndpoint, CiliumNode, Node, Objects, Pod, Service};
 
 /// A node. Cluster and ID are ours, whatever the object says.
 pub(super) fn node(node: &Node, cluster: &Cluster) -> record::Node {
@@ -53,6 +53,15 @@ pub(super) fn node(node: &Node, cluster: &Cluster) -> record::Node {
         wireguard_pub_key: node.wireguard_pub_key.clone(),
         boot_id: node.boot_id.clone(),
         ..record::Node::default()
+    }
+}
+
+/// A node as Cilium's agent describes it. Cluster and ID are ours, whatever the object says.
+pub(super) fn cilium_node(node: &CiliumNode, cluster: &Cluster) -> record::Node {
+    record::Node {
+        cluster: cluster.name.to_string(),
+        cluster_id: cluster.id.get().into(),
+        ..node.record.clone()
     }
 }
 
@@ -124,9 +133,30 @@ pub(super) fn node_ip(ip: IpAddr, node: &Node) -> IpRecord {
     }
 }
 
-/// A service for the agents of the own cluster.
-pub(super) fn local_service(service: &Service, objects: &Objects, cluster: &Cluster) -> LocalService {
-    let backends = endpoints::backends(service, objects).into_iter().map(|(ip, backend)| LocalBackend {
+/// An address of an endpoint of Cilium's.
+pub(super) fn cilium_ip(ip: IpAddr, endpoint: &CiliumEndpoint) -> IpRecord {
+    IpRecord {
+        prefix: ip.into(),
+        host: true,
+        host_ip: endpoint.node_ip,
+        identity: Identity(endpoint.identity),
+        key: endpoint.encryption_key,
+        metadata: String::new(),
+        namespace: endpoint.name.namespace.clone(),
+        pod_name: endpoint.name.name.clone(),
+        service_account: String::new(),
+        named_ports: Vec::new(),
+    }
+}
+
+/// A service for the agents of the own cluster, `global` if its namespace is.
+pub(super) fn local_service(
+    service: &Service,
+    global: bool,
+    backends: BTreeMap<IpAddr, Backend>,
+    cluster: &Cluster,
+) -> LocalService {
+    let backends = backends.into_iter().map(|(ip, backend)| LocalBackend {
         ip,
         ports: backend.ports,
         state: backend.state,
@@ -138,8 +168,8 @@ pub(super) fn local_service(service: &Service, objects: &Objects, cluster: &Clus
         cluster: cluster.name.to_string(),
         name: service.name.clone(),
         cluster_id: cluster.id.get().into(),
-        global: service.global,
-        shared: service.shared,
+        global: global && service.global,
+        shared: global && service.shared,
         affinity: service.affinity,
         headless: service.headless,
         frontends: frontends(service),

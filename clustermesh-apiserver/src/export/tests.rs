@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use clustermesh_kvstore::cluster::MaxConnectedClusters;
+use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
 use proptest::prelude::*;
 
 use super::*;
@@ -10,19 +10,19 @@ use crate::objects::ObjectKey;
 
 const GRACE: Duration = Duration::from_secs(600);
 
-fn exporter() -> Exporter {
+pub(super) fn exporter() -> Exporter {
     let max = MaxConnectedClusters::C255;
     let cluster = Cluster { name: "alpha".parse().unwrap(), id: ClusterId::new(1, max).unwrap() };
     let allocator = Allocator::new(cluster.id, max, GRACE);
-    Exporter::new(cluster, allocator)
+    Exporter::new(cluster, allocator, Rules::default())
 }
 
-fn value(exporter: &Exporter, key: &str) -> Option<String> {
+pub(super) fn value(exporter: &Exporter, key: &str) -> Option<String> {
     let mut keys = exporter.published();
     keys.find(|(found, _)| found == key).map(|(_, value)| String::from_utf8(value.to_vec()).unwrap())
 }
 
-fn pod(name: &str, ip: &str, extra: &str) -> String {
+pub(super) fn pod(name: &str, ip: &str, extra: &str) -> String {
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{namespace: shop, name: {name}, labels: {{app: web}}{extra}}}\n\
          spec: {{nodeName: n1, containers: [{{name: c, ports: [{{name: web, containerPort: 8080}}]}}]}}\n\
@@ -30,7 +30,7 @@ fn pod(name: &str, ip: &str, extra: &str) -> String {
     )
 }
 
-const SERVICE: &str = "
+pub(super) const SERVICE: &str = "
 apiVersion: v1
 kind: Service
 metadata: {namespace: shop, name: web, annotations: {service.cilium.io/global: 'true'}}
@@ -105,7 +105,7 @@ fn pods_without_an_identity_get_one_when_there_is_one() {
     for number in first.0 + 256..=last.0 {
         allocator.adopt(Identity(number), &format!("k8s:old={number};"), now).unwrap();
     }
-    let mut exporter = Exporter::new(cluster, allocator);
+    let mut exporter = Exporter::new(cluster, allocator, Rules::default());
     exporter.apply(upserts(&pod("web-0", "10.1.0.1", "")), now);
     assert!(matches!(&exporter.take_problems()[..], [Problem::NoIdentity { .. }]));
     assert_eq!((exporter.starved_count(), exporter.published_count(Kind::Ip)), (1, 0));

@@ -42,6 +42,11 @@ pub fn security_labels(pod: &Pod, namespace: Option<&Namespace>, cluster: &Clust
     labels
 }
 
+/// The namespace that a text of labels names.
+pub(crate) fn namespace_of(labels: &str) -> Option<&str> {
+    labels.split(';').find_map(|label| label.strip_prefix("k8s:io.kubernetes.pod.namespace="))
+}
+
 const NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 const SERVICE_ACCOUNT: &str = "io.cilium.k8s.policy.serviceaccount";
@@ -62,7 +67,8 @@ mod tests {
     fn the_labels_of_cilium() {
         let mut pod = fixtures::pod("shop", "cart-0");
         pod.labels = [("app", "cart"), ("pod-template-hash", "5d8f")].map(own).into();
-        let namespace = Namespace { name: "shop".into(), labels: [own(("team", "retail"))].into() };
+        let namespace =
+            Namespace { name: "shop".into(), labels: [own(("team", "retail"))].into(), global: None };
         let labels = security_labels(&pod, Some(&namespace), &"alpha".parse().unwrap());
         assert_eq!(
             labels.to_string(),

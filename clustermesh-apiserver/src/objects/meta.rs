@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::record::Protocol;
 use k8s_openapi::api::core::v1;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use serde::{Deserialize, Deserializer};
 
 /// A namespace.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,14 +15,26 @@ pub struct Namespace {
     pub name: String,
     /// Labels.
     pub labels: BTreeMap<String, String>,
+    /// Whether the mesh gets to know what is in it; `None` if it leaves that to the default.
+    pub global: Option<bool>,
 }
+
+/// On a namespace: `"true"` or `"false"`.
+const GLOBAL: &str = "clustermesh.cilium.io/global";
 
 impl TryFrom<v1::Namespace> for Namespace {
     type Error = ObjectError;
 
     fn try_from(object: v1::Namespace) -> Result<Self, ObjectError> {
         let check = Check::new("Namespace", &object.metadata);
-        Ok(Self { name: check.cluster_scoped_name()?, labels: check.labels()? })
+        let annotations = check.annotations();
+        let global = match annotations.get(GLOBAL) {
+            Some(text) if text.eq_ignore_ascii_case("true") => Some(true),
+            // What somebody tried to keep to the cluster is not shown for a typing error.
+            Some(_) => Some(false),
+            None => None,
+        };
+        Ok(Self { name: check.cluster_scoped_name()?, labels: check.labels()?, global })
     }
 }
 
@@ -67,10 +80,18 @@ impl<'a> Check<'a> {
     pub(super) fn namespaced_name(&self) -> Result<NamespacedName, ObjectError> {
         let name = self.cluster_scoped_name()?;
         let namespace = self.meta.namespace.clone().unwrap_or_else(|| "default".to_owned());
-        match is_dns_label(&namespace) {
-            true => Ok(NamespacedName { namespace, name }),
-            false => Err(self.error("metadata.namespace", "use lower-case letters, digits and '-'")),
+        self.name_in(&namespace, name)
+    }
+
+    /// The name of something that the object tells of.
+    pub(super) fn name_in(&self, namespace: &str, name: String) -> Result<NamespacedName, ObjectError> {
+        if !is_dns_label(namespace) {
+            return Err(self.error("metadata.namespace", "use lower-case letters, digits and '-'"));
         }
+        if !is_dns_subdomain(&name) {
+            return Err(self.error("name", format_args!("{name:?} is not a name")));
+        }
+        Ok(NamespacedName { namespace: namespace.to_owned(), name })
     }
 
     /// Labels end up in `key=value;` strings that other clusters split again: a `;` in one of them
@@ -114,6 +135,49 @@ impl<'a> Check<'a> {
             other => Err(self.error(field, format_args!("{other:?} is none of TCP, UDP, SCTP"))),
         }
     }
+}
+
+/// Reads of an object's metadata what we use: names, labels, times. The record of who managed which
+/// field, larger than many an object, is passed over without being built.
+pub(crate) fn lean<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let meta = lean_with_annotations(deserializer)?;
+    Ok(ObjectMeta { annotations: None, ..meta })
+}
+
+/// The same, with the annotations.
+pub(crate) fn lean_with_annotations<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<ObjectMeta, D::Error> {
+    let lean = Lean::deserialize(deserializer)?;
+    Ok(ObjectMeta {
+        name: lean.name,
+        namespace: lean.namespace,
+        resource_version: lean.resource_version,
+        labels: lean.labels,
+        annotations: lean.annotations,
+        creation_timestamp: lean.creation_timestamp,
+        deletion_timestamp: lean.deletion_timestamp,
+        ..ObjectMeta::default()
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Lean {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    namespace: Option<String>,
+    #[serde(default)]
+    resource_version: Option<String>,
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    creation_timestamp: Option<Time>,
+    #[serde(default)]
+    deletion_timestamp: Option<Time>,
 }
 
 fn is_dns_label(s: &str) -> bool {

@@ -1,10 +1,11 @@
 //! The facts: what the cluster looks like, as far as a mesh cares.
 //!
-//! Sources turn manifests (later: API objects) into the checked types here, and nothing else of the
+//! Sources turn manifests and API objects into the checked types here, and nothing else of the
 //! crate sees Kubernetes' own types. What goes in is checked against what Kubernetes itself would
 //! accept (names, labels, addresses, ports), because these strings become parts of etcd keys and of
 //! label strings in other clusters; what comes out can be relied on without looking again.
 
+mod cilium;
 mod endpoint_slice;
 mod meta;
 mod node;
@@ -17,8 +18,11 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 
+pub use cilium::{CiliumEndpoint, CiliumEndpointSlice, CiliumIdentity, CiliumNode};
+pub(crate) use cilium::{EndpointResource, IdentityResource, NodeResource, SliceResource};
 pub use endpoint_slice::{Endpoint, EndpointSlice};
 pub use meta::{Namespace, ObjectError};
+pub(crate) use meta::{lean, lean_with_annotations};
 pub use node::Node;
 pub use pod::{ContainerPort, Pod};
 pub use service::{IpFamily, Service, ServicePort, TargetPort};
@@ -37,6 +41,14 @@ pub enum Object {
     Service(Arc<Service>),
     /// Endpoints of a service that somebody else computed.
     EndpointSlice(Arc<EndpointSlice>),
+    /// An identity that Cilium gave a number.
+    CiliumIdentity(Arc<CiliumIdentity>),
+    /// A pod that Cilium manages.
+    CiliumEndpoint(Arc<CiliumEndpoint>),
+    /// Several of them in one object.
+    CiliumEndpointSlice(Arc<CiliumEndpointSlice>),
+    /// A node that Cilium runs on.
+    CiliumNode(Arc<CiliumNode>),
 }
 
 impl Object {
@@ -48,6 +60,10 @@ impl Object {
             Self::Pod(o) => (ObjectKind::Pod, o.name.clone()),
             Self::Service(o) => (ObjectKind::Service, o.name.clone()),
             Self::EndpointSlice(o) => (ObjectKind::EndpointSlice, o.name.clone()),
+            Self::CiliumIdentity(o) => (ObjectKind::CiliumIdentity, cluster_scoped(&o.name)),
+            Self::CiliumEndpoint(o) => (ObjectKind::CiliumEndpoint, o.name.clone()),
+            Self::CiliumEndpointSlice(o) => (ObjectKind::CiliumEndpointSlice, cluster_scoped(&o.name)),
+            Self::CiliumNode(o) => (ObjectKind::CiliumNode, cluster_scoped(&o.record.name)),
         };
         ObjectKey { kind, name }
     }
@@ -70,11 +86,29 @@ pub enum ObjectKind {
     Service,
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice,
+    /// cilium.io/v2 CiliumIdentity.
+    CiliumIdentity,
+    /// cilium.io/v2 CiliumEndpoint.
+    CiliumEndpoint,
+    /// cilium.io CiliumEndpointSlice, v2alpha1 or v2.
+    CiliumEndpointSlice,
+    /// cilium.io/v2 CiliumNode.
+    CiliumNode,
 }
 
 impl ObjectKind {
     /// Every kind.
-    pub const ALL: [Self; 5] = [Self::Namespace, Self::Node, Self::Pod, Self::Service, Self::EndpointSlice];
+    pub const ALL: [Self; 9] = [
+        Self::Namespace,
+        Self::Node,
+        Self::Pod,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::CiliumIdentity,
+        Self::CiliumEndpoint,
+        Self::CiliumEndpointSlice,
+        Self::CiliumNode,
+    ];
 
     /// The kind as manifests spell it.
     pub const fn as_str(self) -> &'static str {
@@ -84,6 +118,10 @@ impl ObjectKind {
             Self::Pod => "Pod",
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
+            Self::CiliumIdentity => "CiliumIdentity",
+            Self::CiliumEndpoint => "CiliumEndpoint",
+            Self::CiliumEndpointSlice => "CiliumEndpointSlice",
+            Self::CiliumNode => "CiliumNode",
         }
     }
 }

@@ -3,7 +3,10 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 
-use super::{Change, EndpointSlice, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Service};
+use super::{
+    Change, CiliumEndpoint, CiliumEndpointSlice, CiliumIdentity, CiliumNode, EndpointSlice, Namespace, Node,
+    Object, ObjectKey, ObjectKind, Pod, Service,
+};
 
 /// All facts, with the look-ups that computing records needs. Maps are ordered by namespace first,
 /// so that everything of one namespace is one range.
@@ -16,6 +19,10 @@ pub struct Objects {
     slices: BTreeMap<NamespacedName, Arc<EndpointSlice>>,
     slices_of: BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
     pods_on: BTreeMap<String, BTreeSet<NamespacedName>>,
+    cilium_identities: BTreeMap<String, Arc<CiliumIdentity>>,
+    cilium_endpoints: BTreeMap<NamespacedName, Arc<CiliumEndpoint>>,
+    cilium_slices: BTreeMap<String, Arc<CiliumEndpointSlice>>,
+    cilium_nodes: BTreeMap<String, Arc<CiliumNode>>,
 }
 
 impl Objects {
@@ -32,6 +39,18 @@ impl Objects {
             Object::Namespace(o) => self.namespaces.insert(o.name.clone(), o).map(Object::Namespace),
             Object::Node(o) => self.nodes.insert(o.name.clone(), o).map(Object::Node),
             Object::Service(o) => self.services.insert(o.name.clone(), o).map(Object::Service),
+            Object::CiliumIdentity(o) => {
+                self.cilium_identities.insert(o.name.clone(), o).map(Object::CiliumIdentity)
+            }
+            Object::CiliumEndpoint(o) => {
+                self.cilium_endpoints.insert(o.name.clone(), o).map(Object::CiliumEndpoint)
+            }
+            Object::CiliumEndpointSlice(o) => {
+                self.cilium_slices.insert(o.name.clone(), o).map(Object::CiliumEndpointSlice)
+            }
+            Object::CiliumNode(o) => {
+                self.cilium_nodes.insert(o.record.name.clone(), o).map(Object::CiliumNode)
+            }
             Object::Pod(o) => {
                 let old = self.pods.insert(o.name.clone(), Arc::clone(&o));
                 if let Some(old) = &old {
@@ -56,6 +75,14 @@ impl Objects {
             ObjectKind::Namespace => self.namespaces.remove(&key.name.name).map(Object::Namespace),
             ObjectKind::Node => self.nodes.remove(&key.name.name).map(Object::Node),
             ObjectKind::Service => self.services.remove(&key.name).map(Object::Service),
+            ObjectKind::CiliumIdentity => {
+                self.cilium_identities.remove(&key.name.name).map(Object::CiliumIdentity)
+            }
+            ObjectKind::CiliumEndpoint => self.cilium_endpoints.remove(&key.name).map(Object::CiliumEndpoint),
+            ObjectKind::CiliumEndpointSlice => {
+                self.cilium_slices.remove(&key.name.name).map(Object::CiliumEndpointSlice)
+            }
+            ObjectKind::CiliumNode => self.cilium_nodes.remove(&key.name.name).map(Object::CiliumNode),
             ObjectKind::Pod => {
                 let old = self.pods.remove(&key.name)?;
                 unindex(&mut self.pods_on, old.node.as_ref(), &old.name);
@@ -77,6 +104,10 @@ impl Objects {
             ObjectKind::Pod => self.pods.len(),
             ObjectKind::Service => self.services.len(),
             ObjectKind::EndpointSlice => self.slices.len(),
+            ObjectKind::CiliumIdentity => self.cilium_identities.len(),
+            ObjectKind::CiliumEndpoint => self.cilium_endpoints.len(),
+            ObjectKind::CiliumEndpointSlice => self.cilium_slices.len(),
+            ObjectKind::CiliumNode => self.cilium_nodes.len(),
         }
     }
 
@@ -98,6 +129,54 @@ impl Objects {
     /// A service.
     pub fn service(&self, name: &NamespacedName) -> Option<&Service> {
         self.services.get(name).map(Arc::as_ref)
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values().map(Arc::as_ref)
+    }
+
+    /// All pods.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values().map(Arc::as_ref)
+    }
+
+    /// An identity of Cilium's.
+    pub fn cilium_identity(&self, name: &str) -> Option<&CiliumIdentity> {
+        self.cilium_identities.get(name).map(Arc::as_ref)
+    }
+
+    /// All identities of Cilium's.
+    pub fn cilium_identities(&self) -> impl Iterator<Item = &CiliumIdentity> {
+        self.cilium_identities.values().map(Arc::as_ref)
+    }
+
+    /// An endpoint of Cilium's.
+    pub fn cilium_endpoint(&self, name: &NamespacedName) -> Option<&CiliumEndpoint> {
+        self.cilium_endpoints.get(name).map(Arc::as_ref)
+    }
+
+    /// The endpoints of Cilium's in a namespace, in objects of their own or in slices.
+    pub fn cilium_endpoints_in(&self, namespace: &str) -> impl Iterator<Item = &CiliumEndpoint> {
+        let sliced = self.cilium_slices.values().flat_map(|slice| &slice.endpoints);
+        let wanted = namespace.to_owned();
+        in_namespace(&self.cilium_endpoints, namespace)
+            .chain(sliced.filter(move |endpoint| endpoint.name.namespace == wanted))
+    }
+
+    /// A slice of Cilium's endpoints.
+    pub fn cilium_slice(&self, name: &str) -> Option<&CiliumEndpointSlice> {
+        self.cilium_slices.get(name).map(Arc::as_ref)
+    }
+
+    /// A node of Cilium's.
+    pub fn cilium_node(&self, name: &str) -> Option<&CiliumNode> {
+        self.cilium_nodes.get(name).map(Arc::as_ref)
+    }
+
+    /// All nodes of Cilium's.
+    pub fn cilium_nodes(&self) -> impl Iterator<Item = &CiliumNode> {
+        self.cilium_nodes.values().map(Arc::as_ref)
     }
 
     /// All services.

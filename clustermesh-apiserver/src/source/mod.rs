@@ -1,6 +1,7 @@
 //! Where facts come from. A source reads the outside world, checks what it reads, and hands on
 //! changes of [`Object`](crate::objects::Object)s; it neither knows nor cares what becomes of them.
 
+pub mod kubernetes;
 pub mod manifests;
 
 use crate::objects::Change;
@@ -14,4 +15,6 @@ pub enum SourceEvent {
     Synced,
     /// How many inputs are broken now; their last good state stands.
     Broken(usize),
+    /// Why nothing more can be read at the moment, or that it can again.
+    Trouble(Option<String>),
 }

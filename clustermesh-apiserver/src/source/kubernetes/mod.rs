@@ -1,0 +1,67 @@
+//! An API server as a cluster: Kubernetes' objects, and Cilium's where it runs.
+//!
+//! `connect` knows how to reach it; `kinds` says what is read; `follow` lists and watches one kind;
+//! `discovery` finds out which of Cilium's kinds there are; `read` is what objects are read into, with
+//! all that nobody needs left out; `lists` makes one story of what the watches tell, without I/O.
+
+mod connect;
+mod discovery;
+mod follow;
+mod kinds;
+mod lists;
+mod read;
+mod trouble;
+
+use std::time::Duration;
+
+use kube::Client;
+use tokio::sync::mpsc;
+
+pub use connect::{ConnectError, connect};
+pub use kinds::{KINDS, Resource};
+
+use self::lists::{Heard, Lists};
+use super::SourceEvent;
+use crate::objects::ObjectKind;
+
+/// How often to ask which of Cilium's kinds there are: it may be installed or removed at any time.
+pub const LOOK: Duration = Duration::from_secs(10);
+
+/// Follows a cluster until the receiver is dropped. Whatever fails is tried again; every `look` the
+/// cluster is asked which of Cilium's kinds it has.
+pub fn watch(client: Client, look: Duration) -> mpsc::Receiver<SourceEvent> {
+    let (out, events) = mpsc::channel(16);
+    let (tell, heard) = mpsc::channel(CHUNK);
+    for kind in KINDS.iter().filter(|resource| resource.group != kinds::CILIUM) {
+        tokio::spawn(follow::follow(client.clone(), kind.kind, kind.api(kind.version), tell.clone()));
+    }
+    tokio::spawn(discovery::follow(client, look, tell));
+    tokio::spawn(assemble(heard, out));
+    events
+}
+
+/// What one watch says, and about which kind.
+type Told = (ObjectKind, Heard);
+
+/// Objects that are handed on together at most, but for the first state.
+const CHUNK: usize = 1024;
+
+async fn assemble(mut heard: mpsc::Receiver<Told>, out: mpsc::Sender<SourceEvent>) {
+    let mut lists = Lists::default();
+    let mut batch = Vec::with_capacity(CHUNK);
+    loop {
+        tokio::select! {
+            count = heard.recv_many(&mut batch, CHUNK) => if count == 0 { return },
+            // Nobody listens any more: with `heard` the watches end too.
+            () = out.closed() => return,
+        }
+        for (kind, what) in batch.drain(..) {
+            lists.hear(kind, what);
+        }
+        for event in lists.take() {
+            if out.send(event).await.is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! What objects are read into. Of the large ones only the fields are built that something is made of;
+//! the rest of a pod is several times as much.
+
+use std::borrow::Cow;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::{ApiResource, Resource};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::objects::{
+    EndpointResource, IdentityResource, NodeResource, Object, ObjectError, SliceResource, lean,
+    lean_with_annotations,
+};
+
+/// An object on the wire that an [`Object`] can be made of.
+pub(super) trait Wire: Clone + Debug + DeserializeOwned + Send + Sync + 'static {
+    fn meta(&self) -> &ObjectMeta;
+    fn meta_mut(&mut self) -> &mut ObjectMeta;
+    /// Checks it.
+    fn into_object(self) -> Result<Object, ObjectError>;
+}
+
+/// Lets the client's library list and watch a [`Wire`].
+#[derive(Clone, Debug, Deserialize)]
+#[serde(transparent, bound = "")]
+pub(super) struct Read<W: Wire>(pub(super) W);
+
+impl<W: Wire> Resource for Read<W> {
+    type DynamicType = ApiResource;
+    type Scope = kube::core::DynamicResourceScope;
+
+    fn kind(api: &ApiResource) -> Cow<'_, str> {
+        api.kind.as_str().into()
+    }
+
+    fn group(api: &ApiResource) -> Cow<'_, str> {
+        api.group.as_str().into()
+    }
+
+    fn version(api: &ApiResource) -> Cow<'_, str> {
+        api.version.as_str().into()
+    }
+
+    fn plural(api: &ApiResource) -> Cow<'_, str> {
+        api.plural.as_str().into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        self.0.meta()
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        self.0.meta_mut()
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Namespace {
+    #[serde(default, deserialize_with = "lean_with_annotations")]
+    metadata: ObjectMeta,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Node {
+    #[serde(default, deserialize_with = "lean_with_annotations")]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Option<NodeSpec>,
+    #[serde(default)]
+    status: Option<NodeStatus>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct NodeSpec {
+    #[serde(rename = "podCIDR", default)]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs", default)]
+    pod_cidrs: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct NodeStatus {
+    #[serde(default)]
+    addresses: Option<Vec<v1::NodeAddress>>,
+    #[serde(default)]
+    node_info: Option<v1::NodeSystemInfo>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Pod {
+    #[serde(default, deserialize_with = "lean")]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Option<PodSpec>,
+    #[serde(default)]
+    status: Option<PodStatus>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PodSpec {
+    #[serde(default)]
+    service_account_name: Option<String>,
+    #[serde(default)]
+    service_account: Option<String>,
+    #[serde(default)]
+    node_name: Option<String>,
+    #[serde(default)]
+    host_network: Option<bool>,
+    #[serde(default)]
+    hostname: Option<String>,
+    #[serde(default)]
+    subdomain: Option<String>,
+    #[serde(default)]
+    containers: Option<Vec<Container>>,
+    #[serde(default)]
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Container {
+    #[serde(default)]
+    restart_policy: Option<String>,
+    #[serde(default)]
+    ports: Option<Vec<v1::ContainerPort>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct PodStatus {
+    #[serde(default)]
+    phase: Option<String>,
+    #[serde(rename = "hostIP", default)]
+    host_ip: Option<String>,
+    #[serde(rename = "podIP", default)]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs", default)]
+    pod_ips: Option<Vec<v1::PodIP>>,
+    #[serde(default)]
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Condition {
+    #[serde(rename = "type", default)]
+    kind: String,
+    #[serde(default)]
+    status: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Service {
+    #[serde(default, deserialize_with = "lean_with_annotations")]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Option<v1::ServiceSpec>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct EndpointSlice {
+    #[serde(default, deserialize_with = "lean")]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    address_type: String,
+    #[serde(default)]
+    endpoints: Option<Vec<discovery::Endpoint>>,
+    #[serde(default)]
+    ports: Option<Vec<discovery::EndpointPort>>,
+}
+
+impl From<Namespace> for v1::Namespace {
+    fn from(read: Namespace) -> Self {
+        Self { metadata: read.metadata, ..Self::default() }
+    }
+}
+
+impl From<Node> for v1::Node {
+    fn from(read: Node) -> Self {
+        let spec = read.spec.map(|spec| v1::NodeSpec {
+            pod_cidr: spec.pod_cidr,
+            pod_cidrs: spec.pod_cidrs,
+            ..v1::NodeSpec::default()
+        });
+        let status = read.status.map(|status| v1::NodeStatus {
+            addresses: status.addresses,
+            node_info: status.node_info,
+            ..v1::NodeStatus::default()
+        });
+        Self { metadata: read.metadata, spec, status }
+    }
+}
+
+impl From<Pod> for v1::Pod {
+    fn from(read: Pod) -> Self {
+        let containers = |read: Vec<Container>| -> Vec<v1::Container> {
+            let built = read.into_iter().map(|container| v1::Container {
+                restart_policy: container.restart_policy,
+                ports: container.ports,
+                ..v1::Container::default()
+            });
+            built.collect()
+        };
+        let spec = read.spec.map(|spec| v1::PodSpec {
+            service_account_name: spec.service_account_name,
+            service_account: spec.service_account,
+            node_name: spec.node_name,
+            host_network: spec.host_network,
+            hostname: spec.hostname,
+            subdomain: spec.subdomain,
+            containers: containers(spec.containers.unwrap_or_default()),
+            init_containers: spec.init_containers.map(containers),
+            ..v1::PodSpec::default()
+        });
+        let status = read.status.map(|status| v1::PodStatus {
+            phase: status.phase,
+            host_ip: status.host_ip,
+            pod_ip: status.pod_ip,
+            pod_ips: status.pod_ips,
+            conditions: status.conditions.map(|conditions| {
+                let built = conditions.into_iter().map(|condition| v1::PodCondition {
+                    type_: condition.kind,
+                    status: condition.status,
+                    ..v1::PodCondition::default()
+                });
+                built.collect()
+            }),
+            ..v1::PodStatus::default()
+        });
+        Self { metadata: read.metadata, spec, status }
+    }
+}
+
+impl From<Service> for v1::Service {
+    fn from(read: Service) -> Self {
+        Self { metadata: read.metadata, spec: read.spec, status: None }
+    }
+}
+
+impl From<EndpointSlice> for discovery::EndpointSlice {
+    fn from(read: EndpointSlice) -> Self {
+        Self {
+            metadata: read.metadata,
+            address_type: read.address_type,
+            endpoints: read.endpoints,
+            ports: read.ports,
+        }
+    }
+}
+
+/// What is read, by way of what kind of object, into which [`Object`].
+macro_rules! wire {
+    ($($read:ty, $via:ty => $object:ident;)*) => {$(
+        impl Wire for $read {
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+
+            fn into_object(self) -> Result<Object, ObjectError> {
+                let checked = crate::objects::$object::try_from(<$via>::from(self))?;
+                Ok(Object::$object(Arc::new(checked)))
+            }
+        }
+    )*};
+}
+
+wire! {
+    Namespace, v1::Namespace => Namespace;
+    Node, v1::Node => Node;
+    Pod, v1::Pod => Pod;
+    Service, v1::Service => Service;
+    EndpointSlice, discovery::EndpointSlice => EndpointSlice;
+    IdentityResource, IdentityResource => CiliumIdentity;
+    EndpointResource, EndpointResource => CiliumEndpoint;
+    SliceResource, SliceResource => CiliumEndpointSlice;
+    NodeResource, NodeResource => CiliumNode;
+}
