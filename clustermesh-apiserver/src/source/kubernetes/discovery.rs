@@ -98,7 +98,7 @@ impl Kind {
             self.state = Some(State::Absent);
             return out.send((kind, Heard::Absent)).await;
         };
-        tracing::info!("reading {kind}s ({CILIUM}/{version})");
+        tracing::info!("reading {kind} objects ({CILIUM}/{version})");
         let api = self.resource.api(version);
         let task = tokio::spawn(follow::follow(client.clone(), kind, api, out.clone()));
         self.state = Some(State::Present { version: version.clone(), task, misses: 0 });

@@ -96,7 +96,7 @@ impl Teller {
         };
         self.delay = RETRY_MIN;
         if self.complained.take().is_some() {
-            tracing::info!("reading {}s again", self.kind);
+            tracing::info!("reading {} objects again", self.kind);
             self.send(Heard::Trouble(None)).await?;
         }
         self.send(heard).await

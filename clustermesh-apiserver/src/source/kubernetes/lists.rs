@@ -145,3 +145,6 @@ impl Lists {
         self.kinds.entry(kind).or_default()
     }
 }
+#[cfg(test)]
+#[path = "lists_tests.rs"]
+mod tests;
