@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::engine::{self, Channels, Engine, Setup};
+use crate::liveness::{Board, LivenessOptions, Watch};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks};
 use crate::peers::{Directory, OwnCluster, Peers};
 use crate::serve::{self, ServeError, Source};
@@ -42,6 +43,8 @@ pub struct Options {
     pub grpc_socket: PathBuf,
     /// For probes and Prometheus; none: not served.
     pub http_addr: Option<SocketAddr>,
+    /// Dead clusters are taken out of load-balancing; none: no cluster is watched.
+    pub liveness: Option<LivenessOptions>,
 }
 
 /// How the kernel is used.
@@ -118,13 +121,15 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
+    let board = Board::default();
     let source = Source {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
         datapath: if options.kernel.is_some() { "ebpf" } else { "memory" },
-        queries,
+        queries: queries.clone(),
         directory: directory.clone(),
         policy: policy.clone(),
+        board: board.clone(),
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
     let http = match options.http_addr {
@@ -154,6 +159,10 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let channels = Channels { inputs: received, queries: asked, routes, stop: stop.clone() };
     let engine = tokio::spawn(engine.run(channels));
+    if let Some(liveness) = options.liveness {
+        let (directory, engine) = (directory.clone(), inputs.clone());
+        tokio::spawn(Watch { options: liveness, directory, queries, engine, board }.run());
+    }
     let peers = Peers::new(options.own.clone(), inputs, directory, policy);
     let peers = tokio::spawn(follow_clusters(peers, options.etcd_config, initial, changes));
     info!(cluster = %options.own.name, id = %options.own.id, node = options.node_name, "running");

@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
-    BackendValue, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey,
-    backend_state,
+    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+    ServiceKey, backend_state,
 };
 
 use crate::wire_key;
@@ -86,12 +86,19 @@ pub struct Changes {
     pub endpoint: Vec<(IpKey, Option<EndpointValue>)>,
     /// Frontends.
     pub service: Vec<(ServiceKey, Option<ServicePlan>)>,
+    /// States of clusters, by ID; healthy ones have none.
+    pub cluster: Vec<(u32, Option<ClusterState>)>,
 }
 
 impl Changes {
     /// Number of changed keys.
     pub fn len(&self) -> usize {
-        self.ipcache.len() + self.prefix.len() + self.node.len() + self.endpoint.len() + self.service.len()
+        self.ipcache.len()
+            + self.prefix.len()
+            + self.node.len()
+            + self.endpoint.len()
+            + self.service.len()
+            + self.cluster.len()
     }
 
     /// Whether nothing changed.
@@ -113,4 +120,6 @@ pub struct Restored {
     pub endpoint: Vec<(IpKey, EndpointValue)>,
     /// `cm_service`, with its slots and backends followed.
     pub service: Vec<(ServiceKey, ServicePlan)>,
+    /// `cm_cluster`.
+    pub cluster: Vec<(u16, ClusterState)>,
 }

@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod desired;
 pub mod engine;
+pub mod liveness;
 pub mod mesh;
 pub mod netlink;
 pub mod peers;

@@ -5,10 +5,13 @@ use std::io::IsTerminal as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use agent_sync::agent::{self, AgentError, KernelOptions, Options};
+use agent_sync::liveness::LivenessOptions;
 use agent_sync::peers::OwnCluster;
 use anyhow::Context as _;
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 use tokio::signal::unix::{SignalKind, signal};
@@ -77,6 +80,24 @@ struct Flags {
     /// UDP port of the tunnels, the same in the whole mesh
     #[arg(long, default_value_t = 8472)]
     tunnel_port: u16,
+    /// Whether dead remote clusters are taken out of load-balancing
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    liveness: Switch,
+    /// A cluster is dead when neither its etcd nor any of its nodes was heard for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = LivenessOptions::default().dead_after.as_secs(),
+        value_parser = RangedU64ValueParser::<u64>::new().range(LivenessOptions::MIN_DEAD_AFTER.as_secs()..=86_400))]
+    liveness_dead_after: u64,
+    /// A dead cluster returns when it was heard for so many seconds; longer if it died a short time before
+    #[arg(long, value_name = "SECONDS", default_value_t = LivenessOptions::default().return_after.as_secs(),
+        value_parser = RangedU64ValueParser::<u64>::new().range(1..=86_400))]
+    liveness_return_after: u64,
+    /// Seconds from one question to the nodes of a cluster to the next [default: 5, or a third of the time
+    /// after which it is dead]
+    #[arg(long, value_name = "SECONDS", value_parser = RangedU64ValueParser::<u64>::new().range(1..=3600))]
+    liveness_probe_interval: Option<u64>,
+    /// TCP port on which a node is asked that does not answer ICMP; a refusal is an answer
+    #[arg(long, value_name = "PORT", default_value_t = LivenessOptions::default().probe_port)]
+    liveness_probe_port: u16,
     /// How log lines look; RUST_LOG says which there are
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -88,6 +109,12 @@ enum DatapathFlag {
     Ebpf,
     /// In this process: to look at a mesh, and for tests
     Memory,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -157,6 +184,14 @@ impl Flags {
     fn options(self) -> Result<Options, ClusterError> {
         let max = self.max_connected_clusters;
         let own = OwnCluster { name: self.cluster_name, id: ClusterId::new(self.cluster_id, max)?, max };
+        let dead_after = Duration::from_secs(self.liveness_dead_after);
+        let asked = self.liveness_probe_interval.map(Duration::from_secs);
+        let liveness = LivenessOptions {
+            dead_after,
+            return_after: Duration::from_secs(self.liveness_return_after),
+            probe_interval: asked.unwrap_or(LivenessOptions::default().probe_interval.min(dead_after / 3)),
+            probe_port: self.liveness_probe_port,
+        };
         let kernel = KernelOptions {
             bpf_root: self.bpf_root,
             cgroup_root: self.cgroup_root,
@@ -173,6 +208,7 @@ impl Flags {
             kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,
+            liveness: (self.liveness == Switch::On).then_some(liveness),
         })
     }
 }

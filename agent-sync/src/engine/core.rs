@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::{DatapathError, Tables};
 use tracing::{debug, info, warn};
 
 use super::Input;
 use super::members::Members;
+use crate::liveness::core::Member;
+use crate::liveness::nodes::candidates;
 use crate::mesh::{Conflict, Links, Mesh};
 use crate::peers::OwnCluster;
 use crate::reconcile::Reconciler;
@@ -143,6 +146,17 @@ impl Core {
     /// The merged state of all clusters.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// Remote clusters, as liveness has to know them.
+    pub(super) fn remotes(&self) -> BTreeMap<ClusterName, Member> {
+        let remotes = self.members.iter().filter(|(name, _)| **name != self.own.name);
+        let member = |id: Option<ClusterId>| Member {
+            id,
+            dead: id.is_some_and(|id| self.mesh.is_dead(id)),
+            nodes: id.map_or_else(Vec::new, |id| candidates(self.mesh.tunnel_ips(id), self.mesh.node_name())),
+        };
+        remotes.map(|(name, remote)| (name.clone(), member(remote.id))).collect()
     }
 
     /// The configured clusters.

@@ -31,6 +31,8 @@ pub(super) struct Member {
     pub(super) intake: BTreeMap<Kind, Intake>,
     /// Kinds whose connection is lost.
     pub(super) lost: BTreeSet<Kind>,
+    /// What liveness said last; none: nothing yet, and what was restored counts.
+    dead: Option<bool>,
 }
 
 impl Members {
@@ -67,11 +69,22 @@ impl Members {
                 let member = self.by_name.entry(name).or_default();
                 member.id = Some(id);
                 member.lost.clear();
+                if let Some(dead) = member.dead {
+                    mesh.set_dead(id, dead);
+                }
                 kinds.iter().for_each(|kind| mesh.begin_list(id, *kind));
                 mesh.set_placement(id, placement(&member.rules));
                 self.forget_strangers(mesh);
             }
             Input::Record { name, kind, event } => self.record(&name, kind, event, mesh),
+            Input::Liveness { name, dead } => {
+                // One that was removed meanwhile is gone with its state.
+                let Some(member) = self.by_name.get_mut(&name) else { return };
+                member.dead = Some(dead);
+                if let Some(id) = member.id {
+                    mesh.set_dead(id, dead);
+                }
+            }
             Input::Drained(name) => {
                 if let Some(id) = self.by_name.get_mut(&name).and_then(|member| member.id.take()) {
                     mesh.drain(id);

@@ -67,6 +67,13 @@ pub enum Input {
         /// The event.
         event: ReflectorEvent,
     },
+    /// Liveness takes it out of load-balancing, or back in.
+    Liveness {
+        /// The cluster.
+        name: ClusterName,
+        /// Out.
+        dead: bool,
+    },
     /// It lost its ID; everything of it goes.
     Drained(ClusterName),
     /// Its config file is gone; everything of it goes.

@@ -12,6 +12,7 @@ use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
 use super::{Engine, shown};
+use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
 use crate::wire_key;
 
@@ -22,6 +23,8 @@ pub enum Query {
     Overview(oneshot::Sender<Overview>),
     /// What is in a table of [`TABLES`].
     Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
+    /// Which remote clusters there are, and their nodes.
+    Remotes(oneshot::Sender<BTreeMap<ClusterName, liveness::core::Member>>),
 }
 
 /// Names and texts of a row's columns.
@@ -90,6 +93,7 @@ impl Engine {
         match query {
             Query::Overview(reply) => drop(reply.send(self.overview())),
             Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
+            Query::Remotes(reply) => drop(reply.send(self.core.remotes())),
         }
     }
 

@@ -22,7 +22,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::ClusterId;
 use clustermesh_kvstore::key::Kind;
-use ebpf_global_svc::abi::{IpKey, IpValue};
+use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
 use ipnet::IpNet;
 
 use crate::desired::{Changes, Restored};
@@ -50,6 +50,9 @@ pub struct Mesh {
     placement: Placement,
     endpoints: Endpoints,
     services: Services,
+    /// Clusters that are not healthy; what they are in the kernel.
+    states: BTreeMap<u16, ClusterState>,
+    changed_states: BTreeSet<u16>,
     /// Removals of entries that make no sense on this node, restored from before.
     foreign: Changes,
 }
@@ -98,6 +101,8 @@ impl Mesh {
             placement: Placement::default(),
             endpoints,
             services: Services::new(own, restored.service),
+            states: BTreeMap::new(),
+            changed_states: BTreeSet::new(),
             foreign: Changes { endpoint: foreign_endpoints, ..Changes::default() },
         };
         mesh.clusters.insert(own, Records::default());
@@ -121,6 +126,10 @@ impl Mesh {
         }
         for cluster in mesh.services.restored_clusters() {
             mesh.clusters.entry(cluster).or_default();
+        }
+        for (cluster, state) in restored.cluster {
+            mesh.clusters.entry(cluster).or_default();
+            mesh.states.insert(cluster, state);
         }
         mesh
     }
@@ -271,6 +280,12 @@ impl Mesh {
         }
     }
 
+    /// Takes the cluster out of load-balancing, or back in. Everything else of it stays as it is.
+    pub fn set_dead(&mut self, cluster: ClusterId, dead: bool) {
+        let state = dead.then_some(ClusterState { state: cluster_state::DEAD });
+        self.set_state(cluster.get(), state);
+    }
+
     /// What the network edge found out about this node's pods.
     pub fn set_links(&mut self, links: Links) {
         self.endpoints.set_links(links);
@@ -288,6 +303,8 @@ impl Mesh {
         }
         let may_serve = |cluster, ip| self.placement.may_serve(&self.topology, cluster, ip);
         changes.service.extend(self.services.compute(&self.clusters, may_serve));
+        let states = std::mem::take(&mut self.changed_states).into_iter();
+        changes.cluster.extend(states.map(|cluster| (cluster.into(), self.states.get(&cluster).copied())));
         changes
     }
 
@@ -296,9 +313,27 @@ impl Mesh {
         self.endpoints.local()
     }
 
+    /// This node's name.
+    pub fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
     /// This node's underlay address.
     pub fn node_ip(&self) -> Option<Ipv4Addr> {
         self.endpoints.node_ip()
+    }
+
+    /// Whether its backends are not to be chosen.
+    pub fn is_dead(&self, cluster: ClusterId) -> bool {
+        self.states.get(&cluster.get()).is_some_and(|state| state.state == cluster_state::DEAD)
+    }
+
+    /// Where tunnels to the nodes of `cluster` end, without addresses that another cluster holds.
+    pub fn tunnel_ips(&self, cluster: ClusterId) -> impl Iterator<Item = Ipv4Addr> {
+        let records = self.clusters.get(&cluster.get());
+        let ips = records.into_iter().flat_map(|records| records.nodes.iter());
+        ips.filter_map(|(_, node)| node.tunnel_ip())
+            .filter(move |ip| self.topology.address_holder((*ip).into()) == Some(cluster.get()))
     }
 
     /// Routes that this node needs for its own processes; none while its own node record, and with it
@@ -449,7 +484,18 @@ impl Mesh {
         }
     }
 
+    fn set_state(&mut self, cluster: u16, state: Option<ClusterState>) {
+        let before = match state {
+            Some(state) => self.states.insert(cluster, state),
+            None => self.states.remove(&cluster),
+        };
+        if before != state {
+            self.changed_states.insert(cluster);
+        }
+    }
+
     fn drain_id(&mut self, cluster: u16) {
+        self.set_state(cluster, None);
         let Some(records) = self.clusters.remove(&cluster) else { return };
         for (ip, _) in records.ips.iter() {
             self.address_changed(cluster, ip, None);

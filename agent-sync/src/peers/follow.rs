@@ -1,5 +1,6 @@
 //! The task of one cluster: does what its [`Core`] decides.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -7,8 +8,10 @@ use std::task::{Context, Poll};
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
-use clustermesh_kvstore::key::{Kind, Layout};
-use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent};
+use clustermesh_kvstore::key::{HEARTBEAT, Kind, Layout};
+use clustermesh_kvstore::reflector::{
+    Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent, ReflectorSpec,
+};
 use futures::stream::SelectAll;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
@@ -46,6 +49,8 @@ pub(super) struct Follower {
     engine: mpsc::Sender<Input>,
     stop: CancellationToken,
     records: SelectAll<ReflectedKind>,
+    /// Kinds whose list is complete, and whose connection was not lost since.
+    listed: BTreeSet<Kind>,
 }
 
 impl Follower {
@@ -59,11 +64,11 @@ impl Follower {
         stop: CancellationToken,
     ) -> (Self, PeerView) {
         let (connection, status) = Connection::spawn(etcd, ConnectionOptions::default());
-        let (state, view) = watch::channel(PeerState { id: None, cached: false, last_error: None });
+        let (state, view) = watch::channel(PeerState::default());
         let view = PeerView { state: view, connection: status.clone() };
         let core = Core::new(own, name.clone());
-        let records = SelectAll::new();
-        (Self { name, core, connection, status, state, ids, policy, engine, stop, records }, view)
+        let (records, listed) = (SelectAll::new(), BTreeSet::new());
+        (Self { name, core, connection, status, state, ids, policy, engine, stop, records, listed }, view)
     }
 
     pub(super) async fn run(mut self) {
@@ -73,6 +78,8 @@ impl Follower {
 
     async fn follow(&mut self) {
         let mut configs = self.connection.reflect(self.core.config_spec());
+        let mut heartbeat = self.connection.reflect(ReflectorSpec::new(HEARTBEAT, None));
+        let mut last_beat = None;
         // Before anything is let in.
         self.take_policy().await;
         loop {
@@ -86,12 +93,22 @@ impl Follower {
             let mut effects = Vec::new();
             tokio::select! {
                 Some((kind, event)) = self.records.next(), if !self.records.is_empty() => {
+                    self.note_change(kind, &event);
                     self.core.record(now(), kind, event, &mut effects);
                 }
                 config = configs.recv() => match config {
                     Some(event) => self.core.config(now(), event, &mut ids::lock(&self.ids), &mut effects),
                     None => return,
                 },
+                Some(event) = heartbeat.recv() => {
+                    // Its value is their clock; that it changes is all that counts. A list tells it again.
+                    if let ReflectorEvent::Upsert { value, .. } = event
+                        && last_beat.as_ref() != Some(&value)
+                    {
+                        last_beat = Some(value);
+                        self.note(|state| state.heartbeat = Some(Instant::now()));
+                    }
+                }
                 Ok(()) = self.status.changed() => {
                     let error = self.status.borrow_and_update().failure();
                     effects.extend(error.map(Effect::Error));
@@ -114,6 +131,28 @@ impl Follower {
         }
     }
 
+    /// What changes in a mirror was changed by the cluster a moment ago; what is listed may be old.
+    fn note_change(&mut self, kind: Kind, event: &ReflectorEvent) {
+        match event {
+            ReflectorEvent::Synced { .. } => drop(self.listed.insert(kind)),
+            ReflectorEvent::Lost { .. } | ReflectorEvent::Relisting => drop(self.listed.remove(&kind)),
+            ReflectorEvent::Upsert { .. } | ReflectorEvent::Delete { .. } => {
+                if self.listed.contains(&kind) && self.state.borrow().cached {
+                    self.note(|state| state.last_change = Some(Instant::now()));
+                }
+            }
+            ReflectorEvent::Progress { .. } => {}
+        }
+    }
+
+    /// Without waking anybody: those who want to know look now and then.
+    fn note(&self, note: impl FnOnce(&mut PeerState)) {
+        self.state.send_if_modified(|state| {
+            note(state);
+            false
+        });
+    }
+
     async fn perform(&mut self, effect: Effect) {
         match effect {
             // Fails only when the engine has ended, and the agent with it.
@@ -122,7 +161,10 @@ impl Follower {
                 let events = self.connection.reflect(spec);
                 self.records.push(ReflectedKind { kind, events });
             }
-            Effect::Unfollow => self.records.clear(),
+            Effect::Unfollow => {
+                self.records.clear();
+                self.listed.clear();
+            }
             Effect::Accepted(accepted) => self.state.send_modify(|state| {
                 state.id = Some(accepted.id);
                 // What went wrong on the way here was not a failure of something that worked.

@@ -41,7 +41,7 @@ pub struct OwnCluster {
 }
 
 /// A cluster as far as its connection goes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PeerState {
     /// Its ID, once its config is accepted.
     pub id: Option<ClusterId>,
@@ -49,6 +49,10 @@ pub struct PeerState {
     pub cached: bool,
     /// The last error since the config was accepted (before: at all) and its time; kept after it is over.
     pub last_error: Option<(String, Instant)>,
+    /// When its etcd's heartbeat changed last, as seen here.
+    pub heartbeat: Option<Instant>,
+    /// When a record of it changed last in a mirror, apart from lists.
+    pub last_change: Option<Instant>,
 }
 
 /// What status shows of a cluster.

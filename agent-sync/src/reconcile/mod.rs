@@ -16,7 +16,9 @@ mod write;
 
 use std::time::{Duration, Instant};
 
-use ebpf_global_svc::abi::{EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ebpf_global_svc::abi::{
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+};
 use ebpf_global_svc::{DatapathError, Tables};
 
 use crate::desired::{Changes, Restored};
@@ -36,6 +38,7 @@ pub struct Reconciler {
     node: Plain<NodeKey, NodeValue>,
     endpoint: Plain<IpKey, EndpointValue>,
     services: Services,
+    cluster: Plain<u32, ClusterState>,
     failures: u32,
     retry_at: Option<Instant>,
     last_error: Option<String>,
@@ -48,7 +51,10 @@ impl Reconciler {
     /// If a table cannot be read.
     pub fn restore(tables: &Tables, now: Instant) -> Result<(Self, Restored), DatapathError> {
         let (services, service) = Services::restore(tables, now)?;
+        let states = tables.cluster.dump()?.into_iter();
         let restored = Restored {
+            // The array has 512 elements.
+            cluster: states.filter_map(|(id, state)| Some((u16::try_from(id).ok()?, state))).collect(),
             ipcache: tables.ipcache.dump()?,
             prefix: tables.prefix.dump()?,
             node: tables.node.dump()?,
@@ -65,6 +71,7 @@ impl Reconciler {
         self.node.accept(changes.node);
         self.endpoint.accept(changes.endpoint);
         self.services.accept(changes.service);
+        self.cluster.accept(changes.cluster);
     }
 
     /// Writes what is new, retries what failed if its time has come, and clears away what has been
@@ -77,8 +84,11 @@ impl Reconciler {
             self.node.retry();
             self.endpoint.retry();
             self.services.retry();
+            self.cluster.retry();
         }
         let mut errors = write::Errors::default();
+        // One write ends calls to a dead cluster; it need not wait for anything.
+        self.cluster.upsert(&mut *tables.cluster, &mut errors);
         self.ipcache.upsert(&mut *tables.ipcache, &mut errors);
         self.node.upsert(&mut *tables.node, &mut errors);
         self.prefix.upsert(&mut *tables.prefix, &mut errors);
@@ -88,6 +98,8 @@ impl Reconciler {
         self.prefix.remove(&mut *tables.prefix, &mut errors);
         self.node.remove(&mut *tables.node, &mut errors);
         self.ipcache.remove(&mut *tables.ipcache, &mut errors);
+        // A cluster returns when everything of it is as desired.
+        self.cluster.remove(&mut *tables.cluster, &mut errors);
         self.services.sweep(now, tables, &mut errors);
         self.schedule_retry(now, errors);
     }
@@ -104,6 +116,7 @@ impl Reconciler {
             + self.node.pending()
             + self.endpoint.pending()
             + self.services.pending()
+            + self.cluster.pending()
     }
 
     /// Why something is pending.

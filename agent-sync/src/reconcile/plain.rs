@@ -1,4 +1,4 @@
-//! Tables whose entries stand alone: ipcache, prefixes, nodes, endpoints.
+//! Tables whose entries stand alone: ipcache, prefixes, nodes, endpoints, states of clusters.
 //!
 //! No mirror of the installed state is kept: desired state starts as what was restored, so a key is
 //! either as desired or in here.

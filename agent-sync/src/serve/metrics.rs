@@ -9,6 +9,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::liveness::Health;
+
 /// OpenMetrics.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -22,6 +24,7 @@ pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error>
     agent(status, &mut registry);
     clusters(status, &mut registry);
     refusals(status, &mut registry);
+    health(status, &mut registry);
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)
@@ -66,6 +69,23 @@ fn clusters(status: &StatusResponse, registry: &mut Registry) {
         set(&silence, labels(), peer.last_event_age_ms / 1000);
         set(&reconnects, labels(), peer.reconnects);
         set_kinds(peer, &synced, &records);
+    }
+}
+
+/// One of the states is 1, the others are 0.
+fn health(status: &StatusResponse, registry: &mut Registry) {
+    let health = gauge(registry, "remote_cluster_health", "How the cluster is as seen from this node");
+    let transitions = Family::<Labels, Counter>::default();
+    let help = "How often the health of the cluster changed";
+    registry.register("remote_cluster_health_transitions", help, transitions.clone());
+    for peer in &status.remotes {
+        let Some(liveness) = &peer.liveness else { continue };
+        for state in Health::ALL {
+            let labels = vec![("target_cluster", peer.name.clone()), ("state", state.to_string())];
+            set(&health, labels, (liveness.health == state.as_str()).into());
+        }
+        let labels = vec![("target_cluster", peer.name.clone())];
+        transitions.get_or_create(&labels).inc_by(liveness.transitions);
     }
 }
 

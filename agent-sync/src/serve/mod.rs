@@ -16,6 +16,7 @@ use clustermesh_kvstore::import_policy::CurrentPolicy;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::{DumpError, Overview, Query, Row};
+use crate::liveness::Board;
 use crate::peers::{Directory, OwnCluster};
 
 pub use grpc::serve as serve_grpc;
@@ -36,6 +37,8 @@ pub struct Source {
     pub directory: Directory,
     /// What they may say.
     pub policy: watch::Receiver<CurrentPolicy>,
+    /// Their health.
+    pub board: Board,
 }
 
 /// Why nothing is served.

@@ -8,6 +8,7 @@ use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
 use crate::engine::{KindView, Overview};
+use crate::liveness::Standing;
 use crate::mesh::Conflict;
 use crate::peers::PeerView;
 
@@ -18,7 +19,11 @@ impl Source {
         let mut views = self.directory.snapshot();
         let own = views.remove(&self.own.name);
         let own = own.map(|view| peer(&self.own.name, &view, &overview, with_refused));
-        let remotes = views.iter().map(|(name, view)| peer(name, view, &overview, with_refused)).collect();
+        let remotes = views.iter().map(|(name, view)| {
+            let standing = self.board.standing(name);
+            v1::Peer { liveness: standing.map(liveness), ..peer(name, view, &overview, with_refused) }
+        });
+        let remotes = remotes.collect();
         let fills = overview.tables.iter();
         let conflicts = overview.conflicts.iter();
         Ok(v1::StatusResponse {
@@ -107,6 +112,16 @@ fn peer(name: &ClusterName, view: &PeerView, overview: &Overview, with_refused: 
         etcd_cluster_id: connection.etcd_cluster_id.map_or_else(String::new, |id| format!("{id:x}")),
         endpoints: connection.endpoints.clone(),
         cached: state.cached,
+        liveness: None,
+    }
+}
+
+fn liveness(standing: Standing) -> v1::Liveness {
+    v1::Liveness {
+        health: standing.health.to_string(),
+        reason: standing.findings.to_string(),
+        age_ms: millis(standing.since.elapsed()),
+        transitions: standing.transitions,
     }
 }
 

@@ -186,3 +186,37 @@ fn a_full_frontend_keeps_the_own_cluster_and_the_lowest_ids() {
     agent.writes();
     assert_eq!((agent.clusters_in_service().len(), agent.mesh.left_out().clusters), (MAX_GROUPS, 3));
 }
+
+#[test]
+fn a_dead_cluster_costs_one_write_and_so_does_its_return_even_after_a_restart() {
+    let mut agent = Agent::fresh();
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 0..1000)]);
+    agent.writes();
+    agent.mesh.set_dead(id(2), true);
+    assert_eq!(agent.writes(), BTreeMap::from([("cm_cluster", 1)]));
+    agent.mesh.set_dead(id(2), true);
+    assert_eq!(agent.writes(), BTreeMap::new());
+
+    let mut agent = agent.restart();
+    assert!(agent.mesh.is_dead(id(2)), "nobody has heard of it since");
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 0..1000)]);
+    assert_eq!(agent.writes(), BTreeMap::new());
+    agent.mesh.set_dead(id(2), false);
+    assert_eq!(agent.writes(), BTreeMap::from([("cm_cluster", 1)]));
+}
+
+#[test]
+fn an_id_whose_cluster_is_gone_is_healthy_again() {
+    let mut agent = Agent::fresh();
+    agent.mesh.set_dead(id(2), true);
+    agent.mesh.set_dead(id(3), true);
+    agent.list(2, Kind::Services, vec![remote(2, [1])]);
+    agent.writes();
+    agent.mesh.drain(id(2));
+    let mut agent = agent.restart();
+    agent.mesh.keep_only(&[1].into());
+    agent.writes();
+    assert_eq!(agent.tables.cluster.dump().unwrap(), []);
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use ebpf_global_svc::abi::{BackendValue, ServiceKey, ServiceValue, SlotKey};
+use ebpf_global_svc::abi::{BackendValue, ClusterState, ServiceKey, ServiceValue, SlotKey};
 use ebpf_global_svc::table::{MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 use rand::rngs::StdRng;
@@ -24,6 +24,7 @@ pub(crate) struct Kernel {
     services: BTreeMap<ServiceKey, ServiceValue>,
     slots: BTreeMap<SlotKey, u32>,
     backends: BTreeMap<u32, BackendValue>,
+    clusters: BTreeMap<u32, ClusterState>,
     /// Values that programs may still be following, and since when they are replaced.
     replaced: Vec<(Instant, ServiceValue)>,
     rng: StdRng,
@@ -38,6 +39,7 @@ impl Kernel {
             services: BTreeMap::new(),
             slots: BTreeMap::new(),
             backends: BTreeMap::new(),
+            clusters: BTreeMap::new(),
             replaced: Vec::new(),
             rng: StdRng::seed_from_u64(seed),
         }))
@@ -94,6 +96,14 @@ impl Map<u32, BackendValue> for BackendMap {
     const NAME: &'static str = "cm_backend";
     fn map(kernel: &mut Kernel) -> &mut BTreeMap<u32, BackendValue> {
         &mut kernel.backends
+    }
+}
+
+struct ClusterMap;
+impl Map<u32, ClusterState> for ClusterMap {
+    const NAME: &'static str = "cm_cluster";
+    fn map(kernel: &mut Kernel) -> &mut BTreeMap<u32, ClusterState> {
+        &mut kernel.clusters
     }
 }
 
@@ -170,10 +180,10 @@ pub(crate) fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         service: checked::<ServiceMap>(kernel),
         slot: checked::<SlotMap>(kernel),
         backend: checked::<BackendMap>(kernel),
+        cluster: checked::<ClusterMap>(kernel),
         ipcache: Box::new(MemoryTable::new("cm_ipcache", 1 << 20)),
         prefix: Box::new(MemoryTable::new("cm_prefix", 1 << 20)),
         endpoint: Box::new(MemoryTable::new("cm_endpoint", 1 << 20)),
         node: Box::new(MemoryTable::new("cm_node", 1 << 20)),
-        ..Tables::memory()
     }
 }

@@ -245,6 +245,7 @@ impl Agent {
             kernel: None,
             grpc_socket: dir.path().join("agent.sock"),
             http_addr: None,
+            liveness: None,
         };
         let stop = CancellationToken::new();
         let task = tokio::spawn(agent::run(options, stop.clone()));

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use clustermesh_agent_api::v1::{Conflict, KindStatus, LocalCounts, Peer, StatusResponse, TableFill};
+use clustermesh_agent_api::v1::{
+    Conflict, KindStatus, Liveness, LocalCounts, Peer, StatusResponse, TableFill,
+};
 
 use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_ready};
 use crate::mesh::plan::Outcome;
@@ -155,6 +157,9 @@ impl Text {
             line += ", through kvstoremesh";
         }
         self.line(2, line);
+        if let Some(liveness) = &peer.liveness {
+            self.line(3, self.liveness(liveness));
+        }
         let kinds: Vec<_> = peer.kinds.iter().map(|kind| self.kind(kind)).collect();
         if !kinds.is_empty() {
             self.line(3, kinds.join(", "));
@@ -188,6 +193,21 @@ impl Text {
             let (key, detail) = (one_line(&refused.key), one_line(&refused.detail));
             self.line(4, format!("{} {key}: {}: {detail}{note}", kind.kind, one_line(&refused.reason)));
         }
+    }
+
+    /// How the cluster is, seen from the node, since when and why.
+    fn liveness(&self, liveness: &Liveness) -> String {
+        let tone = match liveness.health.as_str() {
+            "healthy" => Tone::Good,
+            "dead" => Tone::Bad,
+            _ => Tone::Doubtful,
+        };
+        let mut text = self.style.paint(tone, &one_line(&liveness.health));
+        let _ = write!(text, " for {}", age(liveness.age_ms));
+        if !liveness.reason.is_empty() {
+            let _ = write!(text, ": {}", one_line(&liveness.reason));
+        }
+        text
     }
 
     fn kind(&self, kind: &KindStatus) -> String {

@@ -10,11 +10,15 @@ const ROLE: &str = "deploy/kubernetes/rbac.yaml";
 /// What the operator should know of a failure, in one line.
 pub(super) fn explain(kind: ObjectKind, error: &watcher::Error) -> String {
     match error {
-        watcher::Error::InitialListFailed(error) => format!("cannot list {kind} objects: {}", reason(kind, error)),
+        watcher::Error::InitialListFailed(error) => {
+            format!("cannot list {kind} objects: {}", reason(kind, error))
+        }
         watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
             format!("cannot watch {kind} objects: {}", reason(kind, error))
         }
-        watcher::Error::WatchError(status) => format!("the watch of {kind} objects ended: {}", status.message),
+        watcher::Error::WatchError(status) => {
+            format!("the watch of {kind} objects ended: {}", status.message)
+        }
         watcher::Error::NoResourceVersion => {
             format!("cannot watch {kind} objects: the server answers without a resourceVersion")
         }
