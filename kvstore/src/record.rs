@@ -9,6 +9,7 @@
 //! `null` and omitted fields, map keys in order of their text, `<`, `>` and `&` escaped. Unknown fields
 //! are ignored, so newer peers may add some.
 
+mod backends;
 mod cluster_config;
 mod error;
 mod identity;
@@ -20,7 +21,9 @@ mod node;
 mod port;
 mod service;
 mod service_export;
+mod service_reader;
 
+pub use backends::Backends;
 pub use cluster_config::ClusterConfig;
 pub use error::{RecordError, Text};
 pub use identity::IdentityRecord;
@@ -30,6 +33,7 @@ pub use node::{Node, NodeAddress, NodeAddressKind};
 pub use port::{Port, PortMap, Protocol};
 pub use service::{Service, Zone};
 pub use service_export::{ExportPort, ExportType, ServiceExport};
+pub use service_reader::ServiceReader;
 
 use crate::key::Kind;
 

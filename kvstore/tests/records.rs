@@ -294,7 +294,7 @@ fn service() -> impl Strategy<Value = Service> {
             cluster,
             name,
             frontends,
-            backends,
+            backends: backends.into_iter().collect(),
             hostnames: maps.0,
             zones: maps.1,
             labels: maps.2,

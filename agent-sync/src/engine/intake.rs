@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Refusal};
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{IpRecord, Node, NodeAddressKind};
+use clustermesh_kvstore::record::{IpRecord, Node, NodeAddressKind, ServiceReader};
 use ebpf_global_svc::abi::IpValue;
 use tracing::{debug, warn};
 
@@ -15,6 +15,8 @@ use crate::mesh::{Fact, FactKey, Mesh, NodeFact, RemoteService};
 #[derive(Debug, Default)]
 pub(super) struct Intake {
     ledger: Ledger,
+    /// Of another cluster's services, if it is they that are taken in.
+    services: ServiceReader,
 }
 
 /// What becomes of what is held under a record's key.
@@ -38,16 +40,15 @@ impl Intake {
         value: &[u8],
         mesh: &Mesh,
     ) -> Verdict {
-        let admitted = match import_policy::admit(kind, suffix, value, peer) {
-            Ok(admitted) => admitted,
+        let (fact, mut audited) = match self.read(peer, kind, suffix, value) {
+            Ok((Some(fact), audited)) => (fact, audited),
+            Ok((None, _)) => return Verdict::Keep,
             Err(refusal) => {
                 self.note(peer, kind, suffix, &refusal, false);
                 let held = key(kind, suffix).filter(|_| refusal.reason.is_operators());
                 return held.map_or(Verdict::Keep, Verdict::Drop);
             }
         };
-        let Some(fact) = fact(peer, admitted.record) else { return Verdict::Keep };
-        let mut audited = admitted.audited;
         if !mesh.holds(peer.id, &fact.key()) {
             match peer.check_quota(kind, mesh.count(peer.id, kind)) {
                 Ok(beyond) => audited = audited.or(beyond),
@@ -63,8 +64,30 @@ impl Intake {
         Verdict::Take(fact)
     }
 
+    /// A record is gone.
+    pub(super) fn forget(&mut self, suffix: &str) {
+        self.services.forget(suffix);
+    }
+
     pub(super) fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// What the agent uses of a record, if it reads that kind, and what would speak against it.
+    fn read(
+        &mut self,
+        peer: &PeerPolicy,
+        kind: Kind,
+        suffix: &str,
+        value: &[u8],
+    ) -> Result<(Option<Fact>, Option<Refusal>), Refusal> {
+        if kind == Kind::Services {
+            let (service, audited) = import_policy::admit_service(&mut self.services, suffix, value, peer)?;
+            let fact = RemoteService { shared: service.shared, backends: service.backends.clone() };
+            return Ok((Some(Fact::Service(service.name.clone(), fact)), audited));
+        }
+        let admitted = import_policy::admit(kind, suffix, value, peer)?;
+        Ok((fact(peer, admitted.record), admitted.audited))
     }
 
     fn note(&mut self, peer: &PeerPolicy, kind: Kind, suffix: &str, refusal: &Refusal, audited: bool) {
@@ -97,18 +120,14 @@ fn name(suffix: &str) -> Option<NamespacedName> {
     Some(NamespacedName { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
-/// What the agent uses of a record; none of a kind that it does not read.
+/// What the agent uses of a record; none of a kind that it does not read, or not in this way.
 fn fact(peer: &PeerPolicy, record: Imported) -> Option<Fact> {
     Some(match record {
         Imported::Node(node) => node_fact(node),
         Imported::Ip(record) => ip_fact(peer, &record),
         Imported::Identity(record) => Fact::Identity(record.id.0),
-        Imported::Service(service) => {
-            let fact = RemoteService { shared: service.shared, backends: service.backends };
-            Fact::Service(service.name, fact)
-        }
         Imported::LocalService(service) => Fact::LocalService(Box::new(service)),
-        Imported::ServiceExport(_) => return None,
+        Imported::Service(_) | Imported::ServiceExport(_) => return None,
     })
 }
 

@@ -119,6 +119,9 @@ impl Members {
                 }
             }
             ReflectorEvent::Delete { suffix, .. } => {
+                if let Some(intake) = member.intake.get_mut(&kind) {
+                    intake.forget(&suffix);
+                }
                 if let Some(key) = intake::key(kind, &suffix) {
                     mesh.delete(id, &key);
                 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{LocalService, PortMap};
+use clustermesh_kvstore::record::{Backends, LocalService};
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
 
@@ -93,7 +93,7 @@ pub struct RemoteService {
     /// Its backends may be used.
     pub shared: bool,
     /// Target ports by name, for each backend.
-    pub backends: BTreeMap<IpAddr, PortMap>,
+    pub backends: Backends,
 }
 
 /// What is known about the interfaces of this node's pods.

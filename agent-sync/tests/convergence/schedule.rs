@@ -431,6 +431,7 @@ impl World {
             let cluster = self.rng.random_range(1..7);
             backends.insert(self.random_pod(cluster), self.random_ports());
         }
+        let backends = backends.into_iter().collect();
         Event::Upsert(Fact::Service(name, RemoteService { shared: self.rng.random_bool(0.8), backends }))
     }
 

@@ -20,6 +20,7 @@ mod refusal;
 mod reload;
 mod rules;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 pub use file::{PolicyFile, PolicyFileError};
@@ -31,7 +32,9 @@ pub use rules::{Mode, PodCidrs, Quotas, Rules};
 
 use crate::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};
 use crate::key::Kind;
-use crate::record::{IdentityRecord, IpRecord, LocalService, Node, Record, Service, ServiceExport};
+use crate::record::{
+    IdentityRecord, IpRecord, LocalService, Node, Record, RecordError, Service, ServiceExport, ServiceReader,
+};
 
 /// A cluster, and what it may say.
 #[derive(Clone, Debug)]
@@ -104,8 +107,7 @@ pub fn admit(kind: Kind, suffix: &str, value: &[u8], peer: &PeerPolicy) -> Resul
         }
         Kind::Services => {
             let service: Service = decode(suffix, value)?;
-            peer.check_service(&service)?;
-            rules.judge(|| rules.check_service(&service), &mut audited)?;
+            peer.judge_service(&service, &mut audited)?;
             Imported::Service(service)
         }
         Kind::LocalServices => {
@@ -123,7 +125,31 @@ pub fn admit(kind: Kind, suffix: &str, value: &[u8], peer: &PeerPolicy) -> Resul
     Ok(Admitted { record, audited })
 }
 
+/// As [`admit`] for a service of another cluster, which may be large and change a little often. Gives what
+/// would speak against it besides.
+///
+/// # Errors
+/// Why it is refused.
+pub fn admit_service<'a>(
+    reader: &'a mut ServiceReader,
+    suffix: &str,
+    value: &[u8],
+    peer: &PeerPolicy,
+) -> Result<(Cow<'a, Service>, Option<Refusal>), Refusal> {
+    let rules = &peer.rules;
+    let mut audited = None;
+    rules.judge(|| rules.check_size(value.len()), &mut audited)?;
+    let service = reader.read(suffix, value).map_err(|error| unreadable(&error))?;
+    peer.judge_service(&service, &mut audited)?;
+    Ok((service, audited))
+}
+
 impl PeerPolicy {
+    fn judge_service(&self, service: &Service, audited: &mut Option<Refusal>) -> Result<(), Refusal> {
+        self.check_service(service)?;
+        self.rules.judge(|| self.rules.check_service(service), audited)
+    }
+
     /// Whether one more record of `kind` may be held besides the `held` ones. Gives what would have been
     /// the reason against it, were the rules not only audited: the default quota then still stands, for
     /// memory is bounded always.
@@ -156,5 +182,9 @@ impl PeerPolicy {
 }
 
 fn decode<R: Record>(suffix: &str, value: &[u8]) -> Result<R, Refusal> {
-    R::decode(suffix, value).map_err(|error| Refusal::new(Reason::Record(error.reason()), error.to_string()))
+    R::decode(suffix, value).map_err(|error| unreadable(&error))
+}
+
+fn unreadable(error: &RecordError) -> Refusal {
+    Refusal::new(Reason::Record(error.reason()), error.to_string())
 }

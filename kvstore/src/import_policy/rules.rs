@@ -176,9 +176,9 @@ impl Rules {
         // A pod in its host's network has the node's address.
         service
             .backends
-            .keys()
-            .filter(|ip| !self.is_listed_node(**ip))
-            .try_for_each(|ip| self.check_pod_address(*ip))
+            .iter()
+            .filter(|(ip, _)| !self.is_listed_node(**ip))
+            .try_for_each(|(ip, _)| self.check_pod_address(*ip))
     }
 
     pub(super) fn check_name(&self, name: &NamespacedName) -> Result<(), Refusal> {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::json::{self, null_is_empty};
 use super::port::{self, PortMap, WirePortMap};
-use super::{Record, RecordError, net};
+use super::{Backends, Record, RecordError, net};
 use crate::cluster::NamespacedName;
 use crate::key::Kind;
 
@@ -19,7 +19,7 @@ pub struct Service {
     /// Cluster IPs with the service's ports; empty for a headless service.
     pub frontends: BTreeMap<IpAddr, PortMap>,
     /// Backends that may be used. Their condition is not carried.
-    pub backends: BTreeMap<IpAddr, PortMap>,
+    pub backends: Backends,
     /// Host names of backends by their address.
     pub hostnames: BTreeMap<String, String>,
     /// Zones of backends (newer exporters).
@@ -58,7 +58,7 @@ impl Record for Service {
             cluster: wire.cluster,
             name,
             frontends: net::by_address("frontends", wire.frontends, port::decode)?,
-            backends: net::by_address("backends", wire.backends, port::decode)?,
+            backends: decode_backends(wire.backends)?,
             hostnames: wire.hostnames,
             zones: net::by_address("zones", wire.zones, |zone| Ok(zone.into()))?,
             labels: wire.labels,
@@ -79,7 +79,7 @@ impl Record for Service {
             namespace: self.name.namespace.clone(),
             name: self.name.name.clone(),
             frontends: net::by_text(&self.frontends, port::encode),
-            backends: net::by_text(&self.backends, port::encode),
+            backends: self.backends.iter().map(|(ip, ports)| (ip.to_string(), port::encode(ports))).collect(),
             hostnames: self.hostnames.clone(),
             zones: net::by_text(&self.zones, |zone| zone.into()),
             labels: self.labels.clone(),
@@ -88,6 +88,21 @@ impl Record for Service {
             shared: self.shared,
             cluster_id: self.cluster_id,
         })
+    }
+}
+
+fn decode_backends(wire: BTreeMap<String, WirePortMap>) -> Result<Backends, RecordError> {
+    let decode = |(text, ports): (String, WirePortMap)| -> Result<(IpAddr, PortMap), RecordError> {
+        Ok((net::address("backends", &text)?, port::decode(ports)?))
+    };
+    let decoded = wire.into_iter().map(decode).collect::<Result<Vec<_>, _>>()?;
+    let mut ips: Vec<IpAddr> = decoded.iter().map(|(ip, _)| *ip).collect();
+    ips.sort_unstable();
+    match ips.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => {
+            Err(RecordError::DuplicateAddress { field: "backends", address: pair[0].to_string().into() })
+        }
+        None => Ok(decoded.into_iter().collect()),
     }
 }
 

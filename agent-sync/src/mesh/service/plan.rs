@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use clustermesh_kvstore::record::{Affinity, BackendState, LocalService, PortMap};
+use clustermesh_kvstore::record::{Affinity, BackendState, Backends, LocalService, PortMap};
 use ebpf_global_svc::abi::{FAMILY_V4, MAX_GROUPS, ServiceKey};
 
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
@@ -25,7 +25,7 @@ pub(super) struct Inputs<'a> {
 /// What another cluster contributes.
 pub(super) enum Remote<'a> {
     /// Its service as it says.
-    Record(&'a BTreeMap<IpAddr, PortMap>),
+    Record(&'a Backends),
     /// What was installed by this agent's predecessor, until the cluster is synced.
     Restored(&'a [BackendKey]),
 }
@@ -40,68 +40,87 @@ pub struct LeftOut {
 }
 
 /// Computes the frontend's plan. `may_serve` tells whether a cluster may have a backend of an address.
+///
+/// A service may have thousands of backends and change often: everything here goes once through sorted
+/// lists.
 pub(super) fn plan(
     key: &ServiceKey,
     inputs: &Inputs<'_>,
     may_serve: impl Fn(u16, IpAddr) -> bool,
 ) -> (ServicePlan, LeftOut) {
     let mut left_out = LeftOut::default();
-    let mut backends = inputs.collect(key, may_serve, &mut left_out);
-    inputs.settle_contested(&mut backends, &mut left_out);
-    let groups = inputs.groups(backends);
+    let mut candidates = inputs.collect(key, may_serve, &mut left_out);
+    inputs.settle_contested(&mut candidates, &mut left_out);
+    let groups = inputs.groups(candidates);
     left_out.clusters = groups.len().saturating_sub(MAX_GROUPS) as u64;
     (ServicePlan { groups: groups.into_iter().take(MAX_GROUPS).collect() }, left_out)
 }
 
+/// One cluster's backends, ascending, none twice.
+struct Candidates {
+    cluster: u16,
+    backends: Vec<BackendKey>,
+}
+
 impl Inputs<'_> {
-    /// All candidates by cluster.
+    /// All candidates, the own cluster first, then in order of clusters.
     fn collect(
         &self,
         key: &ServiceKey,
         may_serve: impl Fn(u16, IpAddr) -> bool,
         left_out: &mut LeftOut,
-    ) -> BTreeMap<u16, BTreeSet<BackendKey>> {
+    ) -> Vec<Candidates> {
         let names = self.port_names(key);
-        let fits = |ip: &IpAddr| ip.is_ipv4() == (key.family == FAMILY_V4);
-        let targets = |ports: &PortMap| -> BTreeSet<u16> {
+        let fits = |ip: IpAddr| ip.is_ipv4() == (key.family == FAMILY_V4);
+        let targets = |ports: &PortMap| -> Vec<u16> {
             let named = names.iter().filter_map(|name| ports.get(*name));
-            named.filter(|port| port.protocol.number() == key.proto).map(|port| port.port).collect()
+            let fitting = named.filter(|port| port.protocol.number() == key.proto);
+            let mut targets: Vec<u16> = fitting.map(|port| port.port).collect();
+            targets.sort_unstable();
+            targets.dedup();
+            targets
         };
-        let mut by_cluster: BTreeMap<u16, BTreeSet<BackendKey>> = BTreeMap::new();
-        for backend in self.own.backends.iter().filter(|backend| fits(&backend.ip)) {
+        let proto = key.proto;
+        let mut own = Vec::with_capacity(self.own.backends.len());
+        for backend in self.own.backends.iter().filter(|backend| fits(backend.ip)) {
+            let (cluster, ip) = (self.own_cluster, backend.ip);
             let terminating = backend.state == BackendState::Terminating;
-            for port in targets(&backend.ports) {
-                by_cluster.entry(self.own_cluster).or_default().insert(BackendKey {
-                    cluster: self.own_cluster,
-                    ip: backend.ip,
-                    port,
-                    proto: key.proto,
-                    terminating,
-                });
-            }
+            let of_port = |port| BackendKey { cluster, ip, port, proto, terminating };
+            own.extend(targets(&backend.ports).into_iter().map(of_port));
         }
+        own.sort();
+        own.dedup();
+        let mut all = vec![Candidates { cluster: self.own_cluster, backends: own }];
         for (cluster, remote) in &self.remotes {
-            let mut found = BTreeSet::new();
+            let cluster = *cluster;
+            let mut backends = Vec::new();
             match remote {
-                Remote::Restored(backends) => found.extend(backends.iter().copied()),
-                Remote::Record(backends) => {
-                    for (ip, ports) in backends.iter().filter(|(ip, _)| fits(ip)) {
-                        found.extend(targets(ports).into_iter().map(|port| BackendKey {
-                            cluster: *cluster,
-                            ip: *ip,
-                            port,
-                            proto: key.proto,
-                            terminating: false,
-                        }));
-                    }
+                Remote::Restored(restored) => {
+                    backends.extend_from_slice(restored);
+                    backends.sort();
+                }
+                Remote::Record(record) => {
+                    backends.reserve(record.len());
+                    record.each(targets, |ip, targets| {
+                        if fits(ip) {
+                            let of_port = |port: &u16| BackendKey {
+                                cluster,
+                                ip,
+                                port: *port,
+                                proto,
+                                terminating: false,
+                            };
+                            backends.extend(targets.iter().map(of_port));
+                        }
+                    });
                 }
             }
-            let candidates = found.len();
-            found.retain(|backend| may_serve(*cluster, backend.ip));
-            left_out.conflicts += (candidates - found.len()) as u64;
-            by_cluster.insert(*cluster, found);
+            let found = backends.len();
+            backends.retain(|backend| may_serve(cluster, backend.ip));
+            left_out.conflicts += (found - backends.len()) as u64;
+            all.push(Candidates { cluster, backends });
         }
-        by_cluster
+        all
     }
 
     /// Port names that this frontend stands for; two names may share a port.
@@ -118,52 +137,54 @@ impl Inputs<'_> {
     }
 
     /// Leaves each address to one cluster: the own one, else its holder so far, else the lowest.
-    fn settle_contested(&self, backends: &mut BTreeMap<u16, BTreeSet<BackendKey>>, left_out: &mut LeftOut) {
-        if backends.len() < 2 {
+    fn settle_contested(&self, candidates: &mut [Candidates], left_out: &mut LeftOut) {
+        if are_apart(candidates) {
             return;
         }
-        let mut claims: BTreeMap<IpAddr, BTreeSet<u16>> = BTreeMap::new();
-        for (cluster, candidates) in backends.iter() {
-            for backend in candidates {
-                claims.entry(backend.ip).or_default().insert(*cluster);
-            }
+        let mut claims: Vec<(IpAddr, u16)> = candidates
+            .iter()
+            .flat_map(|of| of.backends.iter().map(|backend| (backend.ip, of.cluster)))
+            .collect();
+        // Made of sorted runs, which this sort merges.
+        claims.sort();
+        claims.dedup();
+        let mut lost: BTreeSet<(u16, IpAddr)> = BTreeSet::new();
+        for claims in claims.chunk_by(|(a, _), (b, _)| a == b).filter(|claims| claims.len() > 1) {
+            let ip = claims[0].0;
+            let claims_it = |cluster: u16| claims.iter().any(|(_, other)| *other == cluster);
+            let preferred =
+                if claims_it(self.own_cluster) { Some(self.own_cluster) } else { self.holder(ip) };
+            let holder = preferred.filter(|cluster| claims_it(*cluster)).unwrap_or(claims[0].1);
+            lost.extend(
+                claims.iter().filter(|(_, cluster)| *cluster != holder).map(|(ip, cluster)| (*cluster, *ip)),
+            );
         }
-        claims.retain(|_, clusters| clusters.len() > 1);
-        for (ip, clusters) in claims {
-            let holder = if clusters.contains(&self.own_cluster) {
-                Some(self.own_cluster)
-            } else {
-                self.holder(ip).filter(|holder| clusters.contains(holder))
-            };
-            let holder = holder.or_else(|| clusters.first().copied());
-            for cluster in clusters.iter().filter(|cluster| Some(**cluster) != holder) {
-                left_out.conflicts += 1;
-                if let Some(candidates) = backends.get_mut(cluster) {
-                    candidates.retain(|backend| backend.ip != ip);
-                }
+        left_out.conflicts += lost.len() as u64;
+        if !lost.is_empty() {
+            for of in candidates {
+                of.backends.retain(|backend| !lost.contains(&(of.cluster, backend.ip)));
             }
         }
     }
 
     fn holder(&self, ip: IpAddr) -> Option<u16> {
-        let groups = &self.before?.groups;
-        groups.iter().find(|group| group.backends.iter().any(|b| b.ip == ip)).map(|group| group.cluster)
+        let holds = |group: &&GroupPlan| group.backends.binary_search_by(|held| held.ip.cmp(&ip)).is_ok();
+        self.before?.groups.iter().find(holds).map(|group| group.cluster)
     }
 
     /// Active backends by cluster, the own one first. Only if nothing is active anywhere, those that
     /// are about to go stand in.
-    fn groups(&self, backends: BTreeMap<u16, BTreeSet<BackendKey>>) -> Vec<GroupPlan> {
-        let any_active = backends.values().flatten().any(|backend| !backend.terminating);
-        let chosen = backends.into_iter().map(|(cluster, candidates)| {
-            let usable = candidates.into_iter().filter(|backend| backend.terminating != any_active);
-            (cluster, usable.collect::<Vec<_>>())
-        });
-        let mut chosen: Vec<_> = chosen.filter(|(_, backends)| !backends.is_empty()).collect();
-        chosen.sort_by_key(|(cluster, _)| (*cluster != self.own_cluster, *cluster));
-        let largest = chosen.iter().map(|(_, backends)| backends.len()).max().unwrap_or(0);
+    fn groups(&self, candidates: Vec<Candidates>) -> Vec<GroupPlan> {
+        let any_active = candidates.iter().flat_map(|of| &of.backends).any(|backend| !backend.terminating);
+        let mut chosen = candidates;
+        for of in &mut chosen {
+            of.backends.retain(|backend| backend.terminating != any_active);
+        }
+        chosen.retain(|of| !of.backends.is_empty());
+        let largest = chosen.iter().map(|of| of.backends.len()).max().unwrap_or(0);
         chosen
             .into_iter()
-            .map(|(cluster, backends)| {
+            .map(|Candidates { cluster, backends }| {
                 let preferred = any_active && self.prefers(cluster);
                 let weight = if preferred { scale(backends.len(), largest) } else { 0 };
                 GroupPlan { cluster, weight, backends }
@@ -179,6 +200,15 @@ impl Inputs<'_> {
             Affinity::Remote => cluster != self.own_cluster,
         }
     }
+}
+
+/// Whether no two clusters can have an address in common, because those of one all come before those of
+/// the other: so it is if each has pod prefixes of its own.
+fn are_apart(candidates: &[Candidates]) -> bool {
+    let spans = candidates.iter().filter_map(|of| Some((of.backends.first()?.ip, of.backends.last()?.ip)));
+    let mut spans: Vec<_> = spans.collect();
+    spans.sort_unstable();
+    spans.windows(2).all(|pair| pair[0].1 < pair[1].0)
 }
 
 /// A weight in proportion to `count`, at least 1, that fits 16 bits even if `largest` does not.

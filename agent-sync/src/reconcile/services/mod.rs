@@ -13,7 +13,7 @@ mod garbage;
 mod layout;
 mod restore;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
 use ebpf_global_svc::Tables;
@@ -49,6 +49,17 @@ struct Installed {
     slots: BTreeMap<u16, Vec<u32>>,
     /// Backends that unknown slots may name.
     doubtful_slots: HashMap<(u16, u32), Vec<u32>>,
+    /// By cluster, what the first slots are known to hold: the start for the next change.
+    settled: BTreeMap<u16, Settled>,
+}
+
+/// Backends that the first slots of a cluster hold, each once, and nothing else.
+#[derive(Debug, Default)]
+struct Settled {
+    /// Ascending.
+    backends: Vec<BackendKey>,
+    /// In the same order.
+    ids: Vec<u32>,
 }
 
 /// Never allocated as an ID.
@@ -58,8 +69,23 @@ const NO_BACKEND: u32 = 0;
 struct Draft {
     key: ServiceKey,
     plan: ServicePlan,
+    members: Vec<Members>,
     groups: Vec<Group>,
     blocked: bool,
+}
+
+/// The IDs of a group's backends, in the same order.
+struct Members {
+    ids: Vec<u32>,
+    difference: Option<Difference>,
+}
+
+/// What differs from what is settled.
+struct Difference {
+    before: usize,
+    /// Ascending.
+    removed: Vec<u32>,
+    added: Vec<u32>,
 }
 
 impl Services {
@@ -103,7 +129,9 @@ impl Services {
         let (mut drafts, mut removals) = (Vec::new(), Vec::new());
         for (key, plan) in std::mem::take(&mut self.fresh) {
             match plan {
-                Some(plan) => drafts.push(Draft { key, plan, groups: Vec::new(), blocked: false }),
+                Some(plan) => {
+                    drafts.push(Draft { key, plan, members: Vec::new(), groups: Vec::new(), blocked: false })
+                }
                 None if self.installed.contains_key(&key) => removals.push(key),
                 None => {}
             }
@@ -113,25 +141,35 @@ impl Services {
 
     fn write_backends(&mut self, drafts: &mut [Draft], tables: &mut Tables, errors: &mut Errors) {
         let mut entries = Vec::new();
-        for group in drafts.iter().flat_map(|draft| &draft.plan.groups) {
-            for backend in &group.backends {
-                let (id, is_new) = self.backends.allocate(*backend);
-                if is_new {
-                    entries.push((id, backend.value(id)));
-                }
+        for draft in drafts.iter_mut() {
+            let installed = self.installed.get(&draft.key);
+            for group in &draft.plan.groups {
+                let settled = installed.and_then(|installed| installed.settled.get(&group.cluster));
+                let backends = &mut self.backends;
+                let mut allocate = |key: BackendKey| {
+                    let (id, is_new) = backends.allocate(key);
+                    if is_new {
+                        entries.push((id, key.value(id)));
+                    }
+                    id
+                };
+                draft.members.push(match settled {
+                    Some(settled) => settled.change_to(&group.backends, allocate),
+                    None => {
+                        let ids = group.backends.iter().map(|key| allocate(*key)).collect();
+                        Members { ids, difference: None }
+                    }
+                });
             }
         }
         let written = upsert_each(&mut *tables.backend, &entries, errors);
-        for ((id, _), written) in entries.iter().zip(&written) {
-            if !written {
-                self.backends.disown(*id);
-            }
-        }
-        if written.contains(&false) {
+        let failed: HashSet<u32> =
+            entries.iter().zip(written).filter(|(_, written)| !written).map(|((id, _), _)| *id).collect();
+        if !failed.is_empty() {
+            failed.iter().for_each(|id| self.backends.disown(*id));
             for draft in drafts {
-                let backends = &self.backends;
                 draft.blocked =
-                    draft.plan.groups.iter().flat_map(|g| &g.backends).any(|b| backends.id(b).is_none());
+                    draft.members.iter().flat_map(|members| &members.ids).any(|id| failed.contains(id));
             }
         }
     }
@@ -144,15 +182,21 @@ impl Services {
                 *last_id = next_id(*last_id);
                 Installed::new(*last_id)
             });
-            for group in &draft.plan.groups {
-                let wanted: Vec<u32> = group.backends.iter().filter_map(|b| self.backends.id(b)).collect();
+            for (group, members) in draft.plan.groups.iter().zip(&draft.members) {
                 let current = installed.slots.get(&group.cluster).map_or(&[][..], Vec::as_slice);
-                for (slot, backend) in layout::assign(current, &wanted) {
+                let known = members.difference.as_ref().filter(|known| known.before <= current.len());
+                let moves = match known {
+                    Some(Difference { before, removed, added }) => {
+                        layout::change(&current[..*before], members.ids.len(), removed, added)
+                    }
+                    None => layout::assign(current, &members.ids),
+                };
+                for (slot, backend) in moves {
                     let key = SlotKey { service: installed.id, slot, cluster: group.cluster, pad: 0 };
                     writes.push((index, key, backend));
                 }
-                // `wanted` has no more elements than a u32 counts: they are distinct u32 IDs.
-                let count = u32::try_from(wanted.len()).unwrap_or(u32::MAX);
+                // There are no more than a u32 counts: they are distinct u32 IDs.
+                let count = u32::try_from(members.ids.len()).unwrap_or(u32::MAX);
                 draft.groups.push(Group { cluster: group.cluster, weight: group.weight, count });
             }
         }
@@ -166,6 +210,11 @@ impl Services {
             } else {
                 drafts[index].blocked = true;
                 installed.doubt_slot(key.cluster, key.slot, backend);
+            }
+        }
+        for draft in drafts {
+            if let Some(installed) = self.installed.get_mut(&draft.key) {
+                installed.settle(draft);
             }
         }
     }
@@ -231,6 +280,20 @@ impl Installed {
             doubtful: Vec::new(),
             slots: BTreeMap::new(),
             doubtful_slots: HashMap::new(),
+            settled: BTreeMap::new(),
+        }
+    }
+
+    /// The slots of a draft have been written, or not all of them.
+    fn settle(&mut self, draft: &mut Draft) {
+        self.settled.clear();
+        if !draft.blocked {
+            let groups = draft.plan.groups.iter().zip(std::mem::take(&mut draft.members));
+            self.settled = groups
+                .map(|(group, members)| {
+                    (group.cluster, Settled { backends: group.backends.clone(), ids: members.ids })
+                })
+                .collect();
         }
     }
 
@@ -288,6 +351,33 @@ impl Installed {
     }
 }
 
+impl Settled {
+    /// The IDs of `wanted`, which is ascending, and what differs: one pass, in which only what is new is
+    /// looked up.
+    fn change_to(&self, wanted: &[BackendKey], mut allocate: impl FnMut(BackendKey) -> u32) -> Members {
+        let mut ids = Vec::with_capacity(wanted.len());
+        let (mut removed, mut added) = (Vec::new(), Vec::new());
+        let mut held = self.backends.iter().zip(&self.ids).peekable();
+        for key in wanted {
+            while let Some((_, id)) = held.next_if(|(held, _)| *held < key) {
+                removed.push(*id);
+            }
+            let id = match held.next_if(|(held, _)| *held == key) {
+                Some((_, id)) => *id,
+                None => {
+                    let id = allocate(*key);
+                    added.push(id);
+                    id
+                }
+            };
+            ids.push(id);
+        }
+        removed.extend(held.map(|(_, id)| *id));
+        removed.sort_unstable();
+        Members { ids, difference: Some(Difference { before: self.ids.len(), removed, added }) }
+    }
+}
+
 /// IDs, content and use of the backends in the table.
 #[derive(Debug, Default)]
 struct Backends {
@@ -306,10 +396,6 @@ struct Backend {
 }
 
 impl Backends {
-    fn id(&self, key: &BackendKey) -> Option<u32> {
-        self.by_key.get(key).copied()
-    }
-
     /// The ID of a backend, and whether it was made up now. IDs count upwards, so that one that
     /// was freed does not come back while anything may remember it.
     fn allocate(&mut self, key: BackendKey) -> (u32, bool) {
