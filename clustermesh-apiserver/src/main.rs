@@ -96,7 +96,7 @@ fn stop_on_signal(stop: CancellationToken) -> anyhow::Result<()> {
 }
 
 /// Kubernetes' client library warns of what we say ourselves.
-const LOGS: &str = "info,kube_runtime=error,kube_client=error";
+const LOGS: &str = "info,kube_runtime=off,kube_client=off";
 
 fn start_logs(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOGS));

@@ -21,11 +21,9 @@ const MISSES: u32 = 2;
 pub(super) async fn follow(client: Client, look: Duration, out: mpsc::Sender<Told>) {
     let mut kinds: Vec<Kind> =
         KINDS.iter().filter(|resource| resource.group == CILIUM).map(Kind::new).collect();
-    let mut told = None;
     while !out.is_closed() {
         let wait = match versions(&client).await {
             Ok(versions) => {
-                told = None;
                 for kind in &mut kinds {
                     if kind.found(versions.get(&kind.resource.kind), &client, &out).await.is_err() {
                         return;
@@ -35,10 +33,6 @@ pub(super) async fn follow(client: Client, look: Duration, out: mpsc::Sender<Tol
             }
             Err(error) => {
                 let text = format!("cannot ask for {CILIUM}: {}", explain(&error));
-                if told.as_ref() != Some(&text) {
-                    tracing::warn!("{text}; trying again");
-                    told = Some(text.clone());
-                }
                 for kind in kinds.iter().filter(|kind| kind.state.is_none()) {
                     let trouble = Heard::Trouble(Some(text.clone()));
                     if out.send((kind.resource.kind, trouble)).await.is_err() {

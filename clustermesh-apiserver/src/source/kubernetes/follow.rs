@@ -1,5 +1,5 @@
 use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use futures::StreamExt;
@@ -20,8 +20,8 @@ pub(super) const WATCH_SECONDS: u32 = 60;
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// The same complaint about one kind at most this often.
-const COMPLAIN: Duration = Duration::from_secs(60);
+/// A watch that has not failed for this long works, though it may have nothing to say.
+const CALM: Duration = Duration::from_secs(15);
 
 /// Tells of all objects of a kind, for good.
 pub(super) async fn follow(client: Client, kind: ObjectKind, api: ApiResource, out: mpsc::Sender<Told>) {
@@ -43,7 +43,8 @@ struct Teller {
     kind: ObjectKind,
     out: mpsc::Sender<Told>,
     delay: Duration,
-    complained: Option<(Instant, String)>,
+    /// What was said of the trouble that there is.
+    complained: Option<String>,
 }
 
 /// Nobody listens any more.
@@ -63,7 +64,16 @@ impl Teller {
         let config = watcher::Config::default().timeout(WATCH_SECONDS);
         let config = if streaming { config.streaming_lists() } else { config };
         let mut events = pin!(watcher(api.clone(), config));
-        while let Some(event) = events.next().await {
+        loop {
+            let next = match self.complained {
+                Some(_) => tokio::time::timeout(CALM, events.next()).await,
+                None => Ok(events.next().await),
+            };
+            let Ok(next) = next else {
+                self.recovered().await?;
+                continue;
+            };
+            let Some(event) = next else { return Ok(false) };
             match event {
                 Ok(event) => self.tell(event).await?,
                 // Also later: another server may answer than the one that could.
@@ -81,7 +91,6 @@ impl Teller {
                 }
             }
         }
-        Ok(false)
     }
 
     async fn tell<W: Wire>(&mut self, event: Event<Read<W>>) -> Result<(), Closed> {
@@ -94,12 +103,16 @@ impl Teller {
             Event::InitDone => Heard::End,
             Event::Delete(Read(object)) => Heard::Gone(name(&object)),
         };
-        self.delay = RETRY_MIN;
-        if self.complained.take().is_some() {
-            tracing::info!("reading {} objects again", self.kind);
-            self.send(Heard::Trouble(None)).await?;
-        }
+        self.recovered().await?;
         self.send(heard).await
+    }
+
+    async fn recovered(&mut self) -> Result<(), Closed> {
+        self.delay = RETRY_MIN;
+        match self.complained.take() {
+            Some(_) => self.send(Heard::Trouble(None)).await,
+            None => Ok(()),
+        }
     }
 
     async fn complain(&mut self, error: &watcher::Error) -> Result<(), Closed> {
@@ -109,10 +122,8 @@ impl Teller {
             return Ok(());
         }
         let text = explain(self.kind, error);
-        let said = self.complained.as_ref();
-        if said.is_none_or(|(when, what)| *what != text || when.elapsed() > COMPLAIN) {
-            tracing::warn!("{text}; trying again");
-            self.complained = Some((Instant::now(), text.clone()));
+        if self.complained.as_ref() != Some(&text) {
+            self.complained = Some(text.clone());
             self.send(Heard::Trouble(Some(text))).await?;
         }
         Ok(())

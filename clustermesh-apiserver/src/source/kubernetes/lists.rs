@@ -99,7 +99,10 @@ impl Lists {
                 events.push(SourceEvent::Broken(self.told_broken));
             }
         }
-        let trouble = self.kinds.values().find_map(|kind| kind.trouble.clone());
+        // One of them stands for all as long as it lasts.
+        let troubles = || self.kinds.values().filter_map(|kind| kind.trouble.as_ref());
+        let told = self.told_trouble.as_ref();
+        let trouble = troubles().find(|trouble| told == Some(*trouble)).or(troubles().next()).cloned();
         if trouble != self.told_trouble {
             self.told_trouble.clone_from(&trouble);
             events.push(SourceEvent::Trouble(trouble));

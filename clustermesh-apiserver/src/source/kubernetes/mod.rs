@@ -59,6 +59,12 @@ async fn assemble(mut heard: mpsc::Receiver<Told>, out: mpsc::Sender<SourceEvent
             lists.hear(kind, what);
         }
         for event in lists.take() {
+            // One at a time: what is wrong with one kind is wrong with most.
+            match &event {
+                SourceEvent::Trouble(Some(trouble)) => tracing::warn!("{trouble}; trying again"),
+                SourceEvent::Trouble(None) => tracing::info!("the API server can be read again"),
+                _ => {}
+            }
             if out.send(event).await.is_err() {
                 return;
             }
