@@ -241,3 +241,22 @@ fn a_reader_that_has_gone_is_no_error() {
         assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{args:?}");
     }
 }
+
+#[test]
+fn explain_says_what_is_chosen_and_why_not() {
+    let (mesh, ..) = Mesh::of_two();
+    let explain = ["explain", "service", "shop/orders", "--context", "alpha"];
+    let text = mesh.run(&explain).ok();
+    for line in [
+        "service shop/orders, as alpha/alpha-1 sees it",
+        "alpha: chosen, revision 7 of cilium/state/services/v1/alpha/shop/orders",
+        "beta: not-chosen",
+        "- not used: it is not shared",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+    let json: Value = serde_json::from_str(&mesh.run(&with(&explain, &["-o", "json"])).ok()).unwrap();
+    assert_eq!(json[0]["explained"]["clusters"][1]["outcome"], "not-chosen");
+    let ran = mesh.run(&with(&explain, &["--node", "alpha-7"]));
+    assert!(ran.error(2).contains("alpha has no node"));
+}

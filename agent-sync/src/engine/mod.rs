@@ -6,6 +6,7 @@
 //! per event.
 
 mod core;
+mod explain;
 mod intake;
 mod kernel;
 mod members;
@@ -31,6 +32,7 @@ use crate::peers::OwnCluster;
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
+pub use explain::{Explanation, Part, Subject};
 pub use query::{DumpError, KindView, Overview, Query, Row, TABLES};
 
 /// Inputs that wait while a batch is written.

@@ -11,6 +11,7 @@ use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
+use super::explain::{Explanation, Subject};
 use super::{Engine, shown};
 use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
@@ -21,6 +22,8 @@ use crate::wire_key;
 pub enum Query {
     /// How it is.
     Overview(oneshot::Sender<Overview>),
+    /// Why something is as it is.
+    Explain(Subject, oneshot::Sender<Result<Explanation, DatapathError>>),
     /// What is in a table of [`TABLES`].
     Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
     /// Which remote clusters there are, and their nodes.
@@ -92,6 +95,7 @@ impl Engine {
         // An asker that has gone away needs no answer.
         match query {
             Query::Overview(reply) => drop(reply.send(self.overview())),
+            Query::Explain(subject, reply) => drop(reply.send(self.explain(&subject))),
             Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
             Query::Remotes(reply) => drop(reply.send(self.core.remotes())),
         }
@@ -142,7 +146,7 @@ impl Engine {
         self.core.members().kinds(name).iter().map(view).collect()
     }
 
-    fn dump(&self, table: &str) -> Result<Vec<Row>, DumpError> {
+    pub(super) fn dump(&self, table: &str) -> Result<Vec<Row>, DumpError> {
         let tables = &self.tables;
         Ok(match table {
             "service" => rows(&*tables.service, service_rows)?.into_iter().flatten().collect(),
@@ -215,7 +219,7 @@ fn rows<K: Ord, V, R>(table: &dyn Table<K, V>, row: impl Fn(K, V) -> R) -> Resul
 }
 
 /// A row for each group; one without a cluster if there is none.
-fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Vec<Row> {
+pub(super) fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Vec<Row> {
     let row = |group: Option<&abi::Group>| {
         let text = |field: fn(&abi::Group) -> u32| group.map_or_else(String::new, |g| field(g).to_string());
         vec![
@@ -232,7 +236,7 @@ fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Vec<Row> {
     if groups.is_empty() { vec![row(None)] } else { groups.iter().map(|group| row(Some(group))).collect() }
 }
 
-fn slot_row(key: abi::SlotKey, backend: u32) -> Row {
+pub(super) fn slot_row(key: abi::SlotKey, backend: u32) -> Row {
     vec![
         ("service", key.service.to_string()),
         ("cluster", key.cluster.to_string()),
@@ -241,7 +245,7 @@ fn slot_row(key: abi::SlotKey, backend: u32) -> Row {
     ]
 }
 
-fn backend_row(id: u32, value: abi::BackendValue) -> Row {
+pub(super) fn backend_row(id: u32, value: abi::BackendValue) -> Row {
     let state = match value.state {
         abi::backend_state::ACTIVE => "active".to_owned(),
         abi::backend_state::TERMINATING => "terminating".to_owned(),

@@ -12,6 +12,7 @@
 mod addresses;
 mod endpoint;
 mod fact;
+mod lookup;
 mod placement;
 mod records;
 mod service;

@@ -65,7 +65,7 @@ impl Follower {
     ) -> (Self, PeerView) {
         let (connection, status) = Connection::spawn(etcd, ConnectionOptions::default());
         let (state, view) = watch::channel(PeerState::default());
-        let view = PeerView { state: view, connection: status.clone() };
+        let view = PeerView { state: view, etcd: connection.clone(), connection: status.clone() };
         let core = Core::new(own, name.clone());
         let (records, listed) = (SelectAll::new(), BTreeSet::new());
         (Self { name, core, connection, status, state, ids, policy, engine, stop, records, listed }, view)

@@ -17,7 +17,7 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters}
 use clustermesh_kvstore::config_dir::ConfigChange;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
-use clustermesh_kvstore::reflector::ConnectionStatus;
+use clustermesh_kvstore::reflector::{Connection, ConnectionStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -60,6 +60,8 @@ pub struct PeerState {
 pub struct PeerView {
     /// State of the peer task.
     pub state: watch::Receiver<PeerState>,
+    /// Its etcd, for reading single keys.
+    pub etcd: Connection,
     /// State of its connection.
     pub connection: watch::Receiver<ConnectionStatus>,
 }

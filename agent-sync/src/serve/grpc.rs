@@ -80,6 +80,13 @@ impl Agent for Service {
         Ok(Response::new(Box::pin(stream::iter(rows.into_iter().map(|row| Ok(message(row)))))))
     }
 
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        Ok(Response::new(self.source.explain(request.into_inner()).await?))
+    }
+
     async fn probe_peer(
         &self,
         request: Request<v1::ProbePeerRequest>,
@@ -94,7 +101,7 @@ impl From<Gone> for Status {
     }
 }
 
-fn message(row: Row) -> v1::DumpTableRow {
+pub(super) fn message(row: Row) -> v1::DumpTableRow {
     let columns = row.into_iter().map(|(name, value)| v1::Column { name: name.to_owned(), value });
     v1::DumpTableRow { columns: columns.collect() }
 }

@@ -2,6 +2,7 @@
 //!
 //! Edge. Reads only: the engine's overview, the peers' views, tables as they are installed.
 
+mod explain;
 mod grpc;
 mod http;
 mod metrics;

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clustermesh_agent_api::Client;
 use clustermesh_agent_api::v1::{
-    DumpTableRequest, DumpTableRow, ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
+    DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ProbePeerRequest, ProbePeerResponse,
+    StatusRequest, StatusResponse,
 };
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
@@ -56,6 +57,13 @@ pub(crate) async fn probe(
             false => return Err(one_line(&response.error)),
         }
     }
+}
+
+/// Why something is as it is, as `agent` sees it.
+pub(crate) async fn explain(agent: &Agent, kind: &str, name: &str) -> Result<ExplainResponse, String> {
+    let mut client = client(agent).await?;
+    // It reads the etcds of other clusters, each with a limit of its own.
+    within(PROBE, client.explain(ExplainRequest { kind: kind.into(), name: name.into() })).await
 }
 
 /// All rows of one table of `agent`.

@@ -15,6 +15,7 @@ mod bpf;
 mod connect;
 mod disconnect;
 pub(crate) mod entry;
+mod explain;
 mod plan;
 mod status;
 mod terminal;
@@ -27,6 +28,7 @@ pub(crate) enum Command {
     Connect(connect::ConnectArgs),
     Disconnect(disconnect::DisconnectArgs),
     Status(status::StatusArgs),
+    Explain(explain::ExplainArgs),
     Bpf(bpf::BpfArgs),
 }
 
@@ -40,6 +42,7 @@ impl Command {
             Self::Connect(args) => args.run().await,
             Self::Disconnect(args) => args.run().await,
             Self::Status(args) => args.run().await,
+            Self::Explain(args) => args.run().await,
             Self::Bpf(args) => args.run().await,
         }
     }

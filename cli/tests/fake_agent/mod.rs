@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use clustermesh_agent_api::v1::agent_server::{Agent, AgentServer};
 use clustermesh_agent_api::v1::{
-    Column, DumpTableRequest, DumpTableRow, KindStatus, LocalCounts, Peer, ProbePeerRequest,
-    ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse, TableFill,
+    Column, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ExplainedPart, KindStatus,
+    LocalCounts, Peer, ProbePeerRequest, ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse,
+    TableFill,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -252,6 +253,23 @@ impl Agent for FakeAgent {
             Ok(DumpTableRow { columns: columns.into() })
         });
         Ok(Response::new(Box::pin(tokio_stream::iter(rows.collect::<Vec<_>>()))))
+    }
+
+    async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        let ExplainRequest { kind, name } = request.into_inner();
+        let part = |cluster: &str, outcome: &str, why: &str| ExplainedPart {
+            cluster: cluster.into(),
+            outcome: outcome.into(),
+            why: vec![why.into()],
+            key: format!("cilium/state/services/v1/{cluster}/{name}"),
+            revision: 7,
+            ..Default::default()
+        };
+        let clusters = vec![
+            part("alpha", "chosen", "global true"),
+            part("beta", "not-chosen", "not used: it is not shared"),
+        ];
+        Ok(Response::new(ExplainResponse { kind, name, clusters, ..Default::default() }))
     }
 
     async fn probe_peer(

@@ -150,6 +150,11 @@ impl Services {
         self.plans.len()
     }
 
+    /// The plan of a frontend.
+    pub(super) fn plan(&self, key: &ServiceKey) -> Option<&ServicePlan> {
+        self.plans.get(key)
+    }
+
     pub(super) fn left_out(&self) -> LeftOut {
         self.left_out.values().fold(LeftOut::default(), |sum, one| LeftOut {
             conflicts: sum.conflicts + one.conflicts,
@@ -212,7 +217,7 @@ impl Services {
 }
 
 /// The keys of a service's frontends.
-fn frontends(cluster: u16, service: &LocalService) -> impl Iterator<Item = ServiceKey> + '_ {
+pub(super) fn frontends(cluster: u16, service: &LocalService) -> impl Iterator<Item = ServiceKey> + '_ {
     service.frontends.iter().flat_map(move |(ip, ports)| {
         ports.values().map(move |port| wire_key::service_key(cluster, *ip, port.port, port.protocol.number()))
     })
