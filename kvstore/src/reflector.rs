@@ -22,6 +22,7 @@ pub use backoff::Backoff;
 pub use connection::{Connection, ConnectionOptions, ConnectionStatus};
 pub(crate) use connection::{Heard, LiveSession};
 pub(crate) use driver::follow;
+pub use generation::Generations;
 
 /// What to follow.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +100,7 @@ pub enum ReflectorEvent {
 
 impl ReflectorEvent {
     /// What consumers need of a change; `None` if it is not for them.
-    fn from_change(change: core::Change) -> Option<Self> {
+    pub fn from_change(change: core::Change) -> Option<Self> {
         Some(match change {
             core::Change::Put { suffix, value, revision, .. } => Self::Upsert { suffix, value, revision },
             core::Change::Delete { suffix, revision } => Self::Delete { suffix, revision },

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
-use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, cluster_config_key};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
@@ -67,6 +67,8 @@ pub enum Effect {
     Follow(Kind, ReflectorSpec),
     /// Stop the reflectors of all kinds; nothing that they said may be passed on any more.
     Unfollow,
+    /// The engine knows that nothing of the cluster stands under this ID any more: others may have it.
+    GiveUp(ClusterId),
     /// For status: the cluster is let in.
     Accepted(Accepted),
     /// For status: it is out again.
@@ -164,18 +166,19 @@ impl Core {
             Err(error @ ConfigError::Unreadable { .. }) => {
                 return out.push(Effect::Error(error.to_string()));
             }
-            Err(error) => return self.refuse(now, value, error.to_string(), out),
+            Err(error) => return self.refuse(now, value, error.to_string(), ids, out),
         };
         if self.accepted == Some(accepted) {
             self.refused = None;
             return;
         }
-        if self.accepted.is_some_and(|before| before.id != accepted.id) {
+        // Not only what this follower let in: one that its file was taken from may have left some.
+        if ids.of(&self.name).is_some_and(|before| before != accepted.id) {
             warn!(cluster = %self.name, id = %accepted.id, "the cluster has another ID; draining it first");
-            self.drain(out);
+            self.drain(ids, out);
         }
         if let Err(error) = ids.reserve(&self.name, accepted.id) {
-            return self.refuse(now, value, error.to_string(), out);
+            return self.refuse(now, value, error.to_string(), ids, out);
         }
         info!(cluster = %self.name, id = %accepted.id, layout = ?accepted.layout, "cluster config accepted");
         self.refused = None;
@@ -213,20 +216,25 @@ impl Core {
         }
     }
 
-    fn refuse(&mut self, now: Instant, value: Vec<u8>, error: String, out: &mut Vec<Effect>) {
+    fn refuse(&mut self, now: Instant, value: Vec<u8>, error: String, ids: &Ids, out: &mut Vec<Effect>) {
         out.push(Effect::Error(error));
-        self.drain(out);
+        self.drain(ids, out);
         self.refused = Some(Refused { value, again: now + RETRY });
     }
 
     /// Lets go of everything that was accepted. The own cluster has nothing that could take its place:
     /// its state stays until it is right again.
-    fn drain(&mut self, out: &mut Vec<Effect>) {
+    ///
+    /// Its ID becomes free only behind the drain: who takes it over must find it empty. And it does become
+    /// free, although the cluster may get no other: two that swap their IDs would wait for each other.
+    fn drain(&mut self, ids: &Ids, out: &mut Vec<Effect>) {
         out.push(Effect::Unfollow);
         self.services_at = None;
-        if self.accepted.take().is_some() && self.name != self.own.name {
+        self.accepted = None;
+        if let Some(id) = ids.of(&self.name) {
             out.push(Effect::Dropped);
             out.push(Effect::Tell(Input::Drained(self.name.clone())));
+            out.push(Effect::GiveUp(id));
         }
     }
 }

@@ -165,6 +165,7 @@ impl Follower {
                 self.records.clear();
                 self.listed.clear();
             }
+            Effect::GiveUp(id) => ids::lock(&self.ids).give_up(&self.name, id),
             Effect::Accepted(accepted) => self.state.send_modify(|state| {
                 state.id = Some(accepted.id);
                 // What went wrong on the way here was not a failure of something that worked.

@@ -57,8 +57,8 @@ impl Ids {
         Self { own, holders: BTreeMap::from([(own, name)]) }
     }
 
-    /// Reserves `id` and then gives up the ID that `name` had. On failure the old one stays reserved,
-    /// so that nobody gets it while entries of it may exist.
+    /// Reserves `id`. What `name` had before it keeps until [`Self::give_up`], so that nobody gets it
+    /// while entries of it may exist.
     ///
     /// # Errors
     /// Another cluster has it.
@@ -78,9 +78,21 @@ impl Ids {
             }
             None => {}
         }
-        self.release(name);
         self.holders.insert(id, name.clone());
         Ok(())
+    }
+
+    /// The ID of another cluster than the own one.
+    pub fn of(&self, name: &ClusterName) -> Option<ClusterId> {
+        let held = self.holders.iter().find(|(id, holder)| *holder == name && **id != self.own);
+        held.map(|(id, _)| *id)
+    }
+
+    /// `name` has no entries under `id` any more.
+    pub fn give_up(&mut self, name: &ClusterName, id: ClusterId) {
+        if id != self.own && self.holders.get(&id) == Some(name) {
+            self.holders.remove(&id);
+        }
     }
 
     /// `name` has no entries any more.
@@ -116,11 +128,13 @@ mod tests {
         ids.reserve(&beta, id(2)).unwrap();
         let error = ids.reserve(&gamma, id(2)).unwrap_err();
         assert!(error.to_string().contains("beta"), "{error}");
-        // A change that fails keeps the old ID.
-        ids.reserve(&gamma, id(3)).unwrap();
-        assert!(ids.reserve(&gamma, id(2)).is_err());
-        assert!(ids.reserve(&beta, id(3)).is_err());
+        // What it had before is nobody's until it is given up.
         ids.reserve(&beta, id(4)).unwrap();
+        assert!(ids.reserve(&gamma, id(2)).is_err());
+        ids.give_up(&gamma, id(2));
+        assert!(ids.reserve(&gamma, id(2)).is_err());
+        ids.give_up(&beta, id(2));
+        assert_eq!(ids.of(&beta), Some(id(4)));
         ids.reserve(&gamma, id(2)).unwrap();
         ids.release(&own);
         assert!(ids.reserve(&beta, id(1)).is_err());

@@ -194,7 +194,13 @@ async fn run(
                 driver.wish(wishes);
             }
             Some((stream, change)) = changes.next() => driver.saw(stream, change),
-            Some(outcome) = driver.running.next() => driver.came_back(outcome),
+            Some(outcome) = driver.running.next() => {
+                if let Outcome::Txn { result: Ok(revision), .. } = &outcome {
+                    // What we wrote is history, too: an etcd that is back before it has lost some.
+                    connection.heard().reply(Some(*revision));
+                }
+                driver.came_back(outcome);
+            }
             () = until(deadline) => {}
         }
         driver.poll();

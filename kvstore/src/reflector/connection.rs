@@ -160,6 +160,10 @@ impl Connection {
         }
     }
 
+    pub(crate) fn heard(&self) -> &Heard {
+        &self.heard
+    }
+
     pub(crate) fn sessions(&self) -> watch::Receiver<Option<LiveSession>> {
         self.sessions.clone()
     }

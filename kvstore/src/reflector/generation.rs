@@ -1,7 +1,7 @@
 /// Counts the etcds behind a connection: a re-created, wiped or restored one is another etcd, although
 /// it may answer at the same address and even under the same cluster ID.
 #[derive(Debug, Default)]
-pub(super) struct Generations {
+pub struct Generations {
     number: u64,
     cluster_id: u64,
     highest: i64,
@@ -9,7 +9,7 @@ pub(super) struct Generations {
 
 impl Generations {
     /// The number of the etcd that a new session is with.
-    pub(super) fn of(&mut self, cluster_id: u64, revision: i64) -> u64 {
+    pub fn of(&mut self, cluster_id: u64, revision: i64) -> u64 {
         // History only grows: an etcd that has less of it than was seen has lost some.
         if self.number == 0 || cluster_id != self.cluster_id || revision < self.highest {
             *self = Self { number: self.number + 1, cluster_id, highest: 0 };
@@ -19,7 +19,7 @@ impl Generations {
     }
 
     /// A reply had this revision.
-    pub(super) fn saw(&mut self, revision: i64) {
+    pub fn saw(&mut self, revision: i64) {
         self.highest = self.highest.max(revision);
     }
 }
