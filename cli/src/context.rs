@@ -35,6 +35,9 @@ pub(crate) struct ContextFile {
     pub(crate) users: Option<PathBuf>,
     /// The directory in which this cluster's agents look for their remote clusters.
     pub(crate) clustermesh_config: PathBuf,
+    /// The mirror that its agents follow instead of remote etcds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kvstoremesh: Option<Kvstoremesh>,
     /// This cluster's agents.
     pub(crate) agents: Vec<Agent>,
 }
@@ -53,6 +56,16 @@ pub(crate) struct ClientFiles {
 pub(crate) struct ClusterEntry {
     pub(crate) name: String,
     pub(crate) id: u32,
+}
+
+/// A cluster's mirror of remote clusters.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Kvstoremesh {
+    /// The directory in which it looks for remote clusters.
+    pub(crate) clustermesh_config: PathBuf,
+    /// How the cluster's own agents read what it mirrors.
+    pub(crate) etcd: EtcdConfig,
 }
 
 /// One node's agent.
@@ -82,6 +95,8 @@ pub(crate) struct Context {
     pub(crate) users: Option<PathBuf>,
     /// Where its agents look for remote clusters.
     pub(crate) clustermesh_config: PathBuf,
+    /// The mirror that they follow, if there is one.
+    pub(crate) kvstoremesh: Option<Kvstoremesh>,
     /// Its agents, at least one.
     pub(crate) agents: Vec<Agent>,
 }
@@ -101,21 +116,31 @@ impl Context {
         let read: ContextFile = serde_saphyr::from_str_with_options(&text, options).map_err(|e| bad(&e))?;
         let cluster = read.cluster.name.parse().map_err(|e| bad(&e))?;
         // Through its text, which is where its rules are checked.
-        let etcd = EtcdConfig::parse(&read.etcd.to_yaml()).map_err(|e| bad(&e))?;
+        let checked = |etcd: &EtcdConfig| EtcdConfig::parse(&etcd.to_yaml()).map_err(|e| bad(&e));
+        let etcd = checked(&read.etcd)?;
         if read.agents.is_empty() {
             return Err(bad(&"agents is empty: name at least one {node, socket}"));
         }
         let dir = dir.canonicalize().map_err(|e| bad(&e))?;
         let absolute = |path: PathBuf| dir.join(path);
+        let absolute_files = |etcd: EtcdConfig| EtcdConfig {
+            trusted_ca_file: etcd.trusted_ca_file.map(absolute),
+            cert_file: etcd.cert_file.map(absolute),
+            key_file: etcd.key_file.map(absolute),
+            ..etcd
+        };
+        let kvstoremesh = match read.kvstoremesh {
+            Some(mirror) => Some(Kvstoremesh {
+                clustermesh_config: absolute(mirror.clustermesh_config),
+                etcd: absolute_files(checked(&mirror.etcd)?),
+            }),
+            None => None,
+        };
         Ok(Self {
             cluster,
             id: read.cluster.id,
-            etcd: EtcdConfig {
-                trusted_ca_file: etcd.trusted_ca_file.map(absolute),
-                cert_file: etcd.cert_file.map(absolute),
-                key_file: etcd.key_file.map(absolute),
-                ..etcd
-            },
+            etcd: absolute_files(etcd),
+            kvstoremesh,
             remote: read.remote.map(|files| ClientFiles {
                 cert_file: absolute(files.cert_file),
                 key_file: absolute(files.key_file),
@@ -143,6 +168,13 @@ impl Context {
             },
             None => peer.etcd.clone(),
         }
+    }
+
+    /// The directories with an entry for each remote cluster, in the order in which these are removed: the
+    /// agents let go of a cluster before the mirror takes it from them.
+    pub(crate) fn config_dirs(&self) -> impl Iterator<Item = &Path> {
+        let mirror = self.kvstoremesh.as_ref().map(|mirror| mirror.clustermesh_config.as_path());
+        std::iter::once(self.clustermesh_config.as_path()).chain(mirror)
     }
 }
 

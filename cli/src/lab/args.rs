@@ -108,7 +108,7 @@ pub(crate) enum LabCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Send a signal to a process: etcd, apiserver or agent:NODE
+    /// Send a signal to a process: etcd, apiserver, kvstoremesh or agent:NODE
     #[command(after_help = "Examples:
   clustermesh lab kill alpha agent:node1
   clustermesh lab kill alpha etcd --signal STOP")]
@@ -119,16 +119,16 @@ pub(crate) enum LabCommand {
         #[arg(long, default_value = "KILL")]
         signal: String,
     },
-    /// End a process: etcd, apiserver or agent:NODE
+    /// End a process: etcd, apiserver, kvstoremesh or agent:NODE
     #[command(after_help = "Example:\n  clustermesh lab stop beta etcd")]
     Stop {
         #[command(flatten)]
         process: ProcessArgs,
     },
-    /// Start a process: etcd, apiserver or agent:NODE
+    /// Start a process: etcd, apiserver, kvstoremesh or agent:NODE
     #[command(after_help = "Example:\n  clustermesh lab start beta etcd --fresh")]
     Start(StartArgs),
-    /// End a process and start it again: etcd, apiserver or agent:NODE
+    /// End a process and start it again: etcd, apiserver, kvstoremesh or agent:NODE
     #[command(after_help = "Example:\n  clustermesh lab restart alpha agent:node1")]
     Restart(StartArgs),
     /// Pull the cable of a node, or of a whole cluster
@@ -145,7 +145,7 @@ pub(crate) enum LabCommand {
         /// CLUSTER or CLUSTER/NODE
         target: String,
     },
-    /// Print the log of a process (etcd, apiserver, agent:NODE) or a pod (NAMESPACE/POD)
+    /// Print the log of a process (etcd, apiserver, kvstoremesh, agent:NODE) or a pod (NAMESPACE/POD)
     #[command(after_help = "Examples:
   clustermesh lab logs alpha/agent:node1
   clustermesh lab logs alpha/shop/orders-0")]
@@ -208,7 +208,7 @@ pub(crate) struct WaitArgs {
 pub(crate) struct ProcessArgs {
     /// The cluster
     pub(crate) cluster: String,
-    /// etcd, apiserver or agent:NODE
+    /// etcd, apiserver, kvstoremesh or agent:NODE
     pub(crate) process: Process,
 }
 

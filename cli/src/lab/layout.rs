@@ -82,6 +82,11 @@ impl Layout {
         self.cluster(cluster).join("clustermesh")
     }
 
+    /// Config directory of the cluster's kvstoremesh.
+    pub(crate) fn kvstoremesh_config(&self, cluster: &str) -> PathBuf {
+        self.cluster(cluster).join("kvstoremesh")
+    }
+
     /// What the apiserver watches.
     pub(crate) fn manifests(&self, cluster: &str) -> PathBuf {
         self.cluster(cluster).join("manifests")

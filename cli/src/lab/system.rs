@@ -1,4 +1,5 @@
-//! The processes of a cluster's system: etcd and apiserver on the first node, an agent on every node.
+//! The processes of a cluster's system: etcd, apiserver and perhaps kvstoremesh on the first node, an agent
+//! on every node.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,6 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use clustermesh_kvstore::etcd::EtcdConfig;
 use jiff::Timestamp;
 use rustix::process::Signal;
 use serde_json::json;
@@ -27,15 +29,17 @@ use crate::wait::until;
 
 const ETCD_PORT: u16 = 2379;
 const APISERVER_PORT: u16 = 9880;
+const KVSTOREMESH_PORT: u16 = 9881;
 const AGENT_PORT: u16 = 9879;
 /// How long a process may take to end by itself.
 pub(crate) const STOP_GRACE: Duration = Duration::from_secs(5);
 
-/// A process of a cluster: `etcd`, `apiserver`, `agent:NODE`.
+/// A process of a cluster: `etcd`, `apiserver`, `kvstoremesh`, `agent:NODE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Process {
     Etcd,
     Apiserver,
+    Kvstoremesh,
     Agent(String),
 }
 
@@ -45,8 +49,9 @@ impl FromStr for Process {
         match text.split_once(':') {
             None if text == "etcd" => Ok(Self::Etcd),
             None if text == "apiserver" => Ok(Self::Apiserver),
+            None if text == "kvstoremesh" => Ok(Self::Kvstoremesh),
             Some(("agent", node)) if !node.is_empty() => Ok(Self::Agent(node.to_owned())),
-            _ => Err(format!("{text:?}: write etcd, apiserver or agent:NODE")),
+            _ => Err(format!("{text:?}: write etcd, apiserver, kvstoremesh or agent:NODE")),
         }
     }
 }
@@ -56,6 +61,7 @@ impl fmt::Display for Process {
         match self {
             Self::Etcd => f.write_str("etcd"),
             Self::Apiserver => f.write_str("apiserver"),
+            Self::Kvstoremesh => f.write_str("kvstoremesh"),
             Self::Agent(node) => write!(f, "agent:{node}"),
         }
     }
@@ -74,10 +80,17 @@ impl<'a> SystemProcess<'a> {
     /// Finds the node that `process` runs on.
     ///
     /// # Errors
-    /// A usage error if there is no such node.
+    /// A usage error if there is no such node, or the cluster has no kvstoremesh.
     pub(crate) fn new(layout: &'a Layout, cluster: &'a Cluster, process: Process) -> anyhow::Result<Self> {
         let node = match &process {
             Process::Etcd | Process::Apiserver => cluster.first_node(),
+            Process::Kvstoremesh if cluster.kvstoremesh => cluster.first_node(),
+            Process::Kvstoremesh => {
+                return Err(usage(format!(
+                    "cluster {} has no kvstoremesh: write `kvstoremesh: true` in the topology",
+                    cluster.name
+                )));
+            }
             Process::Agent(node) => cluster.node(node)?,
         };
         Ok(Self { layout, cluster, node, process })
@@ -89,6 +102,9 @@ impl<'a> SystemProcess<'a> {
         let mut all = vec![on(Process::Etcd, cluster.first_node())];
         if mesh {
             all.push(on(Process::Apiserver, cluster.first_node()));
+            if cluster.kvstoremesh {
+                all.push(on(Process::Kvstoremesh, cluster.first_node()));
+            }
             all.extend(cluster.nodes.iter().map(|node| on(Process::Agent(node.name.clone()), node)));
         }
         all
@@ -106,6 +122,7 @@ impl<'a> SystemProcess<'a> {
         let name = match &self.process {
             Process::Etcd => "etcd",
             Process::Apiserver => "apiserver",
+            Process::Kvstoremesh => "kvstoremesh",
             Process::Agent(_) => "agent",
         };
         Cgroup::at(self.layout.process_cgroup(self.cluster.name.as_str(), &self.node.name, name))
@@ -142,6 +159,7 @@ impl<'a> SystemProcess<'a> {
                 self.etcd(state)
             }
             Process::Apiserver => self.apiserver()?,
+            Process::Kvstoremesh => self.kvstoremesh()?,
             Process::Agent(_) => self.agent()?,
         };
         self.spawn(&argv)
@@ -189,6 +207,7 @@ impl<'a> SystemProcess<'a> {
         let port = match &self.process {
             Process::Etcd => ETCD_PORT,
             Process::Apiserver => APISERVER_PORT,
+            Process::Kvstoremesh => KVSTOREMESH_PORT,
             Process::Agent(_) => AGENT_PORT,
         };
         let netns = self.layout.node_netns(self.cluster.name.as_str(), &self.node.name);
@@ -271,6 +290,24 @@ impl<'a> SystemProcess<'a> {
         Ok(argv)
     }
 
+    fn kvstoremesh(&self) -> anyhow::Result<Vec<String>> {
+        let cluster = self.cluster.name.as_str();
+        let mut argv = vec![binary("clustermesh-apiserver")?, "kvstoremesh".to_owned()];
+        self.add_cluster_flags(&mut argv);
+        argv.extend([
+            "--clustermesh-config".to_owned(),
+            self.layout.kvstoremesh_config(cluster).display().to_string(),
+            "--etcd-config".to_owned(),
+            self.layout.etcd_config(cluster, "admin").display().to_string(),
+            // Here a removed cluster's agents hear of it at once.
+            "--removal-grace".to_owned(),
+            "2s".to_owned(),
+            "--http-addr".to_owned(),
+            format!("0.0.0.0:{KVSTOREMESH_PORT}"),
+        ]);
+        Ok(argv)
+    }
+
     fn agent(&self) -> anyhow::Result<Vec<String>> {
         let (layout, cluster, node) = (self.layout, self.cluster.name.as_str(), self.node.name.as_str());
         let mut argv = vec![binary("clustermesh-agent")?];
@@ -324,7 +361,8 @@ pub(crate) async fn end_processes(cgroup: &Cgroup, grace: Duration) -> anyhow::R
 /// If they cannot be written.
 pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
     let name = cluster.name.as_str();
-    for dir in [layout.logs(), layout.clustermesh_config(name), layout.manifests(name)] {
+    let config_dirs = [layout.clustermesh_config(name), layout.kvstoremesh_config(name)];
+    for dir in config_dirs.into_iter().chain([layout.logs(), layout.manifests(name)]) {
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
     for node in &cluster.nodes {
@@ -344,7 +382,11 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
         .nodes
         .iter()
         .map(|node| json!({"node": node.name, "socket": layout.agent_socket(name, &node.name)}));
-    let context = json!({
+    let local = EtcdConfig::load(&layout.etcd_config(name, "agent"))?;
+    let kvstoremesh = cluster
+        .kvstoremesh
+        .then(|| json!({"clustermeshConfig": layout.kvstoremesh_config(name), "etcd": local}));
+    let mut context = json!({
         "cluster": {"name": name, "id": cluster.id.get()},
         "etcd": {
             "endpoints": endpoints,
@@ -355,6 +397,9 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
         "clustermeshConfig": layout.clustermesh_config(name),
         "agents": agents.collect::<Vec<_>>(),
     });
+    if let Some(kvstoremesh) = kvstoremesh {
+        context["kvstoremesh"] = kvstoremesh;
+    }
     let yaml = serde_saphyr::to_string(&context).context("cannot write the context as YAML")?;
     write_atomically(&layout.context(name), yaml.as_bytes(), 0o644)
 }

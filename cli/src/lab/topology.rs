@@ -19,7 +19,7 @@ use crate::error::usage;
 const DEFAULT_UNDERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16);
 
 /// Nodes have a directory each, beside these of their cluster.
-const RESERVED: [&str; 4] = ["clustermesh", "etcd", "manifests", "volumes"];
+const RESERVED: [&str; 5] = ["clustermesh", "etcd", "kvstoremesh", "manifests", "volumes"];
 /// Clusters have a directory each, beside these of the lab.
 const RESERVED_FOR_LAB: [&str; 2] = ["logs", "pki"];
 
@@ -49,6 +49,9 @@ struct ClusterEntry {
     #[serde(rename = "serviceCIDRs")]
     service_cidrs: Vec<String>,
     nodes: Nodes,
+    /// Mirror the other clusters into this one's etcd, and let the agents follow that.
+    #[serde(default)]
+    kvstoremesh: bool,
     #[serde(default)]
     manifests: Vec<PathBuf>,
 }
@@ -95,6 +98,8 @@ pub(crate) struct Cluster {
     pub(crate) max_connected: MaxConnectedClusters,
     pub(crate) service_cidrs: Cidrs,
     pub(crate) nodes: Vec<Node>,
+    /// Its agents follow a mirror in their own etcd.
+    pub(crate) kvstoremesh: bool,
     /// As written: relative to the topology file.
     pub(crate) manifests: Vec<PathBuf>,
 }
@@ -180,7 +185,7 @@ impl Node {
 }
 
 impl Cluster {
-    /// The node that runs etcd and the apiserver.
+    /// The node that runs etcd, the apiserver and the kvstoremesh.
     pub(crate) fn first_node(&self) -> &Node {
         // check_cluster refuses a cluster without nodes.
         &self.nodes[0]
@@ -321,6 +326,7 @@ fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) ->
         max_connected: max_connected?,
         service_cidrs,
         nodes,
+        kvstoremesh: entry.kvstoremesh,
         manifests: entry.manifests.clone(),
     })
 }

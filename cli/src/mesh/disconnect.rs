@@ -106,7 +106,7 @@ impl DisconnectArgs {
         }
         let mut removed = false;
         for (n, Forgetting { context, peer }) in sides.iter().enumerate() {
-            let result = entry::remove(&FileSystem, &context.clustermesh_config, peer);
+            let result = entry::forget(&FileSystem, context, peer);
             // What a cluster may no longer read it does not use any more.
             let result = result.and_then(|removed| Ok(users::dismiss(context, peer)? || removed));
             removed |= if n == 0 {

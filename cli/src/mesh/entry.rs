@@ -30,19 +30,22 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// The entry that lets the agents of `reader` follow `peer`. Reads the peer's certificates.
+    /// The entry that lets the agents of `reader` follow `peer`, through their mirror if they have one.
+    /// Reads the peer's certificates.
     ///
     /// # Errors
     /// A usage error if the directory is missing or a certificate of the peer's context cannot be read.
     pub(crate) fn new(reader: &Context, peer: &Context) -> anyhow::Result<Self> {
-        if !reader.clustermesh_config.is_dir() {
+        if let Some(dir) = reader.config_dirs().find(|dir| !dir.is_dir()) {
             return Err(usage(format!(
                 "{}: clustermeshConfig {} is not a directory",
                 reader.dir.join(crate::context::FILE).display(),
-                reader.clustermesh_config.display()
+                dir.display()
             )));
         }
-        let paths = Paths::new(&reader.clustermesh_config, &peer.cluster);
+        let mirror = reader.kvstoremesh.as_ref();
+        let followed = mirror.map_or(&reader.clustermesh_config, |mirror| &mirror.clustermesh_config);
+        let paths = Paths::new(followed, &peer.cluster);
         let etcd = reader.access_to(peer);
         let client = if etcd.cert_file == peer.etcd.cert_file { peer } else { reader };
         let read = |file: &Option<PathBuf>, of: &Context| {
@@ -72,7 +75,13 @@ impl Entry {
         files.sort_by_key(|(_, contents)| contents.is_none());
         let named = files.partition_point(|(_, contents)| contents.is_some());
         files.insert(named, (paths.config.clone(), Some(yaml.into_bytes())));
-        Ok(Self { files, config: paths.config })
+        let mut config = paths.config;
+        if let Some(mirror) = mirror {
+            // The agents follow their own etcd; whose certificates it takes is theirs to know.
+            config = Paths::new(&reader.clustermesh_config, &peer.cluster).config;
+            files.push((config.clone(), Some(mirror.etcd.to_yaml().into_bytes())));
+        }
+        Ok(Self { files, config })
     }
 
     /// What stands there now, compared with this entry.
@@ -128,12 +137,24 @@ pub(crate) fn install(disk: &impl Disk, entries: &[&Entry]) -> Result<(), Instal
     Ok(())
 }
 
+/// Removes all that `context` has of `peer`; see [`remove`].
+///
+/// # Errors
+/// Of the file system, with the path.
+pub(crate) fn forget(disk: &impl Disk, context: &Context, peer: &ClusterName) -> anyhow::Result<bool> {
+    let mut existed = false;
+    for dir in context.config_dirs() {
+        existed |= remove(disk, dir, peer)?;
+    }
+    Ok(existed)
+}
+
 /// Removes the entry of `peer` in `dir`: the configuration first, which disconnects, then the
 /// certificates. Says whether there was a configuration.
 ///
 /// # Errors
 /// Of the file system, with the path.
-pub(crate) fn remove(disk: &impl Disk, dir: &Path, peer: &ClusterName) -> anyhow::Result<bool> {
+fn remove(disk: &impl Disk, dir: &Path, peer: &ClusterName) -> anyhow::Result<bool> {
     let Paths { ca, cert, key, config } = Paths::new(dir, peer);
     let existed = fs::symlink_metadata(&config).is_ok();
     for path in [&config, &ca, &cert, &key] {
@@ -337,6 +358,7 @@ mod tests {
             remote: None,
             users: None,
             clustermesh_config: dir.join("clustermesh"),
+            kvstoremesh: None,
             agents: vec![Agent { node: "node1".into(), socket: dir.join("agent.sock") }],
             dir,
         }

@@ -110,6 +110,7 @@ mod tests {
             remote: None,
             users: Some(path.clone()),
             clustermesh_config: tmp.path().into(),
+            kvstoremesh: None,
             agents: vec![Agent { node: "n".into(), socket: "s".into() }],
         };
         let beta: ClusterName = "beta".parse().unwrap();

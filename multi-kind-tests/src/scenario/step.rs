@@ -128,7 +128,7 @@ pub struct Scale {
 pub struct ProcessRef {
     /// Where.
     pub cluster: String,
-    /// `etcd`, `apiserver` or `agent:NODE`.
+    /// `etcd`, `apiserver`, `kvstoremesh` or `agent:NODE`.
     pub process: String,
     /// For `start` of an etcd: lose all data first, and get a new cluster ID.
     #[serde(default)]
