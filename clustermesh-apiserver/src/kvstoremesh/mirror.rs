@@ -13,7 +13,7 @@ use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{ClusterConfig, RecordError};
-use clustermesh_kvstore::reflector::{ReflectorEvent, ReflectorSpec};
+use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 
 use super::admit::{Record, Refusal, admit};
 
@@ -107,9 +107,9 @@ struct Followed {
 #[derive(Debug)]
 struct Copies {
     prefix: String,
-    /// By what follows the prefix: whether the present reflector has told of it.
+    /// By what follows the prefix: whether the present list has told of it, or what followed.
     told: HashMap<Box<str>, bool>,
-    /// The present reflector has told all.
+    /// The present list is complete.
     listed: bool,
 }
 
@@ -200,13 +200,18 @@ impl Mirror {
                     out.push(Effect::Set { key: copies.prefix.clone() + &suffix, value: None });
                 }
             }
+            ReflectorEvent::Relisting => {
+                if let Some(copies) = self.kinds.get_mut(&kind) {
+                    copies.begin();
+                }
+            }
             ReflectorEvent::Synced { .. } => {
                 if let Some(copies) = self.kinds.get_mut(&kind) {
                     copies.complete(out);
                 }
             }
             // The reflector itself finds out what a list lacks.
-            ReflectorEvent::Relisting | ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
+            ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
         }
     }
 
@@ -263,14 +268,15 @@ impl Mirror {
 
     fn follow(&mut self, kind: Kind, out: &mut Vec<Effect>) {
         let (Some(followed), Some(copies)) = (self.followed, self.kinds.get_mut(&kind)) else { return };
-        copies.listed = false;
-        copies.told.values_mut().for_each(|told| *told = false);
+        copies.begin();
         if kind == Kind::ServiceExports && !followed.exports {
             // The peer has none, and no canary for them. Readers of the mirror wait for ours.
             out.push(Effect::Leave(kind));
             return copies.complete(out);
         }
-        out.push(Effect::Follow(kind, followed.accepted.reflector(kind, &self.name)));
+        let spec = followed.accepted.reflector(kind, &self.name);
+        // The keys are held here anyway.
+        out.push(Effect::Follow(kind, ReflectorSpec { prune: Prune::Consumer, ..spec }));
     }
 
     fn put(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, told: bool, out: &mut Vec<Effect>) {
@@ -294,6 +300,12 @@ impl Mirror {
 }
 
 impl Copies {
+    /// All records are told anew.
+    fn begin(&mut self) {
+        self.listed = false;
+        self.told.values_mut().for_each(|told| *told = false);
+    }
+
     /// The cluster has told all it has: whatever else is wanted has vanished meanwhile.
     fn complete(&mut self, out: &mut Vec<Effect>) {
         if std::mem::replace(&mut self.listed, true) {

@@ -41,8 +41,8 @@ struct Reflector {
 enum Phase {
     #[default]
     Waiting,
-    /// The rest of a list, and what it held.
-    Listing(Vec<(String, Vec<u8>)>, Keys),
+    /// The rest of a list.
+    Listing(Vec<(String, Vec<u8>)>),
     Following,
 }
 
@@ -216,21 +216,17 @@ impl World {
         match &mut reflector.phase {
             Phase::Waiting if self.source.canaries.contains(&kind) => {
                 let rest = data.iter().map(|(suffix, value)| (suffix.clone(), value.clone())).collect();
-                reflector.phase = Phase::Listing(rest, data.clone());
+                reflector.phase = Phase::Listing(rest);
+                reflector.told.clear();
+                events.push(ReflectorEvent::Relisting);
             }
             Phase::Waiting => {}
-            Phase::Listing(rest, held) => match rest.pop() {
+            Phase::Listing(rest) => match rest.pop() {
                 Some((suffix, value)) => {
                     events.push(upsert(&suffix, &value));
                     reflector.told.insert(suffix, value);
                 }
                 None => {
-                    let gone: Vec<_> =
-                        reflector.told.keys().filter(|suffix| !held.contains_key(*suffix)).cloned().collect();
-                    for suffix in gone {
-                        reflector.told.remove(&suffix);
-                        events.push(ReflectorEvent::Delete { suffix, revision: 1 });
-                    }
                     reflector.phase = Phase::Following;
                     reflector.synced_once = true;
                     events.push(ReflectorEvent::Synced { revision: 1 });
