@@ -5,8 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Packages whose programs the demo, the scenarios and the bench run.
-const PROGRAMS: [&str; 5] =
-    ["clustermesh", "clustermesh-agent", "clustermesh-apiserver", "mesh-probe", "multi-kind-tests"];
+const PROGRAMS: [&str; 6] = [
+    "clustermesh",
+    "clustermesh-agent",
+    "clustermesh-apiserver",
+    "mesh-load",
+    "mesh-probe",
+    "multi-kind-tests",
+];
 
 /// Root of the workspace.
 pub(crate) fn root() -> PathBuf {

@@ -8,6 +8,7 @@
 //! Everything it makes carries its process ID and is removed at the end, also after a failure or
 //! Ctrl-C.
 
+mod control_plane;
 mod exec;
 mod interrupt;
 mod kernel_path;
@@ -39,7 +40,10 @@ const SERVER_CPU: &str = "taskset -c 0 nice -n -20";
 
 /// Measure connect latency, round trips and throughput through the mesh and its peers (needs root).
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: Option<What>,
     /// How often each variant is measured; the variants take turns.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -54,6 +58,13 @@ pub(crate) struct BenchArgs {
     output: Output,
 }
 
+/// Something else than the datapath.
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Measure the control plane beside a bare etcd client.
+    ControlPlane(control_plane::ControlPlaneArgs),
+}
+
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Output {
     /// Tables.
@@ -64,6 +75,9 @@ enum Output {
 
 /// Builds, measures, prints.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    if let Some(What::ControlPlane(args)) = &args.what {
+        return control_plane::run(args);
+    }
     ensure!(args.seconds > 0.0 && args.seconds <= 600.0, "--seconds must be more than 0 and at most 600");
     ensure!(
         workspace::is_root(),

@@ -1,0 +1,156 @@
+//! What a cluster looks like in etcd: the values that Cilium's exporter writes, made up.
+
+use serde_json::{Map, Value, json};
+
+/// A made-up cluster.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Cluster {
+    /// Name of the cluster.
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Its ID; also part of its addresses.
+    #[arg(long)]
+    pub(crate) id: u32,
+    /// Nodes.
+    #[arg(long, default_value_t = 100)]
+    pub(crate) nodes: u32,
+    /// Identities.
+    #[arg(long, default_value_t = 100)]
+    pub(crate) identities: u32,
+    /// Endpoints.
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) endpoints: u32,
+    /// Global services.
+    #[arg(long, default_value_t = 20)]
+    pub(crate) services: u32,
+    /// Backends of each service.
+    #[arg(long, default_value_t = 50)]
+    pub(crate) backends: u32,
+}
+
+impl Cluster {
+    /// Key and value of its config.
+    pub(crate) fn config(&self) -> (String, String) {
+        let config = json!({
+            "id": self.id,
+            "capabilities": {"syncedCanaries": true, "maxConnectedClusters": 255, "serviceExportsEnabled": false},
+        });
+        (format!("cilium/cluster-config/{}", self.name), config.to_string())
+    }
+
+    /// All its records.
+    pub(crate) fn records(&self) -> impl Iterator<Item = (String, String)> {
+        let nodes = (0..self.nodes).map(|n| self.node(n));
+        let identities = (0..self.identities).map(|n| self.identity(n));
+        let endpoints = (0..self.endpoints).map(|n| self.endpoint(n, 0));
+        let services = (0..self.services).map(|n| self.service(&format!("service-{n}"), self.backends, 0));
+        nodes.chain(identities).chain(endpoints).chain(services)
+    }
+
+    /// Keys of its canaries.
+    pub(crate) fn canaries(&self) -> [String; 5] {
+        ["nodes", "services", "serviceexports", "identities", "ip"]
+            .map(|kind| format!("cilium/synced/{}/cilium/state/{kind}/v1", self.name))
+    }
+
+    /// An endpoint; `version` makes its value another one.
+    pub(crate) fn endpoint(&self, n: u32, version: u32) -> (String, String) {
+        let address = self.address(n);
+        let value = json!({
+            "IP": address,
+            "Mask": null,
+            "HostIP": self.node_address(n % self.nodes.max(1)),
+            "ID": self.identity_number(n % self.identities.max(1)),
+            "Key": version % 256,
+            "Metadata": "",
+            "K8sNamespace": format!("namespace-{}", n % 20),
+            "K8sPodName": format!("workload-{}-7d4f9c6b5d-{n:05}", n % 100),
+        });
+        (format!("cilium/state/ip/v1/default/{address}"), value.to_string())
+    }
+
+    /// A service; `version` takes another backend out.
+    pub(crate) fn service(&self, name: &str, backends: u32, version: u32) -> (String, String) {
+        let ports = json!({"http": {"Protocol": "TCP", "Port": 8080}});
+        let skipped = version % backends.max(1);
+        let backends: Map<String, Value> = (0..backends)
+            .filter(|n| version == 0 || *n != skipped)
+            .map(|n| (self.address(n), ports.clone()))
+            .collect();
+        let value = json!({
+            "cluster": self.name,
+            "namespace": "shop",
+            "name": name,
+            "frontends": {format!("10.96.{}.{}", self.id % 256, name.len() % 256): {"http": {"Protocol": "TCP", "Port": 80}}},
+            "backends": backends,
+            "hostnames": {},
+            "labels": {},
+            "selector": {"app": name},
+            "includeExternal": true,
+            "shared": true,
+            "clusterID": self.id,
+        });
+        (format!("cilium/state/services/v1/{}/shop/{name}", self.name), value.to_string())
+    }
+
+    fn node(&self, n: u32) -> (String, String) {
+        let name = format!("{}-node-{n}", self.name);
+        let [high, low] = [n / 256 % 256, n % 256];
+        let value = json!({
+            "Name": name,
+            "Cluster": self.name,
+            "IPAddresses": [
+                {"Type": "InternalIP", "IP": self.node_address(n)},
+                {"Type": "CiliumInternalIP", "IP": format!("10.{}.{}.1", 100 + high % 100, low)},
+            ],
+            "IPv4AllocCIDR": {"IP": format!("10.{}.{low}.0", 100 + high % 100), "Mask": "////AA=="},
+            "IPv4SecondaryAllocCIDRs": null,
+            "IPv6AllocCIDR": null,
+            "IPv6SecondaryAllocCIDRs": null,
+            "IPv4HealthIP": "",
+            "IPv6HealthIP": "",
+            "IPv4IngressIP": "",
+            "IPv6IngressIP": "",
+            "ClusterID": self.id,
+            "Source": "custom-resource",
+            "EncryptionKey": 0,
+            "Labels": {
+                "kubernetes.io/arch": "amd64",
+                "kubernetes.io/hostname": name,
+                "kubernetes.io/os": "linux",
+                "topology.kubernetes.io/region": "eu-central-1",
+                "topology.kubernetes.io/zone": format!("eu-central-1{}", ["a", "b", "c"][n as usize % 3]),
+            },
+            "Annotations": null,
+            "NodeIdentity": 0,
+            "WireguardPubKey": "",
+            "BootID": "2f0b1e37-5d47-4a9c-8ac3-2f6bb5cb3b1e",
+        });
+        (format!("cilium/state/nodes/v1/{}/{name}", self.name), value.to_string())
+    }
+
+    fn identity(&self, n: u32) -> (String, String) {
+        let labels = format!(
+            "k8s:app=workload-{n};k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name=namespace-{0};\
+             k8s:io.cilium.k8s.policy.cluster={1};k8s:io.cilium.k8s.policy.serviceaccount=default;\
+             k8s:io.kubernetes.pod.namespace=namespace-{0};",
+            n % 20,
+            self.name
+        );
+        (format!("cilium/state/identities/v1/id/{}", self.identity_number(n)), labels)
+    }
+
+    fn identity_number(&self, n: u32) -> u32 {
+        (self.id << 16) + 256 + n
+    }
+
+    /// The address of an endpoint: different in all clusters up to an ID of 63.
+    fn address(&self, n: u32) -> String {
+        let n = (self.id << 18) + n;
+        format!("{}.{}.{}.{}", 11 + (n >> 24), n >> 16 & 255, n >> 8 & 255, n & 255)
+    }
+
+    fn node_address(&self, n: u32) -> String {
+        format!("172.{}.{}.{}", 16 + self.id % 16, n / 256 % 256, n % 256)
+    }
+}

@@ -1,0 +1,79 @@
+//! etcds on tmpfs.
+
+use super::Bench;
+use super::process::Process;
+use anyhow::{Context as _, bail};
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// An etcd without TLS on loopback; killed when dropped.
+pub(super) struct Etcd {
+    _process: Process,
+    dir: PathBuf,
+    port: u16,
+}
+
+impl Etcd {
+    /// Starts an empty one and waits until it listens.
+    pub(super) fn start(bench: &Bench, name: &str) -> anyhow::Result<Self> {
+        let dir = bench.scratch.0.join(name);
+        fs::create_dir_all(&dir)?;
+        let (port, peer) = free_ports()?;
+        let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
+        let arguments = [
+            ("--name", "bench".to_owned()),
+            ("--data-dir", dir.join("data").display().to_string()),
+            ("--listen-client-urls", client.clone()),
+            ("--advertise-client-urls", client),
+            ("--listen-peer-urls", peer.clone()),
+            ("--initial-advertise-peer-urls", peer.clone()),
+            ("--initial-cluster", format!("bench={peer}")),
+            ("--initial-cluster-token", format!("{name}-{port}")),
+            ("--logger", "zap".to_owned()),
+            ("--log-outputs", "stderr".to_owned()),
+        ];
+        let arguments: Vec<String> =
+            arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let process = Process::start(Path::new("etcd"), &arguments, &dir.join("log"))?;
+        let etcd = Self { _process: process, dir, port };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if Instant::now() > deadline {
+                let log = fs::read_to_string(etcd.dir.join("log")).unwrap_or_default();
+                bail!("etcd does not listen:\n{log}");
+            }
+            pause();
+        }
+        Ok(etcd)
+    }
+
+    pub(super) fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Writes its client configuration.
+    pub(super) fn write_config(&self, path: &Path) -> anyhow::Result<()> {
+        let yaml = format!("endpoints:\n- {}\n", self.endpoint());
+        fs::write(path, yaml).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        // tmpfs is memory. The process still has the files open; it is killed after this.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nothing tells when another process listens")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(20));
+}
+
+fn free_ports() -> anyhow::Result<(u16, u16)> {
+    // Both are bound at once, so they differ.
+    let (a, b) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
+    Ok((a.local_addr()?.port(), b.local_addr()?.port()))
+}
