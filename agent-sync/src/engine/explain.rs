@@ -173,7 +173,8 @@ impl Engine {
             }
             return;
         }
-        let Some((shared, backends)) = mesh.remote_service(id, name) else { return };
+        let Some(remote) = mesh.remote_service(id, name) else { return };
+        let (shared, backends) = (remote.shared, &remote.backends);
         part.held = true;
         part.why.push(format!("shared {shared}, {} backends, {used} in use", backends.len()));
         match local {
@@ -183,8 +184,9 @@ impl Engine {
             Some(local) => {
                 let names: Vec<&str> =
                     local.frontends.values().flat_map(|ports| ports.keys()).map(String::as_str).collect();
-                let foreign =
-                    backends.iter().filter(|(_, ports)| !ports.iter().any(|port| names.contains(port)));
+                let foreign = backends
+                    .iter()
+                    .filter(|(_, ports)| !ports.keys().any(|port| names.contains(&port.as_str())));
                 match foreign.count() {
                     0 => {}
                     n => part.why.push(format!(

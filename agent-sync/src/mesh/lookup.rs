@@ -7,7 +7,7 @@ use clustermesh_kvstore::record::LocalService;
 use ebpf_global_svc::abi::{IpValue, ServiceKey};
 use ipnet::IpNet;
 
-use super::Mesh;
+use super::{Mesh, RemoteService};
 
 impl Mesh {
     /// The own cluster's service.
@@ -15,16 +15,9 @@ impl Mesh {
         self.clusters.get(&self.own)?.local_services.get(name)
     }
 
-    /// Another cluster's service: whether it is shared, and the names of the ports of each backend.
-    pub fn remote_service(
-        &self,
-        cluster: ClusterId,
-        name: &NamespacedName,
-    ) -> Option<(bool, Vec<(IpAddr, Vec<&str>)>)> {
-        let service = self.clusters.get(&cluster.get())?.services.get(name)?;
-        let backends = service.backends.iter();
-        let backends = backends.map(|(ip, ports)| (*ip, ports.keys().map(String::as_str).collect()));
-        Some((service.shared, backends.collect()))
+    /// Another cluster's service.
+    pub fn remote_service(&self, cluster: ClusterId, name: &NamespacedName) -> Option<&RemoteService> {
+        self.clusters.get(&cluster.get())?.services.get(name)
     }
 
     /// Backends of a cluster that stand behind the service's frontends.
