@@ -380,7 +380,7 @@ impl Mesh {
 
     /// Addresses of `cluster` that are not installed as their records say, for want of such a node.
     pub fn misplaced(&self, cluster: ClusterId) -> usize {
-        self.placement.misplaced(cluster.get()).map_or(0, BTreeSet::len)
+        self.placement.misplaced(cluster.get())
     }
 
     /// Claims to addresses that another cluster holds.
@@ -448,14 +448,26 @@ impl Mesh {
             return;
         }
         let lost = self.topology.take_lost();
-        let misplaced: Vec<u16> =
-            self.placement.clusters().filter(|cluster| !lost.contains(cluster)).collect();
-        for cluster in misplaced {
-            let ips = self.placement.misplaced(cluster).cloned().unwrap_or_default();
-            for ip in ips {
-                let value = self.clusters.get(&cluster).and_then(|records| records.ips.get(&ip));
-                self.address_changed(cluster, ip, value);
+        let mut again: Vec<(u16, IpAddr)> = Vec::new();
+        for (key, value) in &changes.node {
+            if let (Some(value), Some(IpAddr::V4(ip))) = (value, wire_key::address(key.family, key.ip)) {
+                let ips = self.placement.awaiting_node(value.cluster, ip.octets());
+                // A pod in its host's network.
+                if self.placement.is_misplaced(value.cluster, ip.into()) {
+                    again.push((value.cluster, ip.into()));
+                }
+                again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
             }
+        }
+        for (key, value) in &changes.prefix {
+            if let (Some(value), Some(net)) = (value, wire_key::prefix(key)) {
+                let ips = self.placement.awaiting_prefix(value.cluster, net);
+                again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
+            }
+        }
+        for (cluster, ip) in again {
+            let value = self.clusters.get(&cluster).and_then(|records| records.ips.get(&ip));
+            self.address_changed(cluster, ip, value);
         }
         for cluster in lost {
             if cluster != self.own {
@@ -477,7 +489,7 @@ impl Mesh {
     fn place_all(&mut self, cluster: u16) {
         let Some(records) = self.clusters.get(&cluster) else { return };
         for (ip, value) in records.ips.iter() {
-            let was_misplaced = self.placement.misplaced(cluster).is_some_and(|ips| ips.contains(&ip));
+            let was_misplaced = self.placement.is_misplaced(cluster, ip);
             let placed = self.placement.place(&self.topology, cluster, ip, value);
             if was_misplaced || placed != Some(value) {
                 self.ipcache.insert(wire_key::ip_key(cluster, ip), placed);

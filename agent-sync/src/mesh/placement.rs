@@ -8,7 +8,7 @@
 //! Records come before their nodes and stay when these go, so each answer holds until the topology
 //! changes. Addresses that are not used as their records say are few, and remembered.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 
 use ebpf_global_svc::abi::IpValue;
@@ -32,7 +32,10 @@ pub struct PlacementRules {
 #[derive(Debug, Default)]
 pub(super) struct Placement {
     rules: HashMap<u16, PlacementRules>,
-    misplaced: HashMap<u16, BTreeSet<IpAddr>>,
+    /// Addresses of each cluster with the node that their records name.
+    misplaced: HashMap<u16, BTreeMap<IpAddr, [u8; 4]>>,
+    /// The same by node: those that a node of that address would put right.
+    awaiting: BTreeSet<(u16, [u8; 4], IpAddr)>,
 }
 
 impl Placement {
@@ -54,10 +57,10 @@ impl Placement {
         value: IpValue,
     ) -> Option<IpValue> {
         let placed = self.judge(topology, cluster, ip, value);
-        if placed == Some(value) {
-            self.forget(cluster, ip);
-        } else {
-            self.misplaced.entry(cluster).or_default().insert(ip);
+        self.forget(cluster, ip);
+        if placed != Some(value) {
+            self.misplaced.entry(cluster).or_default().insert(ip, value.node_ip);
+            self.awaiting.insert((cluster, value.node_ip, ip));
         }
         placed
     }
@@ -65,7 +68,9 @@ impl Placement {
     /// The address is none of the cluster's any more.
     pub(super) fn forget(&mut self, cluster: u16, ip: IpAddr) {
         if let Some(misplaced) = self.misplaced.get_mut(&cluster) {
-            misplaced.remove(&ip);
+            if let Some(node_ip) = misplaced.remove(&ip) {
+                self.awaiting.remove(&(cluster, node_ip, ip));
+            }
             if misplaced.is_empty() {
                 self.misplaced.remove(&cluster);
             }
@@ -75,17 +80,33 @@ impl Placement {
     /// The cluster is gone.
     pub(super) fn drain(&mut self, cluster: u16) {
         self.rules.remove(&cluster);
-        self.misplaced.remove(&cluster);
+        for (ip, node_ip) in self.misplaced.remove(&cluster).into_iter().flatten() {
+            self.awaiting.remove(&(cluster, node_ip, ip));
+        }
     }
 
-    /// Clusters that have such addresses.
-    pub(super) fn clusters(&self) -> impl Iterator<Item = u16> {
-        self.misplaced.keys().copied()
+    /// How many addresses of a cluster are not used as their records say.
+    pub(super) fn misplaced(&self, cluster: u16) -> usize {
+        self.misplaced.get(&cluster).map_or(0, BTreeMap::len)
     }
 
-    /// Addresses of a cluster that are not used as their records say.
-    pub(super) fn misplaced(&self, cluster: u16) -> Option<&BTreeSet<IpAddr>> {
-        self.misplaced.get(&cluster)
+    /// Whether an address is not used as its record says.
+    pub(super) fn is_misplaced(&self, cluster: u16, ip: IpAddr) -> bool {
+        self.misplaced.get(&cluster).is_some_and(|ips| ips.contains_key(&ip))
+    }
+
+    /// Misplaced addresses of `cluster` that may be right now that it holds this node's address.
+    pub(super) fn awaiting_node(&self, cluster: u16, node_ip: [u8; 4]) -> Vec<IpAddr> {
+        let first = (cluster, node_ip, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let all = self.awaiting.range(first..).take_while(|(c, node, _)| (*c, *node) == (cluster, node_ip));
+        all.map(|(_, _, ip)| *ip).collect()
+    }
+
+    /// Misplaced addresses of `cluster` that may be right now that it holds this prefix.
+    pub(super) fn awaiting_prefix(&self, cluster: u16, net: IpNet) -> Vec<IpAddr> {
+        let misplaced = self.misplaced.get(&cluster).filter(|_| self.at_own_nodes(cluster));
+        let inside = misplaced.into_iter().flat_map(|ips| ips.range(net.network()..=net.broadcast()));
+        inside.map(|(ip, _)| *ip).collect()
     }
 
     /// Whether a backend may be used: nobody else holds its address.
