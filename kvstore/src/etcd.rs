@@ -10,12 +10,14 @@ mod config;
 mod diagnose;
 mod error;
 mod session;
+mod tls;
 mod watch;
 
 pub use auth::{Access, KeySpan};
 pub use config::{EtcdConfig, EtcdConfigError, EtcdSource};
 pub use error::SessionError;
 pub use session::{KeyValue, Page, Session, SessionOptions, Status, WriteOp};
+pub use tls::Credentials;
 pub use watch::{WatchEvent, WatchMessage, WatchStream};
 
 /// Keys of one request: exactly one, or all that start with a prefix.

@@ -4,9 +4,12 @@
 mod support;
 
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionError, SessionOptions, WriteOp};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use support::{DEADLINE, Etcd, Pki};
 use tokio::time::timeout;
 
@@ -66,6 +69,39 @@ async fn tls_errors_say_who_refuses_whom() {
 
     let mixed = EtcdConfig { key_file: Some(other.client.1.clone()), ..good.clone() };
     assert_says(&error(&mixed).await, &["does not go with"]);
+}
+
+#[tokio::test]
+async fn servers_without_tls_1_3_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let pki = Pki::new(dir.path());
+    let chain = CertificateDer::pem_file_iter(&pki.server.0).unwrap().map(Result::unwrap).collect();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS12])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, PrivateKeyDer::from_pem_file(&pki.server.1).unwrap())
+        .unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("https://{}", listener.local_addr().unwrap());
+    let server = Arc::new(server);
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            let mut tls = rustls::ServerConnection::new(server.clone()).unwrap();
+            let _refused = tls.complete_io(&mut stream);
+        }
+    });
+    let config = EtcdConfig {
+        endpoints: vec![endpoint],
+        trusted_ca_file: Some(pki.ca.clone()),
+        cert_file: None,
+        key_file: None,
+        username: None,
+        password: None,
+    };
+    assert_says(&error(&config).await, &["TLS 1.3"]);
 }
 
 #[tokio::test]

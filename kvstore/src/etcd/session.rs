@@ -1,22 +1,19 @@
 use std::error::Error as _;
 use std::future::Future;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, ConnectOptions, DeleteOptions, Error as EtcdError, GetOptions, LeaseGrantOptions, PutOptions,
-    ResponseHeader, SortOrder, SortTarget, TlsOptions, Txn, TxnOp, WatchOptions,
+    Channel, Client, ConnectOptions, DeleteOptions, Error as EtcdError, GetOptions, LeaseGrantOptions,
+    PutOptions, ResponseHeader, SortOrder, SortTarget, Txn, TxnOp, WatchOptions,
 };
 use rand::seq::SliceRandom;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::diagnose;
 use super::watch::WatchStream;
-use super::{EtcdConfig, KeyRange, SessionError};
+use super::{Credentials, EtcdConfig, KeyRange, SessionError, tls};
 
 /// The longest reply that is read. A page of 256 records of ordinary size is far below.
 const MAX_REPLY: usize = 64 << 20;
@@ -116,16 +113,24 @@ pub struct Status {
 }
 
 impl Session {
+    /// [`Self::open`] with the certificates as they are now.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that of the last endpoint.
+    pub async fn connect(config: &EtcdConfig, options: SessionOptions) -> Result<Self, SessionError> {
+        Self::open(&Credentials::load(config.clone())?, options).await
+    }
+
     /// Connects to one of the endpoints, tried in random order, and pins the ID of the etcd that answers.
     ///
     /// # Errors
     /// That of the last endpoint.
-    pub async fn connect(config: &EtcdConfig, options: SessionOptions) -> Result<Self, SessionError> {
-        let mut endpoints = config.endpoints.clone();
+    pub async fn open(credentials: &Credentials, options: SessionOptions) -> Result<Self, SessionError> {
+        let mut endpoints = credentials.config().endpoints.clone();
         endpoints.shuffle(&mut rand::rng());
         let mut failure = SessionError::Unreachable { endpoints: String::new(), reason: "none given".into() };
         for endpoint in &endpoints {
-            match Self::connect_to(endpoint, config, options).await {
+            match Self::connect_to(endpoint, credentials, options).await {
                 Ok(session) => return Ok(session),
                 Err(error) => failure = error,
             }
@@ -135,23 +140,21 @@ impl Session {
 
     async fn connect_to(
         endpoint: &str,
-        config: &EtcdConfig,
+        credentials: &Credentials,
         options: SessionOptions,
     ) -> Result<Self, SessionError> {
-        let https = endpoint.starts_with("https://");
-        let mut connect = ConnectOptions::new()
-            .with_connect_timeout(options.connect_timeout)
-            .with_keep_alive(options.keep_alive_interval, options.keep_alive_timeout)
-            .with_keep_alive_while_idle(true)
-            .with_require_leader(true);
-        if https {
-            connect = connect.with_tls(tls_options(config)?);
-        }
+        let config = credentials.config();
+        let tls = match endpoint.starts_with("https://") {
+            true => Some(Arc::new(credentials.tls()?)),
+            false => None,
+        };
+        let mut connect = ConnectOptions::new().with_require_leader(true);
         if let (Some(user), Some(password)) = (&config.username, &config.password) {
             connect = connect.with_user(user.clone(), password.clone());
         }
         let dial = async {
-            let mut client = Client::connect([endpoint], Some(connect)).await?;
+            let channel = tls::channel(endpoint, tls.clone(), options).await?;
+            let mut client = Client::from_channel(Channel::Tonic(channel), Some(connect)).await?;
             let status = client.status().await?;
             Ok::<_, EtcdError>((client, status))
         };
@@ -174,7 +177,6 @@ impl Session {
             return Err(failure);
         }
         // gRPC knows that it failed; ask again by hand why.
-        let tls = if https { Some(Arc::new(rustls_config(config)?)) } else { None };
         let (address, wait) = (endpoint.to_owned(), options.connect_timeout);
         let diagnosis = tokio::task::spawn_blocking(move || diagnose::dial(&address, tls, wait)).await;
         Err(diagnosis.ok().flatten().unwrap_or_else(|| SessionError::Unreachable {
@@ -403,63 +405,5 @@ fn classify(what: &str, error: EtcdError) -> SessionError {
         }
     } else {
         SessionError::Lost(if message.is_empty() { status.code().to_string() } else { message })
-    }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, SessionError> {
-    std::fs::read(path).map_err(|error| bad_file(path, format!("cannot be read: {error}")))
-}
-
-fn bad_file(path: &Path, reason: String) -> SessionError {
-    SessionError::File { path: path.display().to_string(), reason }
-}
-
-fn tls_options(config: &EtcdConfig) -> Result<TlsOptions, SessionError> {
-    // Also finds files that are no certificates, with a better text than gRPC would.
-    rustls_config(config)?;
-    let mut tls = TlsOptions::new();
-    if let Some(path) = &config.trusted_ca_file {
-        tls = tls.ca_certificate(etcd_client::Certificate::from_pem(read(path)?));
-    }
-    if let (Some(cert), Some(key)) = (&config.cert_file, &config.key_file) {
-        tls = tls.identity(etcd_client::Identity::from_pem(read(cert)?, read(key)?));
-    }
-    Ok(tls)
-}
-
-fn rustls_config(config: &EtcdConfig) -> Result<rustls::ClientConfig, SessionError> {
-    let mut roots = rustls::RootCertStore::empty();
-    if let Some(path) = &config.trusted_ca_file {
-        for certificate in certificates(path)? {
-            roots.add(certificate).map_err(|error| bad_file(path, error.to_string()))?;
-        }
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        // The provider is the one that was compiled in for these versions.
-        .expect("aws-lc supports TLS 1.2 and 1.3")
-        .with_root_certificates(roots);
-    let mut tls = match (&config.cert_file, &config.key_file) {
-        (Some(cert), Some(key)) => {
-            let private = PrivateKeyDer::from_pem_slice(&read(key)?)
-                .map_err(|error| bad_file(key, format!("is not a private key: {error}")))?;
-            builder
-                .with_client_auth_cert(certificates(cert)?, private)
-                .map_err(|error| bad_file(cert, format!("does not go with {}: {error}", key.display())))?
-        }
-        _ => builder.with_no_client_auth(),
-    };
-    tls.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(tls)
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, SessionError> {
-    let certificates = CertificateDer::pem_slice_iter(&read(path)?)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| bad_file(path, format!("is not a certificate: {error}")))?;
-    match certificates.is_empty() {
-        true => Err(bad_file(path, "holds no certificate".into())),
-        false => Ok(certificates),
     }
 }

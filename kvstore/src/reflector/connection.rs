@@ -1,6 +1,8 @@
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tokio::sync::{mpsc, watch};
@@ -9,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::core::{Change, Timing};
 use super::generation::Generations;
 use super::{Backoff, ReflectorEvent, ReflectorSpec, follow};
-use crate::etcd::{EtcdSource, Session, SessionError, SessionOptions};
+use crate::etcd::{Credentials, EtcdSource, Session, SessionError, SessionOptions};
 
 /// Keeps one etcd connected, for any number of reflectors and a publisher. Cheap to clone; the
 /// connection ends when the last handle and the last reflector are gone.
@@ -65,6 +67,9 @@ pub struct ConnectionOptions {
     pub timing: Timing,
     /// How often an otherwise unused connection is tried.
     pub probe: Duration,
+    /// How often configuration and certificates are read again. A symlink that is swapped, as Kubernetes
+    /// does for secrets, is seen like any other change.
+    pub renewal: Duration,
     /// Events that wait for a slow consumer before its reflector stops reading.
     pub channel: usize,
 }
@@ -75,6 +80,7 @@ impl Default for ConnectionOptions {
             session: SessionOptions::default(),
             timing: Timing::default(),
             probe: Duration::from_secs(10),
+            renewal: Duration::from_secs(5),
             channel: 256,
         }
     }
@@ -97,6 +103,8 @@ pub struct ConnectionStatus {
     pub last_event: Instant,
     /// Endpoints of the configuration as last read.
     pub endpoints: Vec<String>,
+    /// When our own certificate ends, as last read.
+    pub certificate_expires: Option<Timestamp>,
 }
 
 impl ConnectionStatus {
@@ -120,11 +128,12 @@ impl Connection {
             reconnects: 0,
             last_event: Instant::now(),
             endpoints: Vec::new(),
+            certificate_expires: None,
         }));
         let (publish, sessions) = watch::channel(None);
         let heard = Heard { status: status.clone(), generations: Arc::default() };
         let source = config.into();
-        let task = Task { source, options, status: status.clone(), heard: heard.clone(), publish, number: 0 };
+        let task = Task { source, options, status: status.clone(), heard: heard.clone(), publish };
         tokio::spawn(task.run());
         let receiver = status.subscribe();
         (Self { sessions, heard, timing: options.timing, channel: options.channel.max(1) }, receiver)
@@ -169,13 +178,23 @@ impl Connection {
     }
 }
 
+/// A client certificate that ends in less than this is worth a warning.
+const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// A session that nobody has yet.
+struct Fresh {
+    session: Session,
+    credentials: Credentials,
+    /// The highest revision that was known before it began.
+    highest: i64,
+}
+
 struct Task {
     source: EtcdSource,
     options: ConnectionOptions,
     status: Arc<watch::Sender<ConnectionStatus>>,
     heard: Heard,
     publish: watch::Sender<Option<LiveSession>>,
-    number: u64,
 }
 
 impl Task {
@@ -190,9 +209,8 @@ impl Task {
                 attempt = self.connect() => attempt,
             };
             let error = match attempt {
-                Ok(session) => {
-                    let probed = self.attend(session).await;
-                    let Some(error) = probed else { return };
+                Ok(fresh) => {
+                    let Some(error) = self.attend(fresh).await else { return };
                     // A session that ends at once is no success.
                     if began.elapsed() > timing.backoff_max {
                         backoff.reset();
@@ -215,37 +233,103 @@ impl Task {
         }
     }
 
-    async fn connect(&self) -> Result<Session, SessionError> {
-        let config = self.source.load()?;
-        self.status.send_if_modified(|status| {
-            let differ = status.endpoints != config.endpoints;
-            status.endpoints.clone_from(&config.endpoints);
-            differ
-        });
-        Session::connect(&config, self.options.session).await
+    async fn connect(&self) -> Result<Fresh, SessionError> {
+        let credentials = self.load()?;
+        self.open(credentials).await
     }
 
-    /// Hands out a session until it ends; gives the reason, or nothing once nobody wants it.
-    async fn attend(&mut self, session: Session) -> Option<SessionError> {
-        self.number += 1;
-        let number = self.number;
+    /// Configuration and certificates as they are now.
+    fn load(&self) -> Result<Credentials, SessionError> {
+        let credentials = Credentials::load(self.source.load()?)?;
+        self.status.send_if_modified(|status| {
+            let differ = status.endpoints != credentials.config().endpoints;
+            status.endpoints.clone_from(&credentials.config().endpoints);
+            status.certificate_expires = credentials.expires();
+            differ
+        });
+        Ok(credentials)
+    }
+
+    async fn open(&self, credentials: Credentials) -> Result<Fresh, SessionError> {
+        let highest = self.heard.generations().highest();
+        let session = Session::open(&credentials, self.options.session).await?;
+        if let Some(expires) = credentials.expires() {
+            let left = expires.duration_since(Timestamp::now());
+            if left < EXPIRES_SOON {
+                let path = credentials.config().cert_file.as_deref().map(Path::display);
+                tracing::warn!(certificate = ?path, %expires, "the client certificate ends soon: renew it; no restart is needed");
+            }
+        }
+        Ok(Fresh { session, credentials, highest })
+    }
+
+    /// Hands out sessions until one ends; gives the reason, or nothing once nobody wants them. A session
+    /// whose certificates or configuration were changed is replaced by one that works with the new ones;
+    /// until there is one, it goes on.
+    async fn attend(&mut self, mut fresh: Fresh) -> Option<SessionError> {
+        loop {
+            let Fresh { session, credentials, highest } = fresh;
+            self.hand_out(&session, highest);
+            let renewed = self.renewed(&credentials);
+            tokio::pin!(renewed);
+            let next = loop {
+                tokio::select! {
+                    () = self.publish.closed() => return None,
+                    error = session.ended() => break Err(error),
+                    next = &mut renewed => break Ok(next),
+                    () = self.probe(&session) => {}
+                }
+            };
+            match next {
+                // Whoever uses the old one may finish what it does there.
+                Ok(next) => fresh = next,
+                Err(error) => {
+                    self.publish.send_replace(None);
+                    return Some(error);
+                }
+            }
+        }
+    }
+
+    fn hand_out(&self, session: &Session, highest: i64) {
         self.status.send_modify(|status| {
             status.connected = true;
+            // The first one is not counted.
+            status.reconnects += u64::from(status.etcd_cluster_id.is_some());
             status.etcd_cluster_id = Some(session.cluster_id());
-            status.reconnects = number - 1;
             status.last_event = Instant::now();
         });
-        let generation = self.heard.generations().of(session.cluster_id(), session.revision());
+        let generation = self.heard.generations().since(highest, session.cluster_id(), session.revision());
         self.publish.send_replace(Some(LiveSession { generation, session: session.clone() }));
-        let error = loop {
-            tokio::select! {
-                () = self.publish.closed() => return None,
-                error = session.ended() => break error,
-                () = self.probe(&session) => {}
+    }
+
+    /// Waits for other credentials than `current` that give a session.
+    async fn renewed(&self, current: &Credentials) -> Fresh {
+        let mut told = None;
+        loop {
+            sleep(self.options.renewal).await;
+            let attempt = match self.load() {
+                Ok(credentials) if credentials == *current => continue,
+                Ok(credentials) => self.open(credentials).await,
+                Err(error) => Err(error),
+            };
+            match attempt {
+                Ok(fresh) => {
+                    tracing::info!(
+                        endpoint = fresh.session.endpoint(),
+                        "certificates or configuration were changed: connected again with the new ones"
+                    );
+                    return fresh;
+                }
+                // Files may be replaced one after another.
+                Err(error) => {
+                    if told.as_ref() != Some(&error) {
+                        tracing::warn!(%error, "changed certificates or configuration do not work (yet); the session before goes on");
+                    }
+                    told = Some(error);
+                }
             }
-        };
-        self.publish.send_replace(None);
-        Some(error)
+        }
     }
 
     /// Finds out whether the session still works, also if nothing else uses it; a session that fails ends.

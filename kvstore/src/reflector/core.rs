@@ -307,8 +307,8 @@ impl Core {
     }
 
     fn connected(&mut self, now: Instant, generation: u64, out: &mut Vec<Effect>) {
-        if self.live {
-            // The session before went without a word.
+        // A session that takes over from one that still works, as when certificates are renewed, is no loss.
+        if self.live && generation != self.generation {
             self.lose("the session was replaced".into(), out);
         }
         self.generation = generation;

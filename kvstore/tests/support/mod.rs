@@ -83,6 +83,16 @@ impl Etcd {
         etcd
     }
 
+    /// As [`Self::start_tls`], with clients of another authority accepted and trusted, too.
+    pub async fn start_tls_trusting(other: &Pki) -> Self {
+        let mut etcd = Self::prepare(Some(()));
+        let ca = &etcd.pki().ca;
+        let both = [std::fs::read(ca).unwrap(), std::fs::read(&other.ca).unwrap()].concat();
+        std::fs::write(ca, both).unwrap();
+        etcd.run().await;
+        etcd
+    }
+
     /// As [`Self::start_tls`], on another loopback address, too, which its certificate does not name.
     pub async fn start_tls_also_on(address: &str) -> Self {
         let mut etcd = Self::prepare(Some(()));
