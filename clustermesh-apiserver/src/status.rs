@@ -132,6 +132,10 @@ impl Collector for Status {
         let connection = self.connection.borrow().clone();
         out.gauge("etcd_connected", "Whether etcd is connected", usize::from(connection.connected))?;
         out.counter("etcd_reconnects", "Times that etcd was connected again", connection.reconnects)?;
+        if let Some(expires) = connection.certificate_expires {
+            let left = expires.duration_since(jiff::Timestamp::now()).as_secs_f64();
+            out.real("certificate_expiry_seconds", "Time until the client certificate for etcd ends", left)?;
+        }
 
         let Some(publisher) = self.publisher.get().map(|publisher| publisher.borrow().clone()) else {
             return Ok(());
