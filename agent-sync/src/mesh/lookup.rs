@@ -44,7 +44,7 @@ impl Mesh {
 
     /// Whether the address is not used as its cluster says, for want of such a node or prefix.
     pub fn is_misplaced(&self, cluster: ClusterId, ip: IpAddr) -> bool {
-        self.placement.misplaced(cluster.get()).is_some_and(|misplaced| misplaced.contains(&ip))
+        self.placement.is_misplaced(cluster.get(), ip)
     }
 
     /// How many addresses of a cluster have an identity, and the first `most` of them in order.
