@@ -157,7 +157,13 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         pod_links,
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
-    let channels = Channels { inputs: received, queries: asked, routes, stop: stop.clone() };
+    let channels = Channels {
+        inputs: received,
+        queries: asked,
+        routes,
+        directory: directory.clone(),
+        stop: stop.clone(),
+    };
     let engine = tokio::spawn(engine.run(channels));
     if let Some(liveness) = options.liveness {
         let (directory, engine) = (directory.clone(), inputs.clone());

@@ -2,11 +2,12 @@
 //!
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
-//! writes to the tables. [`netlink`] looks after devices and routes; [`serve`] answers questions.
+//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes; [`serve`] answers questions.
 #![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod desired;
+pub mod digest;
 pub mod engine;
 pub mod liveness;
 pub mod mesh;

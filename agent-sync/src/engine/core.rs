@@ -9,6 +9,7 @@ use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::{DatapathError, Tables};
 use tracing::{debug, info, warn};
@@ -110,6 +111,23 @@ impl Core {
             }
             self.conflicts.insert(conflict, since.unwrap_or(now));
         }
+    }
+
+    /// Traces what was told as installed at the wall clock's `at`, unless some of it waits to be.
+    pub fn installed(&mut self, at: SourceTime) {
+        if self.pending() == 0 {
+            self.members.installed(at);
+        }
+    }
+
+    /// Compares what is held with what exporters state. Gives the kinds that are to be listed again.
+    pub fn check_digests(&mut self, now: Instant) -> Vec<(ClusterName, Kind)> {
+        self.members.check_digests(now, &self.mesh)
+    }
+
+    /// When [`Self::check_digests`] has something to do even if nothing is applied before.
+    pub fn digests_deadline(&self) -> Option<Instant> {
+        self.members.digests_deadline()
     }
 
     /// When [`Self::step`] has something to do even if nothing is applied before.

@@ -2,17 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::digest::{DigestRecord, SourceTime, record_hash};
 use clustermesh_kvstore::import_policy::{Mode, PeerPolicy, PodCidrs, Rules};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::Input;
 use super::intake::{self, Intake, Verdict};
+use crate::digest::{self, KindDigest};
 use crate::mesh::{Mesh, PlacementRules};
 use crate::peers::{OWN_KINDS, OwnCluster, REMOTE_KINDS};
+
+/// Pause between two comparisons of digests.
+const CHECK: Duration = Duration::from_millis(250);
 
 /// All configured clusters.
 #[derive(Debug)]
@@ -21,6 +27,12 @@ pub(super) struct Members {
     /// The config directory has been read once.
     complete: bool,
     by_name: BTreeMap<ClusterName, Member>,
+    /// Changes that are not installed yet.
+    traced: BTreeSet<(ClusterName, Kind)>,
+    /// When digests are compared next; none: nothing has come in that could make a difference.
+    check_at: Option<Instant>,
+    /// Something has come in since.
+    heard: bool,
 }
 
 /// A configured cluster.
@@ -33,11 +45,19 @@ pub(super) struct Member {
     pub(super) lost: BTreeSet<Kind>,
     /// What liveness said last; none: nothing yet, and what was restored counts.
     dead: Option<bool>,
+    pub(super) digests: BTreeMap<Kind, KindDigest>,
 }
 
 impl Members {
     pub(super) fn new(own: OwnCluster) -> Self {
-        Self { own, complete: false, by_name: BTreeMap::new() }
+        Self {
+            own,
+            complete: false,
+            by_name: BTreeMap::new(),
+            traced: BTreeSet::new(),
+            check_at: None,
+            heard: false,
+        }
     }
 
     pub(super) fn own_kinds(&self) -> &'static [Kind] {
@@ -72,6 +92,7 @@ impl Members {
                 if let Some(dead) = member.dead {
                     mesh.set_dead(id, dead);
                 }
+                member.digests.values_mut().for_each(KindDigest::listing);
                 kinds.iter().for_each(|kind| mesh.begin_list(id, *kind));
                 mesh.set_placement(id, placement(&member.rules));
                 self.forget_strangers(mesh);
@@ -85,6 +106,7 @@ impl Members {
                     mesh.set_dead(id, dead);
                 }
             }
+            Input::Digest { name, event } => self.stated(&name, event),
             Input::Drained(name) => {
                 if let Some(id) = self.by_name.get_mut(&name).and_then(|member| member.id.take()) {
                     mesh.drain(id);
@@ -102,8 +124,10 @@ impl Members {
     fn record(&mut self, name: &ClusterName, kind: Kind, event: ReflectorEvent, mesh: &mut Mesh) {
         let Some(member) = self.by_name.get_mut(name) else { return };
         let Some(id) = member.id else { return };
+        let digest = member.digests.entry(kind).or_default();
+        self.heard = true;
         match event {
-            ReflectorEvent::Upsert { suffix, value, .. } => {
+            ReflectorEvent::Upsert { suffix, value, revision } => {
                 let peer = PeerPolicy {
                     name: name.clone(),
                     id,
@@ -112,35 +136,113 @@ impl Members {
                     rules: member.rules.clone(),
                 };
                 let intake = member.intake.entry(kind).or_default();
+                let hash = record_hash(&suffix, &value);
                 match intake.admit(&peer, kind, &suffix, &value, mesh) {
-                    Verdict::Take(fact) => mesh.upsert(id, fact, 0),
-                    Verdict::Keep => {}
-                    Verdict::Drop(key) => mesh.delete(id, &key),
+                    Verdict::Take(fact) => {
+                        mesh.upsert(id, fact, hash);
+                        digest.taken(&suffix);
+                    }
+                    Verdict::Keep => {
+                        if let Some(key) = intake::key(kind, &suffix) {
+                            mesh.disown(id, &key);
+                        }
+                        digest.refused(&suffix, hash);
+                    }
+                    Verdict::Drop(key) => {
+                        mesh.delete(id, &key);
+                        digest.refused(&suffix, hash);
+                    }
                 }
+                digest.told(revision, mesh.digest(id, kind));
+                self.traced.insert((name.clone(), kind));
             }
-            ReflectorEvent::Delete { suffix, .. } => {
+            ReflectorEvent::Delete { suffix, revision } => {
                 if let Some(intake) = member.intake.get_mut(&kind) {
                     intake.forget(&suffix);
                 }
                 if let Some(key) = intake::key(kind, &suffix) {
                     mesh.delete(id, &key);
                 }
+                digest.taken(&suffix);
+                digest.told(revision, mesh.digest(id, kind));
+                self.traced.insert((name.clone(), kind));
             }
-            ReflectorEvent::Relisting => mesh.begin_list(id, kind),
-            ReflectorEvent::Synced { .. } => {
+            ReflectorEvent::Relisting => {
+                mesh.begin_list(id, kind);
+                digest.listing();
+            }
+            ReflectorEvent::Synced { revision } => {
                 member.lost.remove(&kind);
                 if !mesh.is_synced(id, kind) {
                     info!(cluster = %name, %kind, records = mesh.count(id, kind), "synced");
                     mesh.finish_list(id, kind);
                 }
+                digest.synced(revision, mesh.digest(id, kind));
             }
             ReflectorEvent::Lost { reason } => {
                 member.lost.insert(kind);
+                digest.lost();
                 debug!(cluster = %name, %kind, reason, "lost; its state stays");
             }
             // Signs of life, which the connection's status shows.
             _ => {}
         }
+    }
+
+    /// What the exporter states. A record that cannot be read states nothing.
+    fn stated(&mut self, name: &ClusterName, event: ReflectorEvent) {
+        let (suffix, record) = match event {
+            ReflectorEvent::Upsert { suffix, value, .. } => (suffix, DigestRecord::decode(&value).ok()),
+            ReflectorEvent::Delete { suffix, .. } => (suffix, None),
+            _ => return,
+        };
+        let kind = Kind::named(&suffix).filter(|kind| self.kinds(name).contains(kind));
+        if let (Some(kind), Some(member)) = (kind, self.by_name.get_mut(name)) {
+            self.heard = true;
+            member.digests.entry(kind).or_default().stated(record.as_ref());
+        }
+    }
+
+    /// All that was told is installed.
+    pub(super) fn installed(&mut self, at: SourceTime) {
+        for (name, kind) in std::mem::take(&mut self.traced) {
+            let digest = self.by_name.get_mut(&name).and_then(|member| member.digests.get_mut(&kind));
+            if let Some(digest) = digest {
+                digest.installed(at);
+            }
+        }
+    }
+
+    /// Compares what is held with what is stated, now and then. Gives the kinds to be listed again.
+    pub(super) fn check_digests(&mut self, now: Instant, mesh: &Mesh) -> Vec<(ClusterName, Kind)> {
+        if std::mem::take(&mut self.heard) {
+            self.check_at.get_or_insert(now + CHECK);
+        }
+        if self.check_at.is_none_or(|at| now < at) {
+            return Vec::new();
+        }
+        let (mut relist, mut settled) = (Vec::new(), true);
+        for (name, member) in &mut self.by_name {
+            let Some(id) = member.id else { continue };
+            for (kind, digest) in &mut member.digests {
+                let before = digest.compare().verdict();
+                if digest.check(now, mesh.digest(id, *kind)) {
+                    relist.push((name.clone(), *kind));
+                }
+                let verdict = digest.compare().verdict();
+                if verdict == digest::Verdict::Differs && verdict != before {
+                    warn!(cluster = %name, %kind, "what is held differs from what its exporter states; listing it again");
+                }
+                settled &= digest.compare().is_settled();
+            }
+        }
+        self.check_at = (!settled).then_some(now + CHECK);
+        relist
+    }
+
+    /// When [`Self::check_digests`] has something to do.
+    pub(super) fn digests_deadline(&self) -> Option<Instant> {
+        self.check_at
     }
 
     /// Once the IDs of all configured clusters are known, an ID that nobody has is a stranger's: what

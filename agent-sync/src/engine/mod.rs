@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
@@ -28,12 +29,12 @@ use tracing::warn;
 
 use crate::mesh::{Link, Links, Macs, Routes};
 use crate::netlink::{PodLink, PodLinks};
-use crate::peers::OwnCluster;
+use crate::peers::{Directory, OwnCluster};
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
 pub use explain::{Explanation, Part, Subject};
-pub use query::{DumpError, KindView, Overview, Query, Row, TABLES};
+pub use query::{DigestView, DumpError, KindView, Overview, Query, Row, TABLES};
 
 /// Inputs that wait while a batch is written.
 pub const CHANNEL: usize = 1024;
@@ -76,6 +77,13 @@ pub enum Input {
         /// Out.
         dead: bool,
     },
+    /// What its exporter states of its kinds; the suffix is the kind's name.
+    Digest {
+        /// The cluster.
+        name: ClusterName,
+        /// Of the reflector of its digests.
+        event: ReflectorEvent,
+    },
     /// It lost its ID; everything of it goes.
     Drained(ClusterName),
     /// Its config file is gone; everything of it goes.
@@ -104,6 +112,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<Query>,
     /// To the routes' keeper.
     pub routes: watch::Sender<Option<Routes>>,
+    /// By which kinds are listed again.
+    pub directory: Directory,
     /// Ends the engine; the tables stay.
     pub stop: CancellationToken,
 }
@@ -141,7 +151,8 @@ impl Engine {
     pub async fn run(mut self, mut channels: Channels) {
         let mut batch = Vec::with_capacity(CHANNEL);
         loop {
-            let wake = self.core.deadline().into_iter().chain(self.hooks.deadline()).min();
+            let wakes = [self.core.deadline(), self.core.digests_deadline(), self.hooks.deadline()];
+            let wake = wakes.into_iter().flatten().min();
             let deadline = async {
                 match wake {
                     Some(at) => sleep_until(at.into()).await,
@@ -167,6 +178,10 @@ impl Engine {
                 self.core.apply(input);
             }
             self.write(&channels.routes);
+            self.core.installed(SourceTime::now());
+            for (name, kind) in self.core.check_digests(Instant::now()) {
+                channels.directory.relist(&name, kind);
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use super::explain::{Explanation, Subject};
 use super::{Engine, shown};
+use crate::digest::{Histogram, Stage, Verdict};
 use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
 use crate::wire_key;
@@ -88,6 +89,23 @@ pub struct KindView {
     pub misplaced: usize,
     /// Records refused so far.
     pub refused: Ledger,
+    /// How it compares with what its exporter states.
+    pub digest: DigestView,
+}
+
+/// What is known of a kind by its digest.
+#[derive(Clone, Debug, Default)]
+pub struct DigestView {
+    /// The same, or not.
+    pub verdict: Verdict,
+    /// Sum of what etcd has, as far as it was told; none if nobody can tell.
+    pub held: Option<u64>,
+    /// Sum and revision that the exporter stated last.
+    pub stated: Option<(u64, i64)>,
+    /// Differences found so far, by stage.
+    pub mismatches: [u64; Stage::ALL.len()],
+    /// Times from source event to kernel.
+    pub propagation: Histogram,
 }
 
 impl Engine {
@@ -142,6 +160,19 @@ impl Engine {
                 _ => 0,
             },
             refused: member.intake.get(kind).map(|intake| intake.ledger().clone()).unwrap_or_default(),
+            digest: member.digests.get(kind).zip(member.id).map_or_else(
+                DigestView::default,
+                |(digest, id)| {
+                    let compare = digest.compare();
+                    DigestView {
+                        verdict: compare.verdict(),
+                        held: digest.sum(self.core.mesh().digest(id, *kind)),
+                        stated: compare.newest_statement(),
+                        mismatches: Stage::ALL.map(|stage| compare.mismatches(stage)),
+                        propagation: digest.propagation().histogram().clone(),
+                    }
+                },
+            ),
         };
         self.core.members().kinds(name).iter().map(view).collect()
     }

@@ -39,6 +39,14 @@ impl Addresses {
         }
     }
 
+    /// An address that is held is no more what its cluster writes.
+    pub(super) fn disown(&mut self, ip: &IpAddr) {
+        match ip {
+            IpAddr::V4(ip) => self.v4.disown(&ip.octets()),
+            IpAddr::V6(ip) => self.v6.disown(&ip.octets()),
+        }
+    }
+
     /// An address that nobody has confirmed yet.
     pub(super) fn restore(&mut self, ip: IpAddr, value: IpValue) {
         match ip {

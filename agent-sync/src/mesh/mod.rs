@@ -204,6 +204,18 @@ impl Mesh {
         }
     }
 
+    /// A record of `cluster` stays although its cluster writes something else by now, which was refused.
+    pub fn disown(&mut self, cluster: ClusterId, key: &FactKey) {
+        let Some(records) = self.clusters.get_mut(&cluster.get()) else { return };
+        match key {
+            FactKey::Identity(id) => records.identities.disown(id),
+            FactKey::Node(name) => records.nodes.disown(name),
+            FactKey::Ip(ip) => records.ips.disown(ip),
+            FactKey::Service(name) => records.services.disown(name),
+            FactKey::LocalService(name) => records.local_services.disown(name),
+        }
+    }
+
     /// A new list of a kind begins: what it will not contain goes at its end.
     pub fn begin_list(&mut self, cluster: ClusterId, kind: Kind) {
         let records = self.clusters.entry(cluster.get()).or_default();

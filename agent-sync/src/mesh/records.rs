@@ -122,6 +122,14 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
         Some(held.value)
     }
 
+    /// A record that is held is no more what its cluster writes.
+    pub(super) fn disown(&mut self, key: &K) {
+        if let Some(held) = self.entries.get_mut(key) {
+            self.digest = self.digest.wrapping_sub(held.hash());
+            held.hash = [0; 8];
+        }
+    }
+
     /// A value that nobody has confirmed yet.
     pub(super) fn restore(&mut self, key: K, value: V) {
         self.entries.insert(key, Held { value, hash: [0; 8], epoch: 0 });

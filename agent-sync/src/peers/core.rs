@@ -3,13 +3,14 @@
 //! In: what reflectors say of the cluster's config and records, and the time. Out: [`Effect`]s, to be
 //! done in order: what the engine is told, and which reflectors run.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::import_policy::Rules;
-use clustermesh_kvstore::key::{Kind, cluster_config_key};
+use clustermesh_kvstore::key::{Kind, cluster_config_key, digest_prefix};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 use tracing::{info, warn};
 
@@ -63,7 +64,7 @@ struct Refused {
 pub enum Effect {
     /// Tell the engine.
     Tell(Input),
-    /// Start the reflector of a kind.
+    /// Start the reflector of a kind, in place of the one that may be running.
     Follow(Kind, ReflectorSpec),
     /// Stop the reflectors of all kinds; nothing that they said may be passed on any more.
     Unfollow,
@@ -140,6 +141,13 @@ impl Core {
         }
     }
 
+    /// A kind that is followed is to be listed again.
+    pub fn relist(&self, kind: Kind, out: &mut Vec<Effect>) {
+        if let Some(accepted) = self.accepted {
+            out.push(Effect::Follow(kind, self.spec(accepted, kind)));
+        }
+    }
+
     /// The time of [`Self::deadline`] has come.
     pub fn tick(&mut self, now: Instant, ids: &mut Ids, out: &mut Vec<Effect>) {
         if self.services_at.is_some_and(|at| at <= now) {
@@ -210,10 +218,21 @@ impl Core {
     fn follow_kinds(&self, accepted: Accepted, wanted: fn(Kind) -> bool, out: &mut Vec<Effect>) {
         let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
         for kind in kinds.into_iter().filter(|kind| wanted(*kind)) {
-            // The mesh holds all records and sees what a list lacks: no need to hold their keys twice.
-            let spec = ReflectorSpec { prune: Prune::Consumer, ..accepted.reflector(kind, &self.name) };
-            out.push(Effect::Follow(kind, spec));
+            out.push(Effect::Follow(kind, self.spec(accepted, kind)));
         }
+    }
+
+    fn spec(&self, accepted: Accepted, kind: Kind) -> ReflectorSpec {
+        // The mesh holds all records and sees what a list lacks: no need to hold their keys twice.
+        ReflectorSpec { prune: Prune::Consumer, ..accepted.reflector(kind, &self.name) }
+    }
+
+    /// Where the exporter states its digests.
+    pub fn digest_specs(&self, accepted: Accepted) -> Vec<ReflectorSpec> {
+        let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
+        let folders: BTreeSet<_> =
+            kinds.into_iter().map(|kind| digest_prefix(kind, &self.name, accepted.layout)).collect();
+        folders.into_iter().map(|folder| ReflectorSpec::new(folder, None)).collect()
     }
 
     fn refuse(&mut self, now: Instant, value: Vec<u8>, error: String, ids: &Ids, out: &mut Vec<Effect>) {

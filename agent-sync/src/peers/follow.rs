@@ -1,6 +1,6 @@
 //! The task of one cluster: does what its [`Core`] decides.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -12,10 +12,11 @@ use clustermesh_kvstore::key::{HEARTBEAT, Kind, Layout};
 use clustermesh_kvstore::reflector::{
     Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent, ReflectorSpec,
 };
-use futures::stream::SelectAll;
+use futures::stream::{AbortHandle, Abortable, SelectAll, abortable};
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -48,9 +49,13 @@ pub(super) struct Follower {
     policy: watch::Receiver<CurrentPolicy>,
     engine: mpsc::Sender<Input>,
     stop: CancellationToken,
-    records: SelectAll<ReflectedKind>,
     /// Kinds whose list is complete, and whose connection was not lost since.
     listed: BTreeSet<Kind>,
+    records: SelectAll<Abortable<ReflectedKind>>,
+    /// Ends the present reflector of each kind.
+    running: BTreeMap<Kind, AbortHandle>,
+    digests: SelectAll<ReceiverStream<ReflectorEvent>>,
+    relist: mpsc::Receiver<Kind>,
 }
 
 impl Follower {
@@ -65,10 +70,27 @@ impl Follower {
     ) -> (Self, PeerView) {
         let (connection, status) = Connection::spawn(etcd, ConnectionOptions::default());
         let (state, view) = watch::channel(PeerState::default());
-        let view = PeerView { state: view, etcd: connection.clone(), connection: status.clone() };
+        let (wish, relist) = mpsc::channel(Kind::ALL.len());
+        let view =
+            PeerView { state: view, etcd: connection.clone(), connection: status.clone(), relist: wish };
         let core = Core::new(own, name.clone());
-        let (records, listed) = (SelectAll::new(), BTreeSet::new());
-        (Self { name, core, connection, status, state, ids, policy, engine, stop, records, listed }, view)
+        let follower = Self {
+            name,
+            core,
+            connection,
+            status,
+            state,
+            ids,
+            policy,
+            engine,
+            stop,
+            records: SelectAll::new(),
+            listed: BTreeSet::new(),
+            running: BTreeMap::new(),
+            digests: SelectAll::new(),
+            relist,
+        };
+        (follower, view)
     }
 
     pub(super) async fn run(mut self) {
@@ -96,6 +118,10 @@ impl Follower {
                     self.note_change(kind, &event);
                     self.core.record(now(), kind, event, &mut effects);
                 }
+                Some(event) = self.digests.next(), if !self.digests.is_empty() => {
+                    effects.push(Effect::Tell(Input::Digest { name: self.name.clone(), event }));
+                }
+                Some(kind) = self.relist.recv() => self.core.relist(kind, &mut effects),
                 config = configs.recv() => match config {
                     Some(event) => self.core.config(now(), event, &mut ids::lock(&self.ids), &mut effects),
                     None => return,
@@ -159,20 +185,34 @@ impl Follower {
             Effect::Tell(input) => drop(self.engine.send(input).await),
             Effect::Follow(kind, spec) => {
                 let events = self.connection.reflect(spec);
-                self.records.push(ReflectedKind { kind, events });
+                let (events, handle) = abortable(ReflectedKind { kind, events });
+                self.records.push(events);
+                if let Some(before) = self.running.insert(kind, handle) {
+                    before.abort();
+                }
             }
             Effect::Unfollow => {
                 self.records.clear();
+                self.running.clear();
                 self.listed.clear();
             }
             Effect::GiveUp(id) => ids::lock(&self.ids).give_up(&self.name, id),
-            Effect::Accepted(accepted) => self.state.send_modify(|state| {
-                state.id = Some(accepted.id);
-                // What went wrong on the way here was not a failure of something that worked.
-                state.last_error = None;
-                state.cached = accepted.layout == Layout::Cache;
-            }),
-            Effect::Dropped => self.state.send_modify(|state| state.id = None),
+            Effect::Accepted(accepted) => {
+                self.digests.clear();
+                for spec in self.core.digest_specs(accepted) {
+                    self.digests.push(ReceiverStream::new(self.connection.reflect(spec)));
+                }
+                self.state.send_modify(|state| {
+                    state.id = Some(accepted.id);
+                    // What went wrong on the way here was not a failure of something that worked.
+                    state.last_error = None;
+                    state.cached = accepted.layout == Layout::Cache;
+                });
+            }
+            Effect::Dropped => {
+                self.digests.clear();
+                self.state.send_modify(|state| state.id = None);
+            }
             Effect::Error(error) => self.note_error(error),
         }
     }

@@ -17,6 +17,7 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters}
 use clustermesh_kvstore::config_dir::ConfigChange;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
+use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::{Connection, ConnectionStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -64,6 +65,8 @@ pub struct PeerView {
     pub etcd: Connection,
     /// State of its connection.
     pub connection: watch::Receiver<ConnectionStatus>,
+    /// Kinds that are to be listed again.
+    relist: mpsc::Sender<Kind>,
 }
 
 /// Views of all configured clusters, the own one among them. Cheap to clone.
@@ -74,6 +77,14 @@ impl Directory {
     /// The views as they are now.
     pub fn snapshot(&self) -> BTreeMap<ClusterName, PeerView> {
         self.lock().clone()
+    }
+
+    /// Has a kind of a cluster listed again. What is held of it stays until the list says otherwise.
+    pub fn relist(&self, name: &ClusterName, kind: Kind) {
+        if let Some(view) = self.lock().get(name) {
+            // A wish that finds no room will come again.
+            let _ = view.relist.try_send(kind);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ClusterName, PeerView>> {

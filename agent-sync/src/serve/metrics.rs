@@ -1,5 +1,7 @@
 //! Prometheus' view, made from the status at each scrape.
 
+mod digests;
+
 use std::collections::BTreeMap;
 
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
@@ -25,6 +27,7 @@ pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error>
     clusters(status, &mut registry);
     refusals(status, &mut registry);
     health(status, &mut registry);
+    digests::register(status, &mut registry);
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)

@@ -7,7 +7,8 @@ use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
-use crate::engine::{KindView, Overview};
+use crate::digest::{BUCKETS, Histogram, quantile};
+use crate::engine::{DigestView, KindView, Overview};
 use crate::liveness::Standing;
 use crate::mesh::Conflict;
 use crate::peers::PeerView;
@@ -141,7 +142,33 @@ fn kind(view: &KindView, with_refused: bool) -> v1::KindStatus {
         audited_by_reason: by_reason(|tally| tally.audited),
         misplaced: view.misplaced as u64,
         newest_refused: view.refused.newest().filter(|_| with_refused).map(refused_key).collect(),
+        digest: Some(digest(&view.digest)),
+        propagation: propagation(&view.digest.propagation),
     }
+}
+
+fn digest(view: &DigestView) -> v1::Digest {
+    let hex = |sum: u64| format!("{sum:016x}");
+    let [source_mismatches, state_mismatches] = view.mismatches;
+    v1::Digest {
+        verdict: view.verdict.to_string(),
+        held: view.held.map_or_else(String::new, hex),
+        stated: view.stated.map_or_else(String::new, |(sum, _)| hex(sum)),
+        stated_revision: view.stated.map_or(0, |(_, revision)| revision),
+        source_mismatches,
+        state_mismatches,
+    }
+}
+
+fn propagation(histogram: &Histogram) -> Option<v1::Propagation> {
+    Some(v1::Propagation {
+        count: histogram.count(),
+        sum_seconds: histogram.sum,
+        p50_seconds: quantile(&histogram.buckets, 0.5)?,
+        p99_seconds: quantile(&histogram.buckets, 0.99)?,
+        buckets: histogram.buckets.to_vec(),
+        bounds_seconds: BUCKETS.to_vec(),
+    })
 }
 
 fn refused_key(key: &RefusedKey) -> v1::RefusedKey {

@@ -1,6 +1,7 @@
 //! An agent with tables in memory, against real etcds on loopback.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
+mod digests;
 mod explain;
 mod policy;
 mod support;

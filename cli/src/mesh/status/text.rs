@@ -164,6 +164,7 @@ impl Text {
         if !kinds.is_empty() {
             self.line(3, kinds.join(", "));
         }
+        self.digests(peer);
         for kind in &peer.kinds {
             self.refusals(kind);
         }
@@ -172,6 +173,27 @@ impl Text {
         if !text.is_empty() && text != why {
             let when = if peer.ready { "recovered from an error" } else { "last error" };
             self.line(3, format!("{when} {} ago: {text}", age(peer.last_error_age_ms)));
+        }
+    }
+
+    /// Whether all is as the cluster's exporter states, and how long its changes took.
+    fn digests(&mut self, peer: &Peer) {
+        let verdict = |kind: &KindStatus| kind.digest.as_ref().map(|digest| one_line(&digest.verdict));
+        let verdicts: Vec<_> =
+            peer.kinds.iter().filter_map(|kind| Some((&kind.kind, verdict(kind)?))).collect();
+        if verdicts.iter().all(|(_, verdict)| verdict == "in-sync") {
+            if !verdicts.is_empty() {
+                self.line(3, "digests in sync");
+            }
+        } else if !verdicts.iter().all(|(_, verdict)| verdict == "unknown") {
+            let differs = verdicts.iter().any(|(_, verdict)| verdict == "differs");
+            let all: Vec<_> = verdicts.iter().map(|(kind, verdict)| format!("{kind} {verdict}")).collect();
+            let text = format!("digests: {}", all.join(", "));
+            self.line(3, if differs { self.style.paint(Tone::Doubtful, &text) } else { text });
+        }
+        let traced: Vec<_> = peer.kinds.iter().filter_map(propagation).collect();
+        if !traced.is_empty() {
+            self.line(3, format!("from event to kernel: {}", traced.join(", ")));
         }
     }
 
@@ -257,6 +279,13 @@ fn counts(local: &LocalCounts) -> String {
         "{} identities, {} endpoints, {} services ({} global), {} nodes, {} backends",
         local.identities, local.endpoints, local.services, local.global_services, local.nodes, local.backends
     )
+}
+
+fn propagation(kind: &KindStatus) -> Option<String> {
+    let times = kind.propagation.as_ref().filter(|times| times.count > 0)?;
+    let ms = |seconds: f64| format!("{:.0} ms", (seconds * 1e3).ceil());
+    let (p50, p99) = (ms(times.p50_seconds), ms(times.p99_seconds));
+    Some(format!("{} p50 {p50}, p99 {p99} of {}", kind.kind, times.count))
 }
 
 fn refused(verb: &str, kind: &KindStatus, counts: &BTreeMap<String, u64>) -> Option<String> {
