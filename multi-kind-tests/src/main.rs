@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use multi_kind_tests::interrupt::Interrupt;
 use multi_kind_tests::lab::Binaries;
 use multi_kind_tests::runner::{Options, Outcome, Runner};
-use multi_kind_tests::scenario::Scenario;
+use multi_kind_tests::scenario::{Chaos, Scenario, Span, Step};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -22,6 +22,8 @@ struct Cli {
 enum Command {
     /// Run scenarios, each in a lab or in one that they share; needs root.
     Run(RunArgs),
+    /// Random faults for as long as it takes to find something; needs root.
+    Chaos(ChaosArgs),
     /// Read scenarios and say what they show, without running them.
     List {
         /// Scenario files, or folders of them.
@@ -35,6 +37,12 @@ struct RunArgs {
     /// Scenario files, or folders of them.
     #[arg(required = true)]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    how: HowArgs,
+}
+
+#[derive(clap::Args)]
+struct HowArgs {
     /// Folder of the programs under test; default: that of this program.
     #[arg(long, value_name = "DIR", env = "CLUSTERMESH_BIN_DIR")]
     bin_dir: Option<PathBuf>,
@@ -52,9 +60,29 @@ struct RunArgs {
     report: Option<PathBuf>,
 }
 
+#[derive(clap::Args)]
+struct ChaosArgs {
+    /// The same seed gives the same faults; default: from the clock.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How long.
+    #[arg(long, default_value_t = 10)]
+    minutes: u64,
+    /// The lab and what it starts from: the first `chaos` step of this scenario is made as long.
+    #[arg(long, value_name = "FILE", default_value = "multi-kind-tests/scenarios/chaos.yaml")]
+    scenario: PathBuf,
+    #[command(flatten)]
+    how: HowArgs,
+}
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Run(args) => run(args),
+        Command::Run(args) => {
+            read_all(&args.files).map_err(|error| (2, error)).and_then(|scenarios| run(args.how, &scenarios))
+        }
+        Command::Chaos(args) => {
+            chaos_scenario(&args).map_err(|error| (2, error)).and_then(|scenario| run(args.how, &[scenario]))
+        }
         Command::List { files } => list(&files),
     };
     match result {
@@ -69,10 +97,9 @@ fn main() -> ExitCode {
 /// Exit status 2 for what the caller got wrong, 1 for the rest.
 type Outcomes = Result<ExitCode, (u8, anyhow::Error)>;
 
-fn run(args: RunArgs) -> Outcomes {
-    let scenarios = read_all(&args.files).map_err(|error| (2, error))?;
+fn run(args: HowArgs, scenarios: &[Scenario]) -> Outcomes {
     let report_file = args.report.clone();
-    let outcomes = carry_out(args, &scenarios).map_err(|error| (1, error))?;
+    let outcomes = carry_out(args, scenarios).map_err(|error| (1, error))?;
     if let Some(file) = report_file {
         let text = serde_json::to_string_pretty(&outcomes).map_err(|error| (1, error.into()))?;
         std::fs::write(&file, text)
@@ -89,7 +116,7 @@ fn run(args: RunArgs) -> Outcomes {
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn carry_out(args: RunArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcome>> {
+fn carry_out(args: HowArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcome>> {
     let folder = match args.bin_dir {
         Some(folder) => folder,
         None => {
@@ -105,6 +132,16 @@ fn carry_out(args: RunArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcom
         interrupt: Interrupt::on_signals().context("cannot listen for Ctrl-C")?,
     };
     Ok(Runner::new(options).run_all(scenarios, |line| println!("{line}")))
+}
+
+/// The scenario with one `chaos` step, as it was asked for.
+fn chaos_scenario(args: &ChaosArgs) -> anyhow::Result<Scenario> {
+    let mut scenario = Scenario::read(&args.scenario)?;
+    let mut steps = scenario.steps.iter().filter(|step| matches!(step, Step::Chaos(_)));
+    anyhow::ensure!(steps.next().is_some(), "{} has no `chaos` step", args.scenario.display());
+    let span = Span::seconds(args.minutes.saturating_mul(60));
+    scenario.steps = vec![Step::Chaos(Chaos { seed: args.seed, span })];
+    Ok(scenario)
 }
 
 fn list(files: &[PathBuf]) -> Outcomes {

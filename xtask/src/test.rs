@@ -4,12 +4,16 @@ use crate::workspace::{self, Profile};
 use crate::{demo, setup, shell};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
+use std::process::Command;
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
     /// Only the crates' own tests, without the scenarios on the lab.
     #[arg(long)]
     no_scenarios: bool,
+    /// Random faults on the lab for so many minutes more.
+    #[arg(long, value_name = "MINUTES", conflicts_with = "no_scenarios")]
+    chaos_minutes: Option<u64>,
 }
 
 /// What became of one suite.
@@ -36,6 +40,9 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
         skipped.push("scenarios: a lab needs root (network namespaces, eBPF)".to_owned());
     } else {
         suites.push(scenarios()?);
+        if let Some(minutes) = args.chaos_minutes {
+            suites.push(chaos(minutes)?);
+        }
     }
 
     println!("\nsummary");
@@ -141,6 +148,15 @@ fn scenarios() -> anyhow::Result<Suite> {
     }
     let passed = outcomes.iter().filter(|outcome| outcome.passed).count();
     Ok(Suite { name: "scenarios on the lab".into(), passed, failed: outcomes.len() - passed, ignored: 0 })
+}
+
+/// A long run of random faults, from a seed that it prints.
+fn chaos(minutes: u64) -> anyhow::Result<Suite> {
+    let binaries = workspace::build_programs(Profile::Dev)?;
+    let mut command = Command::new(binaries.join("multi-kind-tests"));
+    command.current_dir(workspace::root()).args(["chaos", "--minutes", &minutes.to_string()]);
+    let failed = usize::from(shell::run_quietly(&mut command).is_err());
+    Ok(Suite { name: "chaos on the lab".into(), passed: 1 - failed, failed, ignored: 0 })
 }
 
 #[cfg(test)]

@@ -46,6 +46,11 @@ impl Timeline {
         self.events.push(event);
     }
 
+    /// The calls.
+    pub fn events(&self) -> &[CallEvent] {
+        &self.events
+    }
+
     /// Number of calls.
     pub fn len(&self) -> usize {
         self.events.len()

@@ -5,6 +5,7 @@
 //! between steps.
 
 mod background;
+mod chaos;
 mod identity;
 mod json;
 mod refusal;

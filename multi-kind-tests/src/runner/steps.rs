@@ -69,6 +69,7 @@ pub(super) fn title(step: &Step) -> String {
         Step::LoadStop(stop) => format!("end of {}", stop.load),
         Step::Stream(stream) => format!("{} streams to {} for {}", stream.from, stream.to, stream.span),
         Step::StreamEnd(end) => format!("end of {}", end.stream),
+        Step::Chaos(chaos) => format!("chaos for {}", chaos.span),
         Step::Check(check) => format!("clustermesh {}", check.run.join(" ")),
         Step::Fails(fails) => format!("{} fails", fails.run.join(" ")),
         Step::IdentitySeen(seen) => format!("{} sees the identity of {}", seen.at, seen.pod),
@@ -136,6 +137,7 @@ impl<'a> Stage<'a> {
             Step::LoadStop(stop) => self.load_stop(stop),
             Step::Stream(stream) => self.stream(stream),
             Step::StreamEnd(end) => self.stream_end(end),
+            Step::Chaos(chaos) => super::chaos::run(self, chaos),
             Step::Check(check) => self.check(check),
             Step::Fails(fails) => super::refusal::fails_clearly(self, fails),
             Step::IdentitySeen(seen) => self.identity_seen(seen),
@@ -279,6 +281,13 @@ impl<'a> Stage<'a> {
     }
 
     fn load(&mut self, load: &Load) -> anyhow::Result<Option<String>> {
+        let running = self.start_load(load)?;
+        self.loads.insert(load.name.clone(), running);
+        Ok(None)
+    }
+
+    /// Begins calls, and waits for the first.
+    pub(super) fn start_load(&self, load: &Load) -> anyhow::Result<RunningLoad> {
         let interval = (load.interval.0.as_secs_f64() * 1e3).to_string();
         let command = self.lab()?.in_pod(
             &load.from,
@@ -291,8 +300,7 @@ impl<'a> Stage<'a> {
             anyhow::ensure!(!running.timeline().is_empty(), "the load makes no calls");
             Ok(())
         })?;
-        self.loads.insert(load.name.clone(), running);
-        Ok(None)
+        Ok(running)
     }
 
     fn running(&mut self, name: &str) -> anyhow::Result<&mut RunningLoad> {

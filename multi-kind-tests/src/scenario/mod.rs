@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 
 pub use duration::Span;
 pub use step::{
-    Annotate, Apply, Call, Check, Fails, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready,
-    Scale, Shift, Step, Stream, StreamEnd, Unchanged,
+    Annotate, Apply, Call, Chaos, Check, Fails, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef,
+    Ready, Scale, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 
 /// One scenario file.

@@ -54,6 +54,9 @@ pub enum Step {
     /// Wait for the end of a stream: nothing lost, nothing corrupted.
     StreamEnd(StreamEnd),
 
+    /// Faults and changes at random, and calls meanwhile; at the end everything is as it should be.
+    Chaos(Chaos),
+
     /// A command of the `clustermesh` CLI prints JSON that holds a value.
     Check(Check),
     /// A command fails as it should: with this status and one clear message.
@@ -244,6 +247,18 @@ pub struct StreamEnd {
     /// Longest time allowed between two frames that came back.
     #[serde(default = "one_second")]
     pub max_gap: Span,
+}
+
+/// Random faults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Chaos {
+    /// The same seed gives the same faults; default: from the clock.
+    #[serde(default)]
+    pub seed: Option<u64>,
+    /// How long.
+    #[serde(rename = "for")]
+    pub span: Span,
 }
 
 /// Look at what the CLI prints.
