@@ -61,10 +61,10 @@ impl Cluster {
             "Mask": null,
             "HostIP": self.node_address(n % self.nodes.max(1)),
             "ID": self.identity_number(n % self.identities.max(1)),
-            "Key": version % 256,
+            "Key": 0,
             "Metadata": "",
             "K8sNamespace": format!("namespace-{}", n % 20),
-            "K8sPodName": format!("workload-{}-7d4f9c6b5d-{n:05}", n % 100),
+            "K8sPodName": format!("workload-{}-{version:010}-{n:05}", n % 100),
         });
         (format!("cilium/state/ip/v1/default/{address}"), value.to_string())
     }

@@ -4,7 +4,7 @@
 //! the other, which is the least that any mirror has to do.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
 use etcd_client::{Client, EventType, WatchOptions, WatchStream};
@@ -56,7 +56,8 @@ pub(crate) struct ServiceArgs {
 pub(crate) async fn churn(args: &ChurnArgs) -> anyhow::Result<()> {
     let cluster = &args.way.cluster;
     let endpoints = cluster.endpoints.max(1);
-    let change = |n: u32| cluster.endpoint(n % endpoints, 1 + n / endpoints);
+    let first = first_version();
+    let change = |n: u32| cluster.endpoint(n % endpoints, first + n / endpoints);
     let cached = format!("cilium/cache/ip/v1/{}/", cluster.name);
     let period = Duration::from_secs(1) / args.rate.max(1);
     measure(&args.way, "cilium/state/ip/v1/default/", &cached, Some(period), change).await
@@ -64,10 +65,18 @@ pub(crate) async fn churn(args: &ChurnArgs) -> anyhow::Result<()> {
 
 pub(crate) async fn service(args: &ServiceArgs) -> anyhow::Result<()> {
     let cluster = &args.way.cluster;
-    let change = |n: u32| cluster.service("large", args.size, 1 + n);
+    let first = first_version();
+    let change = |n: u32| cluster.service("large", args.size, first + n);
     let state = format!("cilium/state/services/v1/{}/", cluster.name);
     let cached = format!("cilium/cache/services/v1/{}/", cluster.name);
     measure(&args.way, &state, &cached, None, change).await
+}
+
+/// Of this run: a value that stood before would be no change, and a mirror would not write it.
+fn first_version() -> u32 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // A second has room for more changes than are made in it, so that two runs never share a value.
+    u32::try_from(now.as_secs() % 1_000_000 * 1000).unwrap_or(0) + 1
 }
 
 /// Makes changes, one after the other or with a period, and prints how long they took.
