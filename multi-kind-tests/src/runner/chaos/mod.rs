@@ -135,6 +135,8 @@ fn settle(stage: &mut Stage<'_>, lab: &Lab, statuses: &Statuses, plan: &Plan) ->
             for agent in agents(&now) {
                 let pending = agent["status"]["pending_changes"].as_u64().unwrap_or(0);
                 anyhow::ensure!(pending == 0, "{cluster}/{}: {pending} changes are pending", agent["node"]);
+                let flaw = verdict::out_of_sync(&agent["status"]);
+                anyhow::ensure!(flaw.is_none(), "{cluster}/{}: {}", agent["node"], flaw.unwrap_or_default());
             }
             for table in SHARED_TABLES {
                 let rows = dump(lab, cluster, table)?;
