@@ -230,9 +230,16 @@ impl Server {
     }
 
     async fn read_identities(&self) -> Result<Allocator, SessionError> {
-        let range = KeyRange::of(&key::data_prefix(Kind::Identities, &self.cluster.name, Layout::State));
-        let session = self.connection.session().await;
         let mut allocator = Allocator::new(self.cluster.id, self.max, self.identity_grace);
+        for kind in [Kind::Identities, Kind::LocalIdentities] {
+            self.read_identities_of(kind, &mut allocator).await?;
+        }
+        Ok(allocator)
+    }
+
+    async fn read_identities_of(&self, kind: Kind, allocator: &mut Allocator) -> Result<(), SessionError> {
+        let range = KeyRange::of(&key::data_prefix(kind, &self.cluster.name, Layout::State));
+        let session = self.connection.session().await;
         let mut last: Option<Vec<u8>> = None;
         let mut revision = 0;
         let now = Instant::now();
@@ -252,7 +259,7 @@ impl Server {
             }
             last = page.kvs.last().map(|kv| kv.key.clone());
             if !page.more || last.is_none() {
-                return Ok(allocator);
+                return Ok(());
             }
         }
     }

@@ -23,12 +23,24 @@ pub enum Kind {
     ServiceExports,
     /// All services of a cluster, for its own agents only: remote clusters have no right to read them.
     LocalServices,
+    /// Identities of namespaces that are not exported, for the cluster's own agents only.
+    LocalIdentities,
+    /// Addresses of namespaces that are not exported, for the cluster's own agents only.
+    LocalIp,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 6] =
-        [Self::Nodes, Self::Identities, Self::Ip, Self::Services, Self::ServiceExports, Self::LocalServices];
+    pub const ALL: [Self; 8] = [
+        Self::Nodes,
+        Self::Identities,
+        Self::Ip,
+        Self::Services,
+        Self::ServiceExports,
+        Self::LocalServices,
+        Self::LocalIdentities,
+        Self::LocalIp,
+    ];
 
     /// The kind of this name.
     pub fn named(name: &str) -> Option<Self> {
@@ -44,6 +56,23 @@ impl Kind {
             Self::Services => "services",
             Self::ServiceExports => "serviceexports",
             Self::LocalServices => "localservices",
+            Self::LocalIdentities => "localidentities",
+            Self::LocalIp => "localip",
+        }
+    }
+
+    /// Whether it is for the agents of its own cluster alone.
+    pub const fn is_private(self) -> bool {
+        self.private_folder().is_some()
+    }
+
+    /// Where it stands among what other clusters have no right to read.
+    const fn private_folder(self) -> Option<&'static str> {
+        match self {
+            Self::LocalServices => Some("services"),
+            Self::LocalIdentities => Some("identities"),
+            Self::LocalIp => Some("ip"),
+            _ => None,
         }
     }
 }
@@ -76,8 +105,10 @@ impl Layout {
 /// The prefix under which the keys of a kind stand. Ends in `/`.
 pub fn data_prefix(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
     let root = layout.root();
+    if let Some(folder) = kind.private_folder() {
+        return format!("clustermesh/local/{folder}/v1/{cluster}/");
+    }
     match (kind, layout) {
-        (Kind::LocalServices, _) => format!("clustermesh/local/services/v1/{cluster}/"),
         // These two do not name the cluster at home, so a mirror has to add it.
         (Kind::Identities, Layout::State) => format!("{root}/identities/v1/id/"),
         (Kind::Identities, Layout::Cache) => format!("{root}/identities/v1/{cluster}/id/"),
@@ -88,19 +119,19 @@ pub fn data_prefix(kind: Kind, cluster: &ClusterName, layout: Layout) -> String 
 
 /// The key that says: everything of this kind has been written since this etcd came up.
 pub fn canary_key(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
-    match kind {
-        Kind::LocalServices => format!("cilium/synced/{cluster}/clustermesh/local/services/v1"),
-        _ => format!("cilium/synced/{cluster}/{}/{kind}/v1", layout.root()),
+    match kind.private_folder() {
+        Some(folder) => format!("cilium/synced/{cluster}/clustermesh/local/{folder}/v1"),
+        None => format!("cilium/synced/{cluster}/{}/{kind}/v1", layout.root()),
     }
 }
 
 /// The folder of the digests of a cluster's kinds: one for those that other clusters may read, one for
 /// those that only its own agents may. Ends in `/`.
 pub fn digest_prefix(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
-    match kind {
-        Kind::LocalServices => format!("clustermesh/local/digests/v1/{cluster}/"),
+    match kind.is_private() {
+        true => format!("clustermesh/local/digests/v1/{cluster}/"),
         // Below the folder that Cilium's roles open to readers; Cilium's own readers pass it by.
-        _ => format!("{}/digests/v1/{cluster}/", layout.root()),
+        false => format!("{}/digests/v1/{cluster}/", layout.root()),
     }
 }
 
@@ -140,8 +171,9 @@ mod tests {
                     None => assert!(key == HEARTBEAT || key == cluster_config_key(&alpha), "{key}"),
                 }
             }
-            // Data and canary of everything but our own kind.
-            assert_eq!(seen.len(), 2 * (Kind::ALL.len() - 1), "{layout:?}: {seen:?}");
+            // Data and canary of everything but our own kinds.
+            let shared = Kind::ALL.into_iter().filter(|kind| !kind.is_private()).count();
+            assert_eq!(seen.len(), 2 * shared, "{layout:?}: {seen:?}");
         }
     }
 

@@ -143,7 +143,7 @@ impl Core {
 
     /// Whether all addresses of the own cluster are known.
     pub fn knows_own_addresses(&self) -> bool {
-        self.mesh.is_synced(self.own.id, Kind::Ip)
+        [Kind::Ip, Kind::LocalIp].into_iter().all(|kind| self.mesh.is_synced(self.own.id, kind))
     }
 
     /// Desired changes that are not installed.

@@ -11,6 +11,7 @@ use ebpf_global_svc::abi::cluster_state;
 
 use super::members::Member;
 use super::{Engine, Row};
+use crate::mesh::FactKey;
 
 /// Rows of the tables, and addresses of an identity, that an answer has at most.
 const MOST: usize = 256;
@@ -35,6 +36,8 @@ pub struct Part {
     pub synced: bool,
     /// A record of the subject is held.
     pub held: bool,
+    /// The cluster tells its own agents alone, and this is one.
+    pub private: bool,
     /// Something of it is in use.
     pub chosen: bool,
     /// Sentences: what is used, what is not, and why.
@@ -53,13 +56,15 @@ pub struct Explanation {
 }
 
 impl Subject {
-    /// The kind of record that is about it, as a cluster tells its own agents or others.
-    pub fn kind(&self, is_own: bool) -> Kind {
-        match self {
-            Self::Service(_) if is_own => Kind::LocalServices,
-            Self::Service(_) => Kind::Services,
-            Self::Ip(_) => Kind::Ip,
-            Self::Identity(_) => Kind::Identities,
+    /// The kind of record that is about it; `private` if a cluster tells it its own agents alone.
+    pub fn kind(&self, private: bool) -> Kind {
+        match (self, private) {
+            (Self::Service(_), true) => Kind::LocalServices,
+            (Self::Service(_), false) => Kind::Services,
+            (Self::Ip(_), true) => Kind::LocalIp,
+            (Self::Ip(_), false) => Kind::Ip,
+            (Self::Identity(_), true) => Kind::LocalIdentities,
+            (Self::Identity(_), false) => Kind::Identities,
         }
     }
 
@@ -130,8 +135,14 @@ impl Engine {
             let why = vec!["its cluster configuration was not accepted yet".to_owned()];
             return Part { why, ..Part::default() };
         };
-        let kind = subject.kind(is_own);
-        let mut part = Part { id: Some(id), synced: mesh.is_synced(id, kind), ..Part::default() };
+        let private = match subject {
+            Subject::Service(_) => is_own,
+            Subject::Ip(ip) => mesh.holds(id, &FactKey::LocalIp(*ip)),
+            Subject::Identity(identity) => mesh.holds(id, &FactKey::LocalIdentity(identity.0)),
+        };
+        let kind = subject.kind(private);
+        let synced = mesh.is_synced(id, kind);
+        let mut part = Part { id: Some(id), synced, private, ..Part::default() };
         if !part.synced {
             part.why.push(format!("its {kind} are not synced yet: what was known before counts"));
         }
@@ -139,7 +150,7 @@ impl Engine {
             Subject::Service(service) => self.service_part(id, is_own, service, &mut part),
             Subject::Ip(ip) => self.address_part(id, *ip, &mut part),
             Subject::Identity(identity) => {
-                part.held = mesh.holds(id, &crate::mesh::FactKey::Identity(identity.0));
+                part.held = private || mesh.holds(id, &FactKey::Identity(identity.0));
                 let (count, some) = mesh.addresses_of(id, identity.0, MOST);
                 part.chosen = count > 0;
                 if count > 0 {

@@ -87,7 +87,7 @@ impl Intake {
             return Ok((Some(Fact::Service(service.name.clone(), fact)), audited));
         }
         let admitted = import_policy::admit(kind, suffix, value, peer)?;
-        Ok((fact(peer, admitted.record), admitted.audited))
+        Ok((fact(peer, kind, admitted.record), admitted.audited))
     }
 
     fn note(&mut self, peer: &PeerPolicy, kind: Kind, suffix: &str, refusal: &Refusal, audited: bool) {
@@ -111,6 +111,8 @@ pub(super) fn key(kind: Kind, suffix: &str) -> Option<FactKey> {
         Kind::Identities => suffix.parse().ok().map(FactKey::Identity),
         Kind::Services => name(suffix).map(FactKey::Service),
         Kind::LocalServices => name(suffix).map(FactKey::LocalService),
+        Kind::LocalIp => suffix.parse::<IpAddr>().ok().map(FactKey::LocalIp),
+        Kind::LocalIdentities => suffix.parse().ok().map(FactKey::LocalIdentity),
         Kind::ServiceExports => None,
     }
 }
@@ -121,10 +123,14 @@ fn name(suffix: &str) -> Option<NamespacedName> {
 }
 
 /// What the agent uses of a record; none of a kind that it does not read, or not in this way.
-fn fact(peer: &PeerPolicy, record: Imported) -> Option<Fact> {
+fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
     Some(match record {
         Imported::Node(node) => node_fact(node),
-        Imported::Ip(record) => ip_fact(peer, &record),
+        Imported::Ip(record) => {
+            let (ip, value) = ip_fact(peer, &record);
+            if kind == Kind::LocalIp { Fact::LocalIp(ip, value) } else { Fact::Ip(ip, value) }
+        }
+        Imported::Identity(record) if kind == Kind::LocalIdentities => Fact::LocalIdentity(record.id.0),
         Imported::Identity(record) => Fact::Identity(record.id.0),
         Imported::LocalService(service) => Fact::LocalService(Box::new(service)),
         Imported::Service(_) | Imported::ServiceExport(_) => return None,
@@ -143,7 +149,7 @@ fn node_fact(node: Node) -> Fact {
     Fact::Node(node.name, fact)
 }
 
-fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> Fact {
+fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> (IpAddr, IpValue) {
     let node_ip = match record.host_ip {
         Some(IpAddr::V4(host)) => host.octets(),
         // The underlay is IPv4; the pod's prefix says which node to go to.
@@ -151,5 +157,5 @@ fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> Fact {
     };
     let identity = peer.identity_of(record).0;
     let value = IpValue { identity, node_ip, key: record.key, flags: 0, pad: 0 };
-    Fact::Ip(record.prefix.addr(), value)
+    (record.prefix.addr(), value)
 }

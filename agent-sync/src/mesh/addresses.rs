@@ -61,10 +61,16 @@ impl Addresses {
     }
 
     /// The list is complete: gives back what it did not confirm.
-    pub(super) fn finish_list(&mut self) -> Vec<IpAddr> {
-        let v4 = self.v4.finish_list().into_iter().map(|(ip, _)| Ipv4Addr::from(ip).into());
-        let v6 = self.v6.finish_list().into_iter().map(|(ip, _)| Ipv6Addr::from(ip).into());
-        v4.chain(v6).collect()
+    pub(super) fn finish_list(&mut self) -> Vec<(IpAddr, IpValue)> {
+        let v4 = self.v4.finish_list().into_iter();
+        let v6 = self.v6.finish_list().into_iter();
+        v4.map(|(ip, value)| (Ipv4Addr::from(ip).into(), value.into()))
+            .chain(v6.map(|(ip, value)| (Ipv6Addr::from(ip).into(), value.into())))
+            .collect()
+    }
+
+    pub(super) fn is_listing(&self) -> bool {
+        self.v4.listing
     }
 
     pub(super) fn is_synced(&self) -> bool {

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpKey, IpValue};
 
-use super::addresses::Addresses;
 use super::fact::{Link, Links};
+use super::records::Records;
 use crate::wire_key;
 
 /// Computes `cm_endpoint` from addresses and links.
@@ -42,10 +42,10 @@ impl Endpoints {
     }
 
     /// The own node's record says where its tunnels end.
-    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, ips: &Addresses) {
+    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, own: &Records) {
         if self.node_ip != Some(node_ip) {
             self.node_ip = Some(node_ip);
-            self.dirty.extend(ips.iter().map(|(ip, _)| ip));
+            self.dirty.extend(own.addresses().map(|(ip, _)| ip));
             self.dirty.extend(self.installed.keys());
         }
     }
@@ -74,17 +74,17 @@ impl Endpoints {
         &self.local
     }
 
-    pub(super) fn compute(&mut self, ips: &Addresses) -> Vec<(IpKey, Option<EndpointValue>)> {
+    pub(super) fn compute(&mut self, own: &Records) -> Vec<(IpKey, Option<EndpointValue>)> {
         let mut changes = Vec::new();
         for ip in std::mem::take(&mut self.dirty) {
-            let is_local = ips.get(&ip).is_some_and(|value| self.is_here(&value));
+            let is_local = own.address(&ip).is_some_and(|value| self.is_here(&value));
             if is_local {
                 self.local.insert(ip);
             } else {
                 self.local.remove(&ip);
             }
             let before = self.installed.get(&ip).copied();
-            let after = self.value(ip, ips, before);
+            let after = self.value(ip, own, before);
             if before != after {
                 match after {
                     Some(value) => drop(self.installed.insert(ip, value)),
@@ -100,12 +100,12 @@ impl Endpoints {
         self.node_ip.is_some_and(|node_ip| value.node_ip == node_ip.octets())
     }
 
-    fn value(&self, ip: IpAddr, ips: &Addresses, before: Option<EndpointValue>) -> Option<EndpointValue> {
+    fn value(&self, ip: IpAddr, own: &Records, before: Option<EndpointValue>) -> Option<EndpointValue> {
         if self.node_ip.is_none() {
             return before;
         }
-        let Some(record) = ips.get(&ip) else {
-            return before.filter(|_| !ips.is_synced());
+        let Some(record) = own.address(&ip) else {
+            return before.filter(|_| !own.knows_addresses());
         };
         if !self.is_here(&record) {
             return None;

@@ -23,6 +23,10 @@ pub enum Fact {
     Service(NamespacedName, RemoteService),
     /// A service of the own cluster.
     LocalService(Box<LocalService>),
+    /// An address that the own cluster keeps to itself.
+    LocalIp(IpAddr, IpValue),
+    /// An identity that the own cluster keeps to itself.
+    LocalIdentity(u32),
 }
 
 /// The key of a [`Fact`] within its cluster and kind.
@@ -38,6 +42,10 @@ pub enum FactKey {
     Service(NamespacedName),
     /// A service of the own cluster.
     LocalService(NamespacedName),
+    /// An address that the own cluster keeps to itself.
+    LocalIp(IpAddr),
+    /// An identity that the own cluster keeps to itself.
+    LocalIdentity(u32),
 }
 
 impl Fact {
@@ -49,6 +57,8 @@ impl Fact {
             Self::Identity(id) => FactKey::Identity(*id),
             Self::Service(name, _) => FactKey::Service(name.clone()),
             Self::LocalService(service) => FactKey::LocalService(service.name.clone()),
+            Self::LocalIp(ip, _) => FactKey::LocalIp(*ip),
+            Self::LocalIdentity(id) => FactKey::LocalIdentity(*id),
         }
     }
 }
@@ -62,6 +72,8 @@ impl FactKey {
             Self::Identity(_) => Kind::Identities,
             Self::Service(_) => Kind::Services,
             Self::LocalService(_) => Kind::LocalServices,
+            Self::LocalIp(_) => Kind::LocalIp,
+            Self::LocalIdentity(_) => Kind::LocalIdentities,
         }
     }
 }

@@ -39,7 +39,7 @@ impl Mesh {
 
     /// What a cluster says of an address.
     pub fn address(&self, cluster: ClusterId, ip: IpAddr) -> Option<IpValue> {
-        self.clusters.get(&cluster.get())?.ips.get(&ip)
+        self.clusters.get(&cluster.get())?.address(&ip)
     }
 
     /// Whether the address is not used as its cluster says, for want of such a node or prefix.
@@ -50,7 +50,7 @@ impl Mesh {
     /// How many addresses of a cluster have an identity, and the first `most` of them in order.
     pub fn addresses_of(&self, cluster: ClusterId, identity: u32, most: usize) -> (usize, Vec<IpAddr>) {
         let records = self.clusters.get(&cluster.get());
-        let ips = records.into_iter().flat_map(|records| records.ips.iter());
+        let ips = records.into_iter().flat_map(|records| records.addresses());
         let mut ips: Vec<IpAddr> =
             ips.filter(|(_, value)| value.identity == identity).map(|(ip, _)| ip).collect();
         let count = ips.len();

@@ -141,6 +141,7 @@ impl Mesh {
         let records = self.clusters.entry(cluster).or_default();
         match fact {
             Fact::Identity(id) => drop(records.identities.upsert(id, (), hash)),
+            Fact::LocalIdentity(id) => drop(records.local_identities.upsert(id, (), hash)),
             Fact::Node(name, node) => {
                 let before = match records.nodes.upsert(name.clone(), node.clone(), hash) {
                     Change::None => return,
@@ -153,6 +154,12 @@ impl Mesh {
             Fact::Ip(ip, value) => {
                 if records.ips.upsert(ip, value, hash) {
                     self.address_changed(cluster, ip, Some(value));
+                }
+            }
+            Fact::LocalIp(ip, value) => {
+                if records.local_ips.upsert(ip, value, hash) {
+                    let value = records.address(&ip);
+                    self.address_changed(cluster, ip, value);
                 }
             }
             Fact::Service(name, service) => {
@@ -179,6 +186,7 @@ impl Mesh {
         let Some(records) = self.clusters.get_mut(&cluster) else { return };
         match key {
             FactKey::Identity(id) => drop(records.identities.delete(id)),
+            FactKey::LocalIdentity(id) => drop(records.local_identities.delete(id)),
             FactKey::Node(name) => {
                 if let Some(before) = records.nodes.delete(name) {
                     self.topology.node_changed(cluster, name, Some(&before), None);
@@ -187,7 +195,14 @@ impl Mesh {
             }
             FactKey::Ip(ip) => {
                 if records.ips.delete(ip) {
-                    self.address_changed(cluster, *ip, None);
+                    let left = records.address(ip);
+                    self.address_changed(cluster, *ip, left);
+                }
+            }
+            FactKey::LocalIp(ip) => {
+                if records.local_ips.delete(ip) {
+                    let left = records.address(ip);
+                    self.address_changed(cluster, *ip, left);
                 }
             }
             FactKey::Service(name) => {
@@ -213,6 +228,8 @@ impl Mesh {
             FactKey::Ip(ip) => records.ips.disown(ip),
             FactKey::Service(name) => records.services.disown(name),
             FactKey::LocalService(name) => records.local_services.disown(name),
+            FactKey::LocalIp(ip) => records.local_ips.disown(ip),
+            FactKey::LocalIdentity(id) => records.local_identities.disown(id),
         }
     }
 
@@ -225,6 +242,8 @@ impl Mesh {
             Kind::Identities => records.identities.begin_list(),
             Kind::Services => records.services.begin_list(),
             Kind::LocalServices => records.local_services.begin_list(),
+            Kind::LocalIdentities => records.local_identities.begin_list(),
+            Kind::LocalIp => records.local_ips.begin_list(),
             Kind::ServiceExports => {}
         }
     }
@@ -235,6 +254,7 @@ impl Mesh {
         let records = self.clusters.entry(cluster).or_default();
         match kind {
             Kind::Identities => drop(records.identities.finish_list()),
+            Kind::LocalIdentities => drop(records.local_identities.finish_list()),
             Kind::Nodes => {
                 for (name, before) in records.nodes.finish_list() {
                     self.topology.node_changed(cluster, &name, Some(&before), None);
@@ -242,9 +262,11 @@ impl Mesh {
                 }
                 self.topology.forget_restored(cluster);
             }
-            Kind::Ip => {
-                for ip in records.ips.finish_list() {
-                    self.address_changed(cluster, ip, None);
+            Kind::Ip | Kind::LocalIp => {
+                let stale = records.finish_addresses(kind);
+                let left = |ip| (ip, records.address(&ip));
+                for (ip, left) in stale.into_iter().map(left).collect::<Vec<_>>() {
+                    self.address_changed(cluster, ip, left);
                 }
                 if cluster == self.own {
                     self.endpoints.synced();
@@ -312,7 +334,7 @@ impl Mesh {
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
         if let Some(own) = self.clusters.get(&self.own) {
-            changes.endpoint.extend(self.endpoints.compute(&own.ips));
+            changes.endpoint.extend(self.endpoints.compute(own));
         }
         let may_serve = |cluster, ip| self.placement.may_serve(&self.topology, cluster, ip);
         changes.service.extend(self.services.compute(&self.clusters, may_serve));
@@ -382,6 +404,8 @@ impl Mesh {
             FactKey::Identity(id) => records.identities.get(id).is_some(),
             FactKey::Service(name) => records.services.get(name).is_some(),
             FactKey::LocalService(name) => records.local_services.get(name).is_some(),
+            FactKey::LocalIp(ip) => records.local_ips.get(ip).is_some(),
+            FactKey::LocalIdentity(id) => records.local_identities.get(id).is_some(),
         })
     }
 
@@ -413,7 +437,7 @@ impl Mesh {
             ..Counts::default()
         };
         if let Some(own) = self.clusters.get(&self.own) {
-            counts.identities = own.identities.len();
+            counts.identities = own.identities.len() + own.local_identities.len();
             counts.nodes = own.nodes.len();
             counts.services = own.local_services.len();
             for (_, service) in own.local_services.iter() {
@@ -448,7 +472,7 @@ impl Mesh {
         if std::mem::take(&mut self.own_node_changed) {
             let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
-                self.endpoints.set_node_ip(node_ip, &own.ips);
+                self.endpoints.set_node_ip(node_ip, own);
             }
         }
     }
@@ -522,7 +546,7 @@ impl Mesh {
     fn drain_id(&mut self, cluster: u16) {
         self.set_state(cluster, None);
         let Some(records) = self.clusters.remove(&cluster) else { return };
-        for (ip, _) in records.ips.iter() {
+        for (ip, _) in records.addresses() {
             self.address_changed(cluster, ip, None);
         }
         for (name, before) in records.nodes.iter() {

@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::LocalService;
+use ebpf_global_svc::abi::IpValue;
 
 use super::addresses::Addresses;
 use super::fact::{NodeFact, RemoteService};
@@ -19,9 +21,45 @@ pub(super) struct Records {
     pub(super) identities: Store<u32, ()>,
     pub(super) services: Store<NamespacedName, RemoteService>,
     pub(super) local_services: Store<NamespacedName, LocalService>,
+    /// What the own cluster keeps to itself. An address moves between this and `ips` when its namespace
+    /// becomes private or public; it may be in both meanwhile.
+    pub(super) local_ips: Addresses,
+    pub(super) local_identities: Store<u32, ()>,
 }
 
 impl Records {
+    /// An address, in whichever list it is.
+    pub(super) fn address(&self, ip: &IpAddr) -> Option<IpValue> {
+        self.ips.get(ip).or_else(|| self.local_ips.get(ip))
+    }
+
+    /// All addresses of both lists.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = (IpAddr, IpValue)> {
+        let local = self.local_ips.iter().filter(|(ip, _)| self.ips.get(ip).is_none());
+        self.ips.iter().chain(local)
+    }
+
+    /// Whether an address that is in no list is none of the cluster's.
+    pub(super) fn knows_addresses(&self) -> bool {
+        self.ips.is_synced() && !self.local_ips.is_listing()
+    }
+
+    /// A list of addresses is complete: gives back those that it did not confirm. What the other list may
+    /// yet tell of stays with that one.
+    pub(super) fn finish_addresses(&mut self, kind: Kind) -> Vec<IpAddr> {
+        let (list, other) = match kind {
+            Kind::LocalIp => (&mut self.local_ips, &mut self.ips),
+            _ => (&mut self.ips, &mut self.local_ips),
+        };
+        let stale = list.finish_list();
+        if other.is_listing() {
+            for (ip, value) in stale.iter().filter(|(ip, _)| other.get(ip).is_none()).collect::<Vec<_>>() {
+                other.restore(*ip, *value);
+            }
+        }
+        stale.into_iter().map(|(ip, _)| ip).collect()
+    }
+
     pub(super) fn is_synced(&self, kind: Kind) -> bool {
         match kind {
             Kind::Nodes => self.nodes.synced,
@@ -29,6 +67,8 @@ impl Records {
             Kind::Identities => self.identities.synced,
             Kind::Services => self.services.synced,
             Kind::LocalServices => self.local_services.synced,
+            Kind::LocalIdentities => self.local_identities.synced,
+            Kind::LocalIp => self.local_ips.is_synced(),
             Kind::ServiceExports => false,
         }
     }
@@ -40,6 +80,8 @@ impl Records {
             Kind::Identities => self.identities.len(),
             Kind::Services => self.services.len(),
             Kind::LocalServices => self.local_services.len(),
+            Kind::LocalIdentities => self.local_identities.len(),
+            Kind::LocalIp => self.local_ips.len(),
             Kind::ServiceExports => 0,
         }
     }
@@ -52,6 +94,8 @@ impl Records {
             Kind::Identities => self.identities.digest(),
             Kind::Services => self.services.digest(),
             Kind::LocalServices => self.local_services.digest(),
+            Kind::LocalIdentities => self.local_identities.digest(),
+            Kind::LocalIp => self.local_ips.digest(),
             Kind::ServiceExports => 0,
         }
     }
@@ -67,6 +111,8 @@ pub(super) struct Store<K, V> {
     /// Sum of the hashes of all records, modulo 2^64.
     digest: u64,
     pub(super) synced: bool,
+    /// A list has begun that is not complete.
+    pub(super) listing: bool,
 }
 
 /// A record, packed behind its key: there may be millions.
@@ -85,7 +131,7 @@ const SMALL: usize = 64;
 
 impl<K, V> Default for Store<K, V> {
     fn default() -> Self {
-        Self { entries: HashMap::new(), epoch: 1, digest: 0, synced: false }
+        Self { entries: HashMap::new(), epoch: 1, digest: 0, synced: false, listing: false }
     }
 }
 
@@ -137,6 +183,7 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
 
     pub(super) fn begin_list(&mut self) {
         self.synced = false;
+        self.listing = true;
         self.epoch = match self.epoch.checked_add(1) {
             Some(epoch) => epoch,
             None => {
@@ -150,6 +197,7 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
     /// The list is complete: gives back what it did not confirm.
     pub(super) fn finish_list(&mut self) -> Vec<(K, V)> {
         self.synced = true;
+        self.listing = false;
         let (epoch, digest) = (self.epoch, &mut self.digest);
         let stale = self.entries.extract_if(|_, held| held.epoch != epoch);
         let stale = stale.map(|(key, held)| {

@@ -19,7 +19,8 @@ use super::ids::Ids;
 use crate::engine::Input;
 
 /// Kinds that an agent reads of its own cluster.
-pub(crate) const OWN_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::LocalServices];
+pub(crate) const OWN_KINDS: [Kind; 6] =
+    [Kind::Nodes, Kind::Identities, Kind::LocalIdentities, Kind::Ip, Kind::LocalIp, Kind::LocalServices];
 /// Kinds that it reads of others.
 pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services];
 
@@ -28,7 +29,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Where backends are and who they are. A cluster's services are followed only after these: a backend
 /// that is chosen before the way to it is known makes calls fail.
-const BEFORE_SERVICES: [Kind; 2] = [Kind::Nodes, Kind::Ip];
+const BEFORE_SERVICES: [Kind; 3] = [Kind::Nodes, Kind::Ip, Kind::LocalIp];
 
 /// And this much later: two clusters that are being connected learn of each other at about the same time.
 /// Calls that one of them sends before the other knows its nodes are dropped there as an unknown
@@ -198,7 +199,7 @@ impl Core {
     /// Starts a reflector for each kind but services, in place of those that ran before.
     fn follow_records(&mut self, accepted: Accepted, out: &mut Vec<Effect>) {
         out.push(Effect::Unfollow);
-        self.awaited = BEFORE_SERVICES.to_vec();
+        self.awaited = BEFORE_SERVICES.into_iter().filter(|kind| self.kinds().contains(kind)).collect();
         self.services_at = None;
         out.push(Effect::Tell(Input::Accepted { name: self.name.clone(), id: accepted.id }));
         self.follow_kinds(accepted, |kind| !is_service(kind), out);
@@ -215,9 +216,12 @@ impl Core {
         }
     }
 
+    fn kinds(&self) -> &'static [Kind] {
+        if self.name == self.own.name { &OWN_KINDS } else { &REMOTE_KINDS }
+    }
+
     fn follow_kinds(&self, accepted: Accepted, wanted: fn(Kind) -> bool, out: &mut Vec<Effect>) {
-        let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
-        for kind in kinds.into_iter().filter(|kind| wanted(*kind)) {
+        for kind in self.kinds().iter().copied().filter(|kind| wanted(*kind)) {
             out.push(Effect::Follow(kind, self.spec(accepted, kind)));
         }
     }
@@ -229,9 +233,8 @@ impl Core {
 
     /// Where the exporter states its digests.
     pub fn digest_specs(&self, accepted: Accepted) -> Vec<ReflectorSpec> {
-        let kinds = if self.name == self.own.name { OWN_KINDS } else { REMOTE_KINDS };
         let folders: BTreeSet<_> =
-            kinds.into_iter().map(|kind| digest_prefix(kind, &self.name, accepted.layout)).collect();
+            self.kinds().iter().map(|kind| digest_prefix(*kind, &self.name, accepted.layout)).collect();
         folders.into_iter().map(|folder| ReflectorSpec::new(folder, None)).collect()
     }
 

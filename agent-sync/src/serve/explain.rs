@@ -54,7 +54,7 @@ impl Source {
         view: Option<&PeerView>,
     ) -> v1::ExplainedPart {
         let is_own = *name == self.own.name;
-        let kind = subject.kind(is_own);
+        let kind = subject.kind(part.private);
         let cached = view.is_some_and(|view| view.state.borrow().cached);
         let layout = if cached { Layout::Cache } else { Layout::State };
         let suffix = subject.suffix();

@@ -13,7 +13,7 @@ use clustermesh_kvstore::record::{
     Affinity, BackendState, LocalBackend, LocalService, Port, PortMap, Protocol,
 };
 use ebpf_global_svc::Tables;
-use ebpf_global_svc::abi::MAX_GROUPS;
+use ebpf_global_svc::abi::{IpValue, MAX_GROUPS};
 
 use crate::kernel::{self, Kernel};
 
@@ -56,6 +56,12 @@ impl Agent {
         }
         self.kernel.lock().unwrap().now += Duration::from_secs(1);
         self.kernel.lock().unwrap().writes.clone()
+    }
+
+    /// What the table of addresses has.
+    fn addresses(&mut self) -> Vec<IpValue> {
+        self.writes();
+        self.tables.ipcache.dump().unwrap().into_iter().map(|(_, value)| value).collect()
     }
 
     /// What a list says, from its begin to its end.
@@ -219,4 +225,44 @@ fn an_id_whose_cluster_is_gone_is_healthy_again() {
     agent.mesh.keep_only(&[1].into());
     agent.writes();
     assert_eq!(agent.tables.cluster.dump().unwrap(), []);
+}
+
+#[test]
+fn an_address_that_its_cluster_keeps_to_itself_or_no_longer_stays() {
+    let ip: IpAddr = Ipv4Addr::new(10, 1, 1, 7).into();
+    let value = IpValue { identity: 65_800, node_ip: [192, 0, 2, 12], key: 0, flags: 0, pad: 0 };
+    let (public, private) = (Fact::Ip(ip, value), Fact::LocalIp(ip, value));
+    let mut agent = Agent::fresh();
+    agent.list(1, Kind::Ip, vec![]);
+    agent.list(1, Kind::LocalIp, vec![private.clone()]);
+    assert_eq!(agent.addresses(), [value]);
+    agent.mesh.upsert(id(1), public.clone(), 0);
+    agent.mesh.delete(id(1), &private.key());
+    assert_eq!((agent.addresses(), agent.mesh.address(id(1), ip)), (vec![value], Some(value)));
+    agent.mesh.upsert(id(1), private.clone(), 0);
+    agent.mesh.delete(id(1), &public.key());
+    assert_eq!((agent.addresses(), agent.mesh.address(id(1), ip)), (vec![value], Some(value)));
+
+    // It moved while nobody looked, before a restart or not: the list that lacks it is complete first.
+    for (first, last, kinds) in
+        [(&private, &public, [Kind::LocalIp, Kind::Ip]), (&public, &private, [Kind::Ip, Kind::LocalIp])]
+    {
+        for restart in [false, true] {
+            if restart {
+                agent = agent.restart();
+            }
+            kinds.iter().for_each(|kind| agent.mesh.begin_list(id(1), *kind));
+            agent.mesh.finish_list(id(1), kinds[0]);
+            assert_eq!(agent.addresses(), [value], "{first:?} {restart}");
+            agent.mesh.upsert(id(1), last.clone(), 0);
+            agent.mesh.finish_list(id(1), kinds[1]);
+            assert_eq!(agent.addresses(), [value], "{first:?} {restart}");
+        }
+    }
+
+    // Neither has it any more.
+    [Kind::Ip, Kind::LocalIp].iter().for_each(|kind| agent.mesh.begin_list(id(1), *kind));
+    agent.mesh.finish_list(id(1), Kind::LocalIp);
+    agent.mesh.finish_list(id(1), Kind::Ip);
+    assert_eq!((agent.addresses(), agent.mesh.address(id(1), ip)), (vec![], None));
 }

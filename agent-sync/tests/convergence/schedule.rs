@@ -507,7 +507,7 @@ fn apply(truth: &mut Truth, event: &Event) {
         Event::Delete(FactKey::Ip(ip)) => drop(truth.ips.remove(ip)),
         Event::Delete(FactKey::Service(name)) => drop(truth.services.remove(name)),
         Event::Delete(FactKey::LocalService(name)) => drop(truth.local_services.remove(name)),
-        Event::Upsert(Fact::Identity(_)) | Event::Delete(FactKey::Identity(_)) | Event::Finish => {}
+        Event::Upsert(_) | Event::Delete(_) | Event::Finish => {}
     }
 }
 
@@ -544,6 +544,6 @@ fn insert_key(truth: &mut Truth, key: &FactKey) {
             });
         }
         FactKey::Service(name) => drop(truth.services.entry(name.clone()).or_default()),
-        FactKey::LocalService(_) | FactKey::Identity(_) => {}
+        _ => {}
     }
 }

@@ -116,7 +116,7 @@ impl Cluster {
     }
 
     pub(crate) async fn publish_canaries(&self) {
-        for kind in [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services, Kind::LocalServices] {
+        for kind in Kind::ALL {
             self.put(canary_key(kind, &self.name, Layout::State), b"now".to_vec()).await;
         }
     }

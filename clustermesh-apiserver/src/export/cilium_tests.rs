@@ -7,6 +7,7 @@ use crate::fixtures::upserts;
 use crate::objects::{CiliumEndpoint, CiliumEndpointSlice, CiliumIdentity, ObjectKey};
 
 const IP: &str = "cilium/state/ip/v1/default/10.1.0.1";
+const LOCAL_IP: &str = "clustermesh/local/ip/v1/alpha/10.1.0.1";
 const LABELS: &str =
     "k8s:app=web;k8s:io.cilium.k8s.policy.cluster=alpha;k8s:io.kubernetes.pod.namespace=shop;";
 
@@ -160,16 +161,30 @@ fn a_namespace_may_keep_to_itself() {
         let open: Vec<(String, Vec<u8>)> =
             exporter.published().map(|(key, value)| (key, value.to_vec())).collect();
 
+        // The own agents keep all of it: what moves is in both places for a while.
         let changes = exporter.apply(namespace(shop), now);
-        let gone = deleted(&changes);
-        for part in ["/ip/", "/identities/", "cilium/state/services/"] {
-            assert!(gone.iter().any(|key| key.contains(part)), "{part}: {changes:?}");
-        }
-        let left: Vec<String> = exporter.published().map(|(key, _)| key).collect();
-        assert_eq!(left, ["clustermesh/local/services/v1/alpha/shop/web"]);
-        assert!(value(&exporter, &left[0]).unwrap().contains(r#""global":false"#));
+        assert_eq!(deleted(&changes), ["cilium/state/services/v1/alpha/shop/web"]);
+        assert_eq!(exporter.tick(now), []);
+        let gone = exporter.tick(now + MOVE);
+        assert_eq!(deleted(&gone).len(), 2, "{gone:?}");
+        let left: Vec<(String, Vec<u8>)> =
+            exporter.published().map(|(key, value)| (key, value.to_vec())).collect();
+        assert!(left.iter().all(|(key, _)| key.starts_with("clustermesh/local/")), "{left:?}");
+        assert_eq!(left.len(), 3);
+        let service = "clustermesh/local/services/v1/alpha/shop/web";
+        assert!(value(&exporter, service).unwrap().contains(r#""global":false"#));
+        let public = open.iter().find(|(key, _)| key == IP).unwrap();
+        assert_eq!(value(&exporter, LOCAL_IP).unwrap().as_bytes(), public.1);
 
-        exporter.apply(namespace("clustermesh.cilium.io/global: 'TRUE'"), now);
+        // Back again; a change of mind before the old place is empty keeps the new one.
+        let open_again = "clustermesh.cilium.io/global: 'TRUE'";
+        exporter.apply(namespace(open_again), now);
+        exporter.apply(namespace(shop), now);
+        exporter.tick(now + MOVE);
+        let private: Vec<_> = exporter.published().map(|(key, value)| (key, value.to_vec())).collect();
+        assert_eq!(private, left);
+        exporter.apply(namespace(open_again), now);
+        exporter.tick(now + MOVE);
         let again: Vec<_> = exporter.published().map(|(key, value)| (key, value.to_vec())).collect();
         assert_eq!(again, open);
     }
@@ -184,11 +199,13 @@ fn namespaces_may_have_to_ask_for_it() {
     let mut exporter = Exporter::new(cluster, identities, Rules { default_global: false, complete: true });
     exporter.apply(upserts(&pod("web-0", "10.1.0.1", "")), now);
     exporter.apply(upserts("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}"), now);
-    assert_eq!(exporter.published().count(), 0);
+    assert!(value(&exporter, IP).is_none() && value(&exporter, LOCAL_IP).is_some());
     let asks = "metadata: {name: shop, annotations: {clustermesh.cilium.io/global: 'true'}}";
     exporter.apply(upserts(&format!("apiVersion: v1\nkind: Namespace\n{asks}")), now);
-    assert_eq!((exporter.published_count(Kind::Ip), exporter.published_count(Kind::Identities)), (1, 1));
-    // A namespace that goes takes what is in it along.
+    exporter.tick(now + MOVE);
+    assert_eq!((exporter.published_count(Kind::Ip), exporter.published_count(Kind::LocalIp)), (1, 0));
+    // A namespace that goes takes what others know of it along.
     exporter.apply(vec![gone(ObjectKind::Namespace, "", "shop")], now);
-    assert_eq!(exporter.published().count(), 0);
+    exporter.tick(now + MOVE);
+    assert!(value(&exporter, IP).is_none() && value(&exporter, LOCAL_IP).is_some());
 }

@@ -37,6 +37,7 @@ impl Dirty {
     fn mark_contents(&mut self, namespace: &str, objects: &Objects) {
         self.identities = true;
         self.pods.extend(objects.pods_in(namespace).map(|pod| pod.name.clone()));
+        self.ips.extend(objects.pods_in(namespace).flat_map(|pod| &pod.ips));
         self.services.extend(objects.services_in(namespace).map(|service| service.name.clone()));
         self.ips.extend(objects.cilium_endpoints_in(namespace).flat_map(|endpoint| &endpoint.ips));
         let identities = objects.cilium_identities().filter(|o| o.namespace.as_deref() == Some(namespace));

@@ -2,10 +2,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use clustermesh_kvstore::cluster::{Identity, NamespacedName};
-use clustermesh_kvstore::key::Kind;
 
 use super::dirty::Dirty;
-use super::{Basis, Exporter, KeyChange, Output, Problem};
+use super::{Basis, Exporter, IDENTITIES, Output, Problem};
 use crate::identity;
 use crate::objects::Pod;
 
@@ -16,8 +15,12 @@ impl Exporter {
             Basis::Pods => self.recompute_own(dirty, now, out),
             Basis::Endpoints | Basis::Slices => {
                 for name in std::mem::take(&mut dirty.cilium_identities) {
-                    let value = self.cilium_labels(&name);
-                    self.publish_identity(name, value, out);
+                    match self.cilium_labels(&name) {
+                        Some((labels, shown)) => {
+                            self.publish_in(IDENTITIES, shown, &name, labels.into_bytes(), now, out);
+                        }
+                        None => self.withdraw_all(IDENTITIES, &name, out),
+                    }
                 }
             }
         }
@@ -29,7 +32,8 @@ impl Exporter {
 
     /// Takes over the numbers that somebody else gave, so that pods keep them.
     pub(super) fn adopt_published(&mut self, now: Instant) {
-        for (suffix, labels) in self.published.get(&Kind::Identities).into_iter().flatten() {
+        let published = IDENTITIES.iter().filter_map(|kind| self.published.get(kind));
+        for (suffix, labels) in published.flatten() {
             let number = suffix.parse().map(Identity);
             if let (Ok(identity), Ok(labels)) = (number, std::str::from_utf8(labels))
                 && let Err(error) = self.identities.adopt(identity, labels, now)
@@ -46,9 +50,8 @@ impl Exporter {
             .pods
             .iter()
             .map(|name| {
-                let shown = self.rules.shows(&name.namespace, &self.objects);
                 let pod = self.objects.pod(name);
-                let pod = pod.filter(|pod| shown && pod.owns_its_ips() && !pod.ips.is_empty());
+                let pod = pod.filter(|pod| pod.owns_its_ips() && !pod.ips.is_empty());
                 (pod.map(|pod| self.label_string(pod)), name.clone())
             })
             .collect();
@@ -60,7 +63,7 @@ impl Exporter {
         }
         if self.identities_revision != self.identities.revision() || dirty.identities {
             self.identities_revision = self.identities.revision();
-            self.publish_own(out);
+            self.publish_own(now, out);
         }
     }
 
@@ -90,46 +93,31 @@ impl Exporter {
     }
 
     /// New label sets are rare, so this compares all of them.
-    fn publish_own(&mut self, out: &mut Output) {
-        let wanted: BTreeMap<String, String> = self
+    fn publish_own(&mut self, now: Instant, out: &mut Output) {
+        let hidden = |labels: &str| {
+            identity::namespace_of(labels).is_some_and(|ns| self.rules.hides(ns, &self.objects))
+        };
+        let wanted: BTreeMap<String, (String, bool)> = self
             .identities
             .assignments()
-            .filter(|(_, labels)| {
-                identity::namespace_of(labels).is_none_or(|ns| !self.rules.hides(ns, &self.objects))
-            })
-            .map(|(identity, labels)| (identity.to_string(), labels.to_owned()))
+            .map(|(identity, labels)| (identity.to_string(), (labels.to_owned(), !hidden(labels))))
             .collect();
-        let published = self.published.get(&Kind::Identities).into_iter().flat_map(BTreeMap::keys);
+        let published = IDENTITIES.iter().filter_map(|kind| self.published.get(kind));
+        let published = published.flat_map(BTreeMap::keys);
         let gone: Vec<String> = published.filter(|suffix| !wanted.contains_key(*suffix)).cloned().collect();
         for suffix in gone {
-            self.publish_identity(suffix, None, out);
+            self.withdraw_all(IDENTITIES, &suffix, out);
         }
-        for (suffix, labels) in wanted {
-            self.publish_identity(suffix, Some(labels), out);
+        for (suffix, (labels, shown)) in wanted {
+            self.publish_in(IDENTITIES, shown, &suffix, labels.into_bytes(), now, out);
         }
     }
 
-    fn cilium_labels(&self, name: &str) -> Option<String> {
+    /// Its labels, and whether other clusters get to know them.
+    fn cilium_labels(&self, name: &str) -> Option<(String, bool)> {
         let identity = self.objects.cilium_identity(name)?;
-        let shown =
-            identity.namespace.as_deref().is_none_or(|namespace| self.rules.shows(namespace, &self.objects));
-        identity.labels.clone().filter(|_| shown)
-    }
-
-    fn publish_identity(&mut self, suffix: String, labels: Option<String>, out: &mut Output) {
-        let published = self.published.entry(Kind::Identities).or_default();
-        let key = format!("{}{suffix}", self.prefixes[&Kind::Identities]);
-        match labels.map(String::into_bytes) {
-            Some(value) if published.get(&suffix) != Some(&value) => {
-                out.upserts.push(KeyChange { key, value: Some(value.clone()) });
-                published.insert(suffix, value);
-            }
-            Some(_) => {}
-            None => {
-                if published.remove(&suffix).is_some() {
-                    out.deletes.push(KeyChange { key, value: None });
-                }
-            }
-        }
+        let namespace = identity.namespace.as_deref();
+        let shown = namespace.is_none_or(|namespace| self.rules.shows(namespace, &self.objects));
+        Some((identity.labels.clone()?, shown))
     }
 }

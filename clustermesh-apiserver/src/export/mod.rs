@@ -18,7 +18,7 @@ mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, NamespacedName};
 use clustermesh_kvstore::key::{self, Kind, Layout};
@@ -71,6 +71,8 @@ pub struct Exporter {
     /// The same of Cilium's endpoints.
     owners: Owners,
     published: BTreeMap<Kind, BTreeMap<String, Vec<u8>>>,
+    /// Keys that stand elsewhere now, and when they go; see [`MOVE`].
+    moved: BTreeMap<(Kind, String), Instant>,
     prefixes: BTreeMap<Kind, String>,
     problems: Vec<Problem>,
 }
@@ -109,8 +111,15 @@ pub enum Problem {
 
 impl Exporter {
     /// The kinds of keys that come out.
-    pub const KINDS: [Kind; 5] =
-        [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services, Kind::LocalServices];
+    pub const KINDS: [Kind; 7] = [
+        Kind::Nodes,
+        Kind::Identities,
+        Kind::LocalIdentities,
+        Kind::Ip,
+        Kind::LocalIp,
+        Kind::Services,
+        Kind::LocalServices,
+    ];
 
     /// An exporter without objects. What `identities` has adopted is published from the first batch on.
     pub fn new(cluster: Cluster, identities: Allocator, rules: Rules) -> Self {
@@ -128,6 +137,7 @@ impl Exporter {
             claims: BTreeMap::new(),
             owners: Owners::default(),
             published: Self::KINDS.map(|kind| (kind, BTreeMap::new())).into(),
+            moved: BTreeMap::new(),
             prefixes,
             problems: Vec::new(),
         }
@@ -165,7 +175,12 @@ impl Exporter {
         {
             self.start_over(before, now, &mut dirty);
         }
-        self.recompute(dirty, now)
+        let mut changes = self.recompute(dirty, now);
+        let due: Vec<_> = self.moved.extract_if(.., |_, at| *at <= now).map(|(key, _)| key).collect();
+        for (kind, suffix) in due {
+            changes.extend(self.withdraw(kind, &suffix));
+        }
+        changes
     }
 
     /// What could not be exported since the last call.
@@ -233,8 +248,13 @@ impl Exporter {
                 self.publish(&name, record, &mut out);
             }
             for ip in dirty.ips {
-                let record = self.ip_record(ip);
-                self.publish(&ip.to_string(), record, &mut out);
+                let suffix = ip.to_string();
+                match self.ip_record(ip) {
+                    Some((record, shown)) => {
+                        self.publish_in(ADDRESSES, shown, &suffix, record.encode(), now, &mut out);
+                    }
+                    None => self.withdraw_all(ADDRESSES, &suffix, &mut out),
+                }
             }
         }
         for name in dirty.services {
@@ -253,19 +273,21 @@ impl Exporter {
         }
     }
 
-    fn ip_record(&self, ip: IpAddr) -> Option<clustermesh_kvstore::record::IpRecord> {
+    /// What there is to say of an address, and whether other clusters get to know.
+    fn ip_record(&self, ip: IpAddr) -> Option<(clustermesh_kvstore::record::IpRecord, bool)> {
         let basis = self.choice.current();
+        let shows = |namespace: &str| self.rules.shows(namespace, &self.objects);
         if basis != Basis::Pods {
-            let mut owners = self.owners.of(ip, basis, &self.objects);
-            return owners
-                .find(|endpoint| self.rules.shows(&endpoint.name.namespace, &self.objects))
-                .map(|endpoint| record::cilium_ip(ip, endpoint));
+            let owners = || self.owners.of(ip, basis, &self.objects);
+            let shown = owners().find(|endpoint| shows(&endpoint.name.namespace));
+            let endpoint = shown.or_else(|| owners().next())?;
+            return Some((record::cilium_ip(ip, endpoint), shown.is_some()));
         }
         match record::holder(self.claims.get(&ip)?, &self.objects)? {
-            record::Holder::Node(node) => Some(record::node_ip(ip, node)),
+            record::Holder::Node(node) => Some((record::node_ip(ip, node), true)),
             record::Holder::Pod(pod) => {
                 let identity = self.identity_of(&pod.name)?;
-                Some(record::pod_ip(ip, pod, identity, &self.objects))
+                Some((record::pod_ip(ip, pod, identity, &self.objects), shows(&pod.name.namespace)))
             }
         }
     }
@@ -306,7 +328,7 @@ impl Exporter {
         }
         let published = |kind| self.published.get(&kind).into_iter().flat_map(BTreeMap::keys);
         dirty.identities = true;
-        dirty.cilium_identities.extend(published(Kind::Identities).cloned());
+        dirty.cilium_identities.extend(IDENTITIES.into_iter().flat_map(published).cloned());
         dirty
             .cilium_identities
             .extend(self.objects.cilium_identities().map(|identity| identity.name.clone()));
@@ -314,21 +336,52 @@ impl Exporter {
         dirty.nodes.extend(published(Kind::Nodes).cloned());
         dirty.nodes.extend(self.objects.nodes().map(|node| node.name.clone()));
         dirty.nodes.extend(self.objects.cilium_nodes().map(|node| node.record.name.clone()));
-        dirty.ips.extend(published(Kind::Ip).filter_map(|suffix| suffix.parse::<IpAddr>().ok()));
+        dirty.ips.extend(
+            ADDRESSES.into_iter().flat_map(published).filter_map(|suffix| suffix.parse::<IpAddr>().ok()),
+        );
         dirty.ips.extend(self.claims.keys().copied().chain(self.owners.ips()));
     }
 
     /// Compares with what was published under the suffix before.
     fn publish<R: Record>(&mut self, suffix: &str, record: Option<R>, out: &mut Output) {
-        let published = self.published.entry(R::KIND).or_default();
-        let key = || format!("{}{suffix}", self.prefixes[&R::KIND]);
-        let Some(record) = record else {
-            if published.remove(suffix).is_some() {
-                out.deletes.push(KeyChange { key: key(), value: None });
-            }
-            return;
-        };
-        let value = record.encode();
+        match record {
+            Some(record) => self.put(R::KIND, suffix, record.encode(), out),
+            None => out.deletes.extend(self.withdraw(R::KIND, suffix)),
+        }
+    }
+
+    /// Publishes in one of two places: where others look too if it is `shown`, or where only the own
+    /// cluster's agents do. If it stood in the other one, it goes from there a little later.
+    fn publish_in(
+        &mut self,
+        [public, private]: [Kind; 2],
+        shown: bool,
+        suffix: &str,
+        value: Vec<u8>,
+        now: Instant,
+        out: &mut Output,
+    ) {
+        let (kind, other) = if shown { (public, private) } else { (private, public) };
+        self.put(kind, suffix, value, out);
+        self.moved.remove(&(kind, suffix.to_owned()));
+        if self.published.get(&other).is_some_and(|keys| keys.contains_key(suffix)) {
+            self.moved.entry((other, suffix.to_owned())).or_insert(now + MOVE);
+        }
+    }
+
+    fn withdraw_all(&mut self, kinds: [Kind; 2], suffix: &str, out: &mut Output) {
+        out.deletes.extend(kinds.into_iter().filter_map(|kind| self.withdraw(kind, suffix)));
+    }
+
+    fn withdraw(&mut self, kind: Kind, suffix: &str) -> Option<KeyChange> {
+        self.moved.remove(&(kind, suffix.to_owned()));
+        self.published.get_mut(&kind)?.remove(suffix)?;
+        Some(KeyChange { key: format!("{}{suffix}", self.prefixes[&kind]), value: None })
+    }
+
+    fn put(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, out: &mut Output) {
+        let published = self.published.entry(kind).or_default();
+        let key = || format!("{}{suffix}", self.prefixes[&kind]);
         if value.len() > MAX_VALUE {
             self.problems.push(Problem::TooLarge { key: key(), size: value.len() });
         } else if published.get(suffix) != Some(&value) {
@@ -337,6 +390,14 @@ impl Exporter {
         }
     }
 }
+
+/// Where addresses and identities stand: for everybody, and for the own cluster's agents alone.
+const ADDRESSES: [Kind; 2] = [Kind::Ip, Kind::LocalIp];
+const IDENTITIES: [Kind; 2] = [Kind::Identities, Kind::LocalIdentities];
+
+/// What moves between the two stands in both this long: agents follow them by two watches, of which
+/// either may be behind, and must not see it gone.
+const MOVE: Duration = Duration::from_secs(1);
 
 /// Changes in the order in which readers should see them.
 #[derive(Default)]

@@ -70,7 +70,7 @@ pub fn admit(record: &Record<'_>) -> Result<(), Refusal> {
                 suffix.split_once('/').is_some_and(|(namespace, name)| is_name(namespace) && is_name(name))
             }
             // For the agents of their own cluster alone.
-            Kind::LocalServices => false,
+            Kind::LocalServices | Kind::LocalIdentities | Kind::LocalIp => false,
         };
     if fits { Ok(()) } else { Err(Refusal::BadKey) }
 }

@@ -183,7 +183,7 @@ impl Entry {
             })?;
         }
         for (name, records) in self.quotas.into_iter().flatten() {
-            let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::LocalServices);
+            let kinds = Kind::ALL.into_iter().filter(|kind| !kind.is_private());
             let kind = kinds.clone().find(|kind| kind.as_str() == name).ok_or_else(|| {
                 let known: Vec<_> = kinds.map(Kind::as_str).collect();
                 bad("quotas", &name, &did_you_mean(&name, &known))

@@ -93,13 +93,13 @@ pub fn admit(kind: Kind, suffix: &str, value: &[u8], peer: &PeerPolicy) -> Resul
             rules.judge(|| rules.check_node(&node), &mut audited)?;
             Imported::Node(node)
         }
-        Kind::Ip => {
+        Kind::Ip | Kind::LocalIp => {
             let record: IpRecord = decode(suffix, value)?;
             peer.check_ip(&record)?;
             rules.judge(|| rules.check_ip(&record), &mut audited)?;
             Imported::Ip(record)
         }
-        Kind::Identities => {
+        Kind::Identities | Kind::LocalIdentities => {
             let record: IdentityRecord = decode(suffix, value)?;
             peer.check_identity(&record)?;
             rules.judge(|| rules.check_identity(&record), &mut audited)?;
@@ -158,7 +158,7 @@ impl PeerPolicy {
     /// The quota is used up.
     pub fn check_quota(&self, kind: Kind, held: usize) -> Result<Option<Refusal>, Refusal> {
         let fixed = match kind {
-            Kind::Identities => (1 << self.max.identity_shift()) - 1,
+            Kind::Identities | Kind::LocalIdentities => (1 << self.max.identity_shift()) - 1,
             _ => usize::MAX,
         };
         let limit = self.rules.quotas.of(kind).min(fixed);

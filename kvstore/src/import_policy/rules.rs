@@ -69,8 +69,8 @@ impl Quotas {
     pub fn of(&self, kind: Kind) -> usize {
         self.0.get(&kind).copied().unwrap_or(match kind {
             Kind::Nodes => 10_000,
-            Kind::Identities => 65_535,
-            Kind::Ip => 250_000,
+            Kind::Identities | Kind::LocalIdentities => 65_535,
+            Kind::Ip | Kind::LocalIp => 250_000,
             Kind::Services | Kind::LocalServices | Kind::ServiceExports => 20_000,
         })
     }
