@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
-use clustermesh_kvstore::import_policy::{self, PolicyFileError};
+use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
 use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -35,8 +35,8 @@ pub struct Options {
     pub etcd_config: PathBuf,
     /// The directory of remote clusters.
     pub clustermesh_config: PathBuf,
-    /// What remote clusters may say; none: whatever is plausible.
-    pub import_policy: Option<PathBuf>,
+    /// What remote clusters may say.
+    pub import_policy: PolicySource,
     /// The kernel's side; none: tables in memory.
     pub kernel: Option<KernelOptions>,
     /// The CLI's socket.
@@ -114,7 +114,7 @@ impl AgentError {
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentError> {
     // Everything that an operator may have got wrong is looked at before anything is touched.
     EtcdConfig::load_with_files(&options.etcd_config)?;
-    let policy = import_policy::follow(options.import_policy.as_deref())?;
+    let policy = import_policy::follow(options.import_policy.clone())?;
     if let Some(cgroup) = options.kernel.as_ref().and_then(|kernel| kernel.cgroup_root.as_deref()) {
         check_cgroup(cgroup)?;
     }

@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::import_policy::PolicySource;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -56,6 +57,9 @@ struct Flags {
     /// What remote clusters may say (see docs/import-policy.md) [default: whatever is plausible]
     #[arg(long, value_name = "FILE")]
     import_policy: Option<PathBuf>,
+    /// Count what breaks a rule of the import policy, but let it in
+    #[arg(long, requires = "import_policy")]
+    import_policy_dry_run: bool,
     /// How many clusters the mesh may have, the same in all of them: 255 or 511
     #[arg(long, default_value_t)]
     max_connected_clusters: MaxConnectedClusters,
@@ -204,7 +208,7 @@ impl Flags {
             node_ip: self.node_ip,
             etcd_config: self.etcd_config,
             clustermesh_config: self.clustermesh_config,
-            import_policy: self.import_policy,
+            import_policy: PolicySource { path: self.import_policy, dry_run: self.import_policy_dry_run },
             kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,

@@ -68,13 +68,23 @@ impl Bed {
         }
     }
 
+    fn policy(&self, text: &str) {
+        let new = self.dir.path().join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, self.dir.path().join("policy")).unwrap();
+    }
+
     async fn mirror(&self) -> Running {
+        if !self.dir.path().join("policy").exists() {
+            self.policy("");
+        }
         let args = KvstoremeshArgs::parse_from([
             "kvstoremesh",
             "--cluster-name=beta",
             "--cluster-id=2",
             "--removal-grace=2s",
             &format!("--clustermesh-config={}", self.remotes().display()),
+            &format!("--import-policy={}", self.dir.path().join("policy").display()),
             &format!("--kvstore-opt=etcd.config={}", self.dir.path().join("local").display()),
         ]);
         let kvstoremesh = Kvstoremesh::start(&args).await.unwrap();
@@ -215,5 +225,23 @@ async fn a_cluster_that_is_configured_no_more_is_removed_and_may_come_back() {
     let mirror = bed.mirror().await;
     eventually("only the own config is left", async || bed.revisions().await.len() == 1).await;
     assert!(bed.has("cilium/cluster-config/beta").await);
+    mirror.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_that_changes_is_obeyed_also_without_the_cluster() {
+    let mut bed = Bed::start().await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    let before = bed.revisions().await;
+    bed.source.kill();
+    bed.policy("clusters: {alpha: {pod-cidrs: [10.99.0.0/16]}}");
+    eventually("the address goes", async || !bed.has(MIRRORED_IP).await).await;
+    assert!(bed.has("cilium/cluster-config/alpha").await);
+    let still = bed.revisions().await;
+    assert!(still.iter().all(|(key, revision)| before.get(key) == Some(revision)), "{before:?}\n{still:?}");
+    bed.policy("clusters: {alpha: {mode: audit, pod-cidrs: [10.99.0.0/16]}}");
+    bed.source.run().await;
+    eventually("it comes back", async || bed.has(MIRRORED_IP).await).await;
     mirror.stop().await;
 }

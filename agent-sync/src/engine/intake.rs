@@ -7,7 +7,6 @@ use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Ref
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{IpRecord, Node, NodeAddressKind, ServiceReader};
 use ebpf_global_svc::abi::IpValue;
-use tracing::{debug, warn};
 
 use crate::mesh::{Fact, FactKey, Mesh, NodeFact, RemoteService};
 
@@ -91,15 +90,7 @@ impl Intake {
     }
 
     fn note(&mut self, peer: &PeerPolicy, kind: Kind, suffix: &str, refusal: &Refusal, audited: bool) {
-        let cluster = &peer.name;
-        let key = Ledger::shown(suffix);
-        if !self.ledger.note(suffix, refusal, audited) {
-            debug!(%cluster, %kind, key, %refusal, audited, "against the import policy");
-        } else if audited {
-            warn!(%cluster, %kind, key, %refusal, "the import policy would refuse a record; more of this reason are only counted");
-        } else {
-            warn!(%cluster, %kind, key, %refusal, "refused a record; more of this reason are only counted");
-        }
+        self.ledger.tell(&peer.name, kind, suffix, refusal, audited);
     }
 }
 

@@ -11,6 +11,7 @@ use agent_sync::peers::OwnCluster;
 use clustermesh_agent_api::v1;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, WriteOp};
+use clustermesh_kvstore::import_policy::PolicySource;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{
     Affinity, BackendState, ClusterConfig, IpRecord, LocalBackend, LocalService, Node, NodeAddress,
@@ -241,7 +242,7 @@ impl Agent {
             node_ip: None,
             etcd_config: dir.path().join("etcd.yaml"),
             clustermesh_config: dir.path().join("clustermesh"),
-            import_policy: Some(dir.path().join("policy.yaml")),
+            import_policy: PolicySource { path: Some(dir.path().join("policy.yaml")), dry_run: false },
             kernel: None,
             grpc_socket: dir.path().join("agent.sock"),
             http_addr: None,

@@ -34,6 +34,12 @@ pub struct KvstoremeshArgs {
     /// Cilium's way to say it: etcd.config=FILE. Other options (etcd.qps ...) have no meaning here.
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
     pub kvstore_opt: Vec<String>,
+    /// What remote clusters may say, as for agents (see docs/import-policy.md) [default: whatever is plausible].
+    #[arg(long, value_name = "FILE")]
+    pub import_policy: Option<PathBuf>,
+    /// Count what breaks a rule of the import policy, but let it in.
+    #[arg(long, requires = "import_policy")]
+    pub import_policy_dry_run: bool,
     /// A remote cluster that is not connected after this time does not keep /readyz waiting.
     #[arg(long, default_value = "15s", value_parser = duration, value_name = "TIME")]
     pub per_cluster_ready_timeout: Duration,

@@ -4,18 +4,21 @@
 //! records, the time. Out: [`Effect`]s: keys to be published, and kinds to be followed.
 //!
 //! What an earlier run left is wanted until the cluster itself has told what it has: a restart writes
-//! nothing and deletes nothing, also if the cluster cannot be reached then.
+//! nothing and deletes nothing, also if the cluster cannot be reached then. Only what the operator's rules
+//! do not allow any more goes at once; so a change of the rules is a restart of the cluster's mirror.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::import_policy::{PeerPolicy, Reason, Rules, Tally};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{ClusterConfig, RecordError};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 
-use super::admit::{Record, Refusal, admit};
+use super::admit::{Gate, Record, Verdict};
 
 /// What is mirrored, in the order in which it is removed.
 pub const KINDS: [Kind; 5] = [Kind::Nodes, Kind::Services, Kind::ServiceExports, Kind::Identities, Kind::Ip];
@@ -87,13 +90,17 @@ pub enum MirrorError {
 pub struct Mirror {
     name: ClusterName,
     mesh: Mesh,
+    rules: Arc<Rules>,
+    /// Under the ID that the cluster says, or that an earlier run has left: without one nothing can be
+    /// judged.
+    peer: Option<PeerPolicy>,
+    gate: Gate,
     followed: Option<Followed>,
     kinds: BTreeMap<Kind, Copies>,
     /// Since when the cluster cannot be reached.
     away: Option<Instant>,
     revocations: u64,
     revoked: bool,
-    refused: BTreeMap<Refusal, u64>,
 }
 
 /// How the records are read; another answer needs other reflectors.
@@ -115,7 +122,7 @@ struct Copies {
 
 impl Mirror {
     /// A mirror of which nothing is known, of a cluster that is not reached yet.
-    pub fn new(name: ClusterName, mesh: Mesh, now: Instant) -> Self {
+    pub fn new(name: ClusterName, mesh: Mesh, rules: Arc<Rules>, now: Instant) -> Self {
         let copies = |kind| {
             let prefix = data_prefix(kind, &name, Layout::Cache);
             (kind, Copies { prefix, told: HashMap::new(), listed: false })
@@ -124,15 +131,18 @@ impl Mirror {
             kinds: KINDS.map(copies).into(),
             name,
             mesh,
+            rules,
+            peer: None,
+            gate: Gate::default(),
             followed: None,
             away: Some(now),
             revocations: 0,
             revoked: false,
-            refused: BTreeMap::new(),
         }
     }
 
-    /// A record that stands in the local etcd since an earlier run.
+    /// A record that stands in the local etcd since an earlier run; after the config. Without a config it is
+    /// left as it stands until the cluster says what it has.
     pub fn inherit(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, out: &mut Vec<Effect>) {
         self.put(kind, suffix, value, false, out);
     }
@@ -146,7 +156,10 @@ impl Mirror {
     }
 
     /// The config that stands in the local etcd since an earlier run.
-    pub fn inherit_config(&self, value: Vec<u8>, out: &mut Vec<Effect>) {
+    pub fn inherit_config(&mut self, value: Vec<u8>, out: &mut Vec<Effect>) {
+        if let Ok(accepted) = Accepted::check(&self.name, &value, self.mesh.max) {
+            self.identify(accepted.id);
+        }
         self.publish_config(value, out);
     }
 
@@ -164,6 +177,7 @@ impl Mirror {
         let exports = config.service_exports_enabled.is_some();
         let mirrored = ClusterConfig { cached: true, synced_canaries: true, ..config };
         self.publish_config(mirrored.encode(), out);
+        self.identify(accepted.id);
         let followed = Followed { accepted, exports };
         if self.followed.replace(followed) != Some(followed) {
             for kind in KINDS {
@@ -194,10 +208,9 @@ impl Mirror {
         match event {
             ReflectorEvent::Upsert { suffix, value, .. } => self.put(kind, &suffix, value, true, out),
             ReflectorEvent::Delete { suffix, .. } => {
-                if let Some(copies) = self.kinds.get_mut(&kind)
-                    && copies.told.remove(suffix.as_str()).is_some()
-                {
-                    out.push(Effect::Set { key: copies.prefix.clone() + &suffix, value: None });
+                self.gate.forget(kind, &suffix);
+                if let Some(copies) = self.kinds.get_mut(&kind) {
+                    copies.remove(&suffix, out);
                 }
             }
             ReflectorEvent::Relisting => {
@@ -250,14 +263,19 @@ impl Mirror {
         KINDS.map(|kind| (kind, self.kinds.get(&kind).map_or(0, |copies| copies.told.len())))
     }
 
-    /// Records that were refused, by reason.
-    pub fn refused(&self) -> &BTreeMap<Refusal, u64> {
-        &self.refused
+    /// How many records were refused, or only audited, by kind and reason.
+    pub fn tallies(&self) -> impl Iterator<Item = (Kind, Reason, Tally)> + '_ {
+        self.gate.tallies()
     }
 
     /// How often services were withdrawn because the cluster was away for too long.
     pub fn revocations(&self) -> u64 {
         self.revocations
+    }
+
+    fn identify(&mut self, id: ClusterId) {
+        let (name, max, rules) = (self.name.clone(), self.mesh.max, self.rules.clone());
+        self.peer = Some(PeerPolicy { name, id, max, is_own: false, rules });
     }
 
     fn publish_config(&self, value: Vec<u8>, out: &mut Vec<Effect>) {
@@ -280,16 +298,12 @@ impl Mirror {
     }
 
     fn put(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, told: bool, out: &mut Vec<Effect>) {
-        let Some(copies) = self.kinds.get_mut(&kind) else { return };
-        if let Err(refusal) = admit(&Record { kind, suffix, value: &value }) {
-            let count = self.refused.entry(refusal).or_default();
-            *count += 1;
-            // A peer must not fill our log.
-            if *count == 1 {
-                let key: String = suffix.chars().take(128).collect();
-                tracing::warn!(cluster = %self.name, %kind, key, %refusal, "not mirrored; more of this are only counted");
-            }
-            return;
+        let (Some(peer), Some(copies)) = (&self.peer, self.kinds.get_mut(&kind)) else { return };
+        let beside = (!copies.told.contains_key(suffix)).then_some(copies.told.len());
+        match self.gate.judge(peer, &Record { kind, suffix, value: &value }, beside) {
+            Verdict::Take => {}
+            Verdict::Keep => return,
+            Verdict::Drop => return copies.remove(suffix, out),
         }
         match copies.told.get_mut(suffix) {
             Some(known) => *known = told,
@@ -319,6 +333,12 @@ impl Copies {
             *told
         });
         out.push(Effect::Done { prefix: prefix.clone() });
+    }
+
+    fn remove(&mut self, suffix: &str, out: &mut Vec<Effect>) {
+        if self.told.remove(suffix).is_some() {
+            out.push(Effect::Set { key: [&self.prefix, suffix].concat(), value: None });
+        }
     }
 
     fn clear(&mut self, out: &mut Vec<Effect>) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::{KeyRange, SessionError};
+use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEvent, ReflectorSpec};
@@ -38,10 +39,16 @@ pub(super) struct Remote {
 }
 
 impl Remote {
-    pub(super) fn new(name: ClusterName, mesh: Mesh, local: Connection, status: Arc<RemoteStatus>) -> Self {
+    pub(super) fn new(
+        name: ClusterName,
+        mesh: Mesh,
+        rules: Arc<Rules>,
+        local: Connection,
+        status: Arc<RemoteStatus>,
+    ) -> Self {
         let publisher = Publisher::spawn(local.clone(), publisher_spec(&name));
         status.set_publisher(publisher.status());
-        let mirror = Mirror::new(name.clone(), mesh, now());
+        let mirror = Mirror::new(name.clone(), mesh, rules, now());
         Self { name, mirror, local, publisher, records: StreamMap::new(), status }
     }
 

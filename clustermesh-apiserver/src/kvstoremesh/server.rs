@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{ClusterError, ClusterName};
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError, SessionError};
+use clustermesh_kvstore::import_policy::{self, CurrentPolicy, PolicyFileError, PolicySource, Rules};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -41,6 +43,7 @@ pub struct Kvstoremesh {
     removal: Option<Duration>,
     initial: Vec<ConfigChange>,
     changes: mpsc::Receiver<ConfigChange>,
+    policy: watch::Receiver<CurrentPolicy>,
     local: Connection,
     local_status: watch::Receiver<ConnectionStatus>,
     http: Option<TcpListener>,
@@ -56,6 +59,10 @@ impl Kvstoremesh {
         let cluster = args.cluster()?;
         let etcd_config = args.local_etcd().ok_or(StartError::NoEtcd)?;
         EtcdConfig::load_with_files(&etcd_config)?;
+        let policy = import_policy::follow(PolicySource {
+            path: args.import_policy.clone(),
+            dry_run: args.import_policy_dry_run,
+        })?;
         let http = match args.http_addr {
             Some(addr) => {
                 Some(TcpListener::bind(addr).await.map_err(|error| StartError::Listen { addr, error })?)
@@ -77,6 +84,7 @@ impl Kvstoremesh {
             removal: (!args.disable_drain_on_disconnection).then_some(args.removal_grace),
             initial,
             changes,
+            policy,
             status: Arc::new(Status::new(local_status.clone(), readiness)),
             local,
             local_status,
@@ -119,6 +127,7 @@ impl Kvstoremesh {
         let mut roster = Roster::default();
         let mut tasks = Tasks {
             mesh: self.mesh.clone(),
+            policy: self.policy.clone(),
             local: self.local.clone(),
             removal: self.removal,
             status: self.status(),
@@ -137,6 +146,10 @@ impl Kvstoremesh {
                 Some(name) = tasks.removals.next() => {
                     tracing::info!(cluster = %name, "removed what was mirrored of a cluster");
                     roster.cleared(&name)
+                }
+                Ok(()) = self.policy.changed() => {
+                    tasks.obey_policy().await;
+                    None
                 }
                 names = &mut found => {
                     for name in names.into_iter().filter(|name| *name != self.own) {
@@ -182,6 +195,7 @@ async fn leftovers(local: Connection) -> BTreeSet<ClusterName> {
 /// What runs for clusters.
 struct Tasks {
     mesh: Mesh,
+    policy: watch::Receiver<CurrentPolicy>,
     local: Connection,
     /// The grace of a removal; none: what was mirrored is left to its leases.
     removal: Option<Duration>,
@@ -191,6 +205,8 @@ struct Tasks {
 }
 
 struct Running {
+    path: PathBuf,
+    rules: Arc<Rules>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
@@ -202,10 +218,12 @@ impl Tasks {
                 self.stop(&name).await;
                 tracing::info!(cluster = %name, "mirroring a cluster");
                 let status = self.status.add(&name);
-                let remote = Remote::new(name.clone(), self.mesh.clone(), self.local.clone(), status);
+                let rules = self.policy.borrow().file.rules_for(&name);
+                let remote =
+                    Remote::new(name.clone(), self.mesh.clone(), rules.clone(), self.local.clone(), status);
                 let stop = CancellationToken::new();
-                let task = tokio::spawn(remote.run(path, stop.clone()));
-                self.running.insert(name, Running { stop, task });
+                let task = tokio::spawn(remote.run(path.clone(), stop.clone()));
+                self.running.insert(name, Running { path, rules, stop, task });
             }
             Some(Step::Remove(name)) => {
                 self.stop(&name).await;
@@ -226,6 +244,20 @@ impl Tasks {
                 );
             }
             None => {}
+        }
+    }
+
+    /// Begins anew with the clusters whose rules have changed: what stands in the local etcd and what the
+    /// clusters have is judged by the new ones.
+    async fn obey_policy(&mut self) {
+        let file = self.policy.borrow().file.clone();
+        let changed = |(name, running): (&ClusterName, &Running)| {
+            (file.rules_for(name) != running.rules).then(|| (name.clone(), running.path.clone()))
+        };
+        let changed: Vec<_> = self.running.iter().filter_map(changed).collect();
+        for (name, path) in changed {
+            tracing::info!(cluster = %name, "the import policy changed");
+            self.take(Some(Step::Mirror(name, path))).await;
         }
     }
 
@@ -259,6 +291,9 @@ pub enum StartError {
     /// The configuration of the local etcd.
     #[error(transparent)]
     Etcd(#[from] EtcdConfigError),
+    /// What remote clusters may say.
+    #[error(transparent)]
+    Policy(#[from] PolicyFileError),
     /// The directory of remote clusters.
     #[error(transparent)]
     ConfigDir(#[from] ConfigDirError),

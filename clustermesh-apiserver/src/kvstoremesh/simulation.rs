@@ -1,19 +1,23 @@
 //! A mirror between a model of a remote etcd and one of the local etcd, through thousands of histories:
-//! the source is cut off, wiped, refilled, changes its form; the local etcd is wiped; the mirror is killed
-//! between any two writes.
+//! the source is cut off, wiped, refilled, changes its form, tells what it must not; the operator changes his
+//! mind about that; the local etcd is wiped; the mirror is killed between any two writes.
+
+mod policy;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::Accepted;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::ClusterConfig;
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::admit::{Record, admit};
+use super::admit::Verdict;
 use super::mirror::{Effect, KINDS, Mesh, Mirror};
 
 const TTL: Duration = Duration::from_secs(60);
@@ -61,6 +65,7 @@ struct World {
     now: Instant,
     name: ClusterName,
     mesh: Mesh,
+    rules: Arc<Rules>,
     mirror: Mirror,
     source: Source,
     reflectors: BTreeMap<Kind, Reflector>,
@@ -80,13 +85,15 @@ impl World {
         let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl };
         let name: ClusterName = "beta".parse().unwrap();
         let now = Instant::now();
+        let rules = policy::rules(&mut rng);
         let mut world = Self {
             seed,
             rng,
             now,
-            mirror: Mirror::new(name.clone(), mesh.clone(), now),
+            mirror: Mirror::new(name.clone(), mesh.clone(), rules.clone(), now),
             name,
             mesh,
+            rules,
             source: Source::default(),
             reflectors: BTreeMap::new(),
             local: Local::default(),
@@ -119,7 +126,11 @@ impl World {
                 self.source.config = Some(self.a_config());
                 self.hear_config();
             }
-            94..96 => self.pass(),
+            94 => {
+                self.rules = policy::rules(&mut self.rng);
+                self.restart();
+            }
+            95 => self.pass(),
             _ => {
                 let kind = self.a_kind();
                 self.source.canaries.insert(kind);
@@ -148,13 +159,13 @@ impl World {
             // The last of each is a key that nobody may have.
             _ if n == 5 => "../x".to_owned(),
             Kind::Nodes => format!("n{n}"),
-            Kind::Identities => n.to_string(),
+            Kind::Identities => (policy::FIRST_IDENTITY + n).to_string(),
             Kind::Ip => format!("10.0.0.{n}"),
             _ => format!("shop/s{n}"),
         };
         let data = self.source.data.entry(kind).or_default();
         if self.rng.random_bool(0.65) {
-            data.insert(suffix, vec![self.rng.random()]);
+            data.insert(suffix, policy::a_value(&mut self.rng, kind, n));
         } else {
             data.remove(&suffix);
         }
@@ -313,7 +324,9 @@ impl World {
         let seed = self.seed;
         let reflector = self.reflectors.get(&kind);
         let told = reflector.and_then(|reflector| reflector.told.get(suffix));
-        let refused = told.is_some_and(|value| admit(&Record { kind, suffix, value }).is_err());
+        let refused = told.is_some_and(|value| {
+            self.may_be_full(kind) || self.verdict(kind, suffix, value) != Verdict::Take
+        });
         assert!(told.is_none() || refused, "seed {seed}: {kind} {suffix} deleted, but the cluster has it");
     }
 
@@ -327,11 +340,14 @@ impl World {
             panic!("seed {seed}: canary of {kind} without anything told")
         };
         // A list that began again tells what is wanted already.
-        let told = reflector.told.keys().filter(|suffix| !suffix.starts_with('.')).count();
+        let told = &reflector.told;
+        let wanted =
+            |(suffix, value): &(&String, &Vec<u8>)| self.verdict(kind, suffix, value) == Verdict::Take;
+        let wanted = told.iter().filter(wanted).count();
         let listing = matches!(reflector.phase, Phase::Listing(..) | Phase::Waiting);
         assert!(
-            complete == told || listing,
-            "seed {seed}: canary of {kind} before {told} records: {complete}"
+            listing || (complete <= told.len() && (wanted <= complete || self.may_be_full(kind))),
+            "seed {seed}: canary of {kind} before {wanted} records: {complete}"
         );
     }
 
@@ -346,7 +362,7 @@ impl World {
     /// The process is killed and started again.
     fn restart(&mut self) {
         self.revocations += self.mirror.revocations();
-        self.mirror = Mirror::new(self.name.clone(), self.mesh.clone(), self.now);
+        self.mirror = Mirror::new(self.name.clone(), self.mesh.clone(), self.rules.clone(), self.now);
         self.reflectors.clear();
         self.local.desired.clear();
         self.local.done.clear();
@@ -393,20 +409,9 @@ impl World {
         for kind in KINDS {
             let prefix = data_prefix(kind, &self.name, Layout::Cache);
             let supported = kind != Kind::ServiceExports || config.service_exports_enabled.is_some();
-            let data = self.source.data.remove(&kind).unwrap_or_default();
-            let wanted: Keys = data
-                .into_iter()
-                .filter(|(suffix, value)| supported && admit(&Record { kind, suffix, value }).is_ok())
-                .map(|(suffix, value)| (prefix.clone() + &suffix, value))
-                .collect();
-            let stands: Keys = self
-                .local
-                .stands
-                .iter()
-                .filter(|(key, _)| key.starts_with(&prefix))
-                .map(|(key, value)| (key.clone(), value.clone()))
-                .collect();
-            assert_eq!(stands, wanted, "seed {seed}: {kind} of the mirror (left) is not the source's");
+            let mut data = self.source.data.remove(&kind).unwrap_or_default();
+            data.retain(|_, _| supported);
+            self.check_mirrored(kind, &prefix, &data);
             let canary = canary_key(kind, &self.name, Layout::Cache);
             assert!(self.local.stands.contains_key(&canary), "seed {seed}: no canary of {kind}");
         }
@@ -451,6 +456,7 @@ fn a_restart_writes_nothing_with_or_without_the_cluster() {
 fn a_cluster_that_is_away_too_long_loses_its_services_until_it_is_back() {
     let mut world = World::new(1);
     world.mesh.cache_ttl = Some(TTL);
+    world.rules = Arc::default();
     world.source.config =
         Some(ClusterConfig { service_exports_enabled: Some(true), ..world.source.config.clone().unwrap() });
     world.restart();

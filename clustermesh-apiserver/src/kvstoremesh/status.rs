@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::import_policy::{Reason, Tally};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::publisher::PublisherStatus;
 use clustermesh_kvstore::reflector::ConnectionStatus;
@@ -13,7 +14,6 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use tokio::sync::watch;
 
-use super::admit::Refusal;
 use super::mirror::Mirror;
 use super::readiness::{Readiness, Stage};
 use crate::http::Subject;
@@ -47,7 +47,7 @@ struct Progress {
     synced: bool,
     connected_once: bool,
     keys: Vec<(Kind, usize)>,
-    refused: BTreeMap<Refusal, u64>,
+    tallies: Vec<(Kind, Reason, Tally)>,
     revocations: u64,
     failures: u64,
     /// Seconds since 1970.
@@ -119,9 +119,8 @@ impl RemoteStatus {
         progress.synced = mirror.is_synced();
         progress.keys.clear();
         progress.keys.extend(mirror.counts());
-        if progress.refused != *mirror.refused() {
-            progress.refused.clone_from(mirror.refused());
-        }
+        progress.tallies.clear();
+        progress.tallies.extend(mirror.tallies());
         progress.revocations = mirror.revocations();
     }
 
@@ -229,14 +228,21 @@ impl Collector for Status {
                 })
             }),
         )?;
-        out.counters(
-            "remote_cluster_refused_records",
-            "Records of the cluster that were not mirrored, by reason",
-            progress.iter().flat_map(|(name, progress)| {
-                progress.refused.iter().map(|(refusal, count)| {
-                    ([("target_cluster", *name), ("reason", refusal.reason())], *count)
+        // As an agent calls them.
+        out.prefix = "clustermesh_import";
+        let tallies = |count: fn(&Tally) -> u64| {
+            progress.iter().flat_map(move |(name, progress)| {
+                progress.tallies.iter().map(move |(kind, reason, tally)| {
+                    let labels = [("cluster", *name), ("kind", kind.as_str()), ("reason", reason.as_str())];
+                    (labels, count(tally))
                 })
-            }),
+            })
+        };
+        out.counters("refused", "Records that the import policy refused", tallies(|tally| tally.refused))?;
+        out.counters(
+            "audited",
+            "Records let in only because the import policy is audited",
+            tallies(|tally| tally.audited),
         )
     }
 }

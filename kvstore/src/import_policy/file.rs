@@ -77,6 +77,14 @@ impl PolicyFile {
         Ok(Self { default: Arc::new(rules), clusters })
     }
 
+    /// The same, with all rules only audited.
+    #[must_use]
+    pub fn audited(self) -> Self {
+        let audited = |rules: Arc<Rules>| Arc::new(Rules { mode: Mode::Audit, ..Rules::clone(&rules) });
+        let clusters = self.clusters.into_iter().map(|(name, rules)| (name, audited(rules))).collect();
+        Self { default: audited(self.default), clusters }
+    }
+
     /// The rules for one remote cluster.
     pub fn rules_for(&self, cluster: &ClusterName) -> Arc<Rules> {
         self.clusters.get(cluster).unwrap_or(&self.default).clone()
@@ -324,6 +332,11 @@ clusters:
         assert_eq!(gamma.pod_cidrs, PodCidrs::Nodes);
         assert!(beta.namespaces.admits("web-1") && !beta.namespaces.admits("kube-system"));
         assert!(beta.services.admits("shop/orders") && !beta.services.admits("shop/internal-x"));
+        let audited = file.audited();
+        for name in ["beta", "gamma", "unknown"] {
+            assert_eq!(audited.rules_for(&name.parse().unwrap()).mode, Mode::Audit);
+        }
+        assert_eq!(audited.rules_for(&"gamma".parse().unwrap()).quotas, gamma.quotas);
     }
 
     #[test]

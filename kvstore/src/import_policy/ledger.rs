@@ -2,7 +2,11 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use tracing::{debug, warn};
+
 use super::{Reason, Refusal};
+use crate::cluster::ClusterName;
+use crate::key::Kind;
 
 /// Refused keys that are kept to be listed, for each kind of a cluster.
 const NEWEST: usize = 32;
@@ -39,6 +43,25 @@ pub struct RefusedKey {
 }
 
 impl Ledger {
+    /// Notes a refusal and logs it. `audited`: the record was let in all the same.
+    pub fn tell(
+        &mut self,
+        cluster: &ClusterName,
+        kind: Kind,
+        suffix: &str,
+        refusal: &Refusal,
+        audited: bool,
+    ) {
+        let key = Self::shown(suffix);
+        if !self.note(suffix, refusal, audited) {
+            debug!(%cluster, %kind, key, %refusal, audited, "against the import policy");
+        } else if audited {
+            warn!(%cluster, %kind, key, %refusal, "the import policy would refuse a record; more of this reason are only counted");
+        } else {
+            warn!(%cluster, %kind, key, %refusal, "refused a record; more of this reason are only counted");
+        }
+    }
+
     /// Notes a refusal; tells whether it is the first for its reason. A peer must not fill a log: the
     /// first of a reason is worth a line, all others only count.
     pub fn note(&mut self, suffix: &str, refusal: &Refusal, audited: bool) -> bool {

@@ -27,7 +27,7 @@ pub use file::{PolicyFile, PolicyFileError};
 pub use ledger::{Ledger, RefusedKey, Tally};
 pub use pattern::{NameFilter, Pattern};
 pub use refusal::{Reason, Refusal};
-pub use reload::{CurrentPolicy, follow};
+pub use reload::{CurrentPolicy, PolicySource, follow};
 pub use rules::{Mode, PodCidrs, Quotas, Rules};
 
 use crate::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};

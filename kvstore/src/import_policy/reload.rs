@@ -13,6 +13,15 @@ use super::file::{PolicyFile, PolicyFileError};
 /// The file is read this often even without an event.
 const RESCAN: Duration = Duration::from_secs(2);
 
+/// The operator's file, and what to do by it.
+#[derive(Clone, Debug, Default)]
+pub struct PolicySource {
+    /// The file; none: what is plausible is allowed.
+    pub path: Option<PathBuf>,
+    /// Its rules are only audited.
+    pub dry_run: bool,
+}
+
 /// The policy in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CurrentPolicy {
@@ -22,22 +31,28 @@ pub struct CurrentPolicy {
     pub error: Option<String>,
 }
 
-/// Reads `path` at once and follows it; without a path, what is plausible is allowed for good. A file
-/// that becomes unreadable or wrong changes nothing but [`CurrentPolicy::error`]. The follower ends when
-/// all receivers are dropped.
+/// Reads the file at once and follows it; without one, what is plausible is allowed for good. A file that
+/// becomes unreadable or wrong changes nothing but [`CurrentPolicy::error`]. The follower ends when all
+/// receivers are dropped.
 ///
 /// # Errors
 /// The file is no policy now.
-pub fn follow(path: Option<&Path>) -> Result<watch::Receiver<CurrentPolicy>, PolicyFileError> {
-    let file = path.map(PolicyFile::load).transpose()?.unwrap_or_default();
+pub fn follow(source: PolicySource) -> Result<watch::Receiver<CurrentPolicy>, PolicyFileError> {
+    let PolicySource { path, dry_run } = source;
+    let file = path.as_deref().map(|path| load(path, dry_run)).transpose()?.unwrap_or_default();
     let (current, receiver) = watch::channel(CurrentPolicy { file, error: None });
     if let Some(path) = path {
-        tokio::spawn(keep_reading(path.to_owned(), current));
+        tokio::spawn(keep_reading(path, dry_run, current));
     }
     Ok(receiver)
 }
 
-async fn keep_reading(path: PathBuf, current: watch::Sender<CurrentPolicy>) {
+fn load(path: &Path, dry_run: bool) -> Result<PolicyFile, PolicyFileError> {
+    let file = PolicyFile::load(path)?;
+    Ok(if dry_run { file.audited() } else { file })
+}
+
+async fn keep_reading(path: PathBuf, dry_run: bool, current: watch::Sender<CurrentPolicy>) {
     let (wake, mut woken) = mpsc::channel::<()>(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // Our own reading makes events of access; waking for them would never end.
@@ -63,7 +78,7 @@ async fn keep_reading(path: PathBuf, current: watch::Sender<CurrentPolicy>) {
             _ = rescan.tick() => {}
             Some(()) = woken.recv() => {}
         }
-        current.send_if_modified(|current| current.take(PolicyFile::load(&path)));
+        current.send_if_modified(|current| current.take(load(&path, dry_run)));
     }
 }
 
@@ -95,7 +110,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("policy.yaml");
         std::fs::write(&path, "default: {mode: audit}").unwrap();
-        let mut current = follow(Some(&path)).unwrap();
+        let mut current = follow(PolicySource { path: Some(path.clone()), dry_run: false }).unwrap();
         let first = current.borrow_and_update().clone();
         assert_eq!(first.error, None);
         let mut write = async |text: &str| {
@@ -113,7 +128,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_wrong_file_at_start_is_an_error() {
-        assert!(follow(Some(Path::new("/nonexistent/policy.yaml"))).is_err());
-        assert_eq!(*follow(None).unwrap().borrow(), CurrentPolicy::default());
+        let nowhere = PolicySource { path: Some("/nonexistent/policy.yaml".into()), dry_run: false };
+        assert!(follow(nowhere).is_err());
+        assert_eq!(*follow(PolicySource::default()).unwrap().borrow(), CurrentPolicy::default());
     }
 }
