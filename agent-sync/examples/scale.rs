@@ -23,7 +23,7 @@ use clustermesh_kvstore::record::{
     Service,
 };
 use clustermesh_kvstore::reflector::ReflectorEvent;
-use ebpf_global_svc::table::Table;
+use ebpf_global_svc::table::{Cursor, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 
 const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
@@ -47,6 +47,13 @@ impl<K, V> Table<K, V> for Counted {
     }
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError> {
         Ok(Vec::new())
+    }
+    fn page(&self, cursor: &mut Option<Cursor>, _limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
+        *cursor = None;
+        Ok(Vec::new())
+    }
+    fn get(&self, keys: &[K]) -> Result<Vec<Option<V>>, DatapathError> {
+        Ok(keys.iter().map(|_| None).collect())
     }
     fn capacity(&self) -> u64 {
         u64::MAX

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
@@ -45,6 +46,8 @@ pub struct Options {
     pub http_addr: Option<SocketAddr>,
     /// Dead clusters are taken out of load-balancing; none: no cluster is watched.
     pub liveness: Option<LivenessOptions>,
+    /// From one comparison of the tables with what is wanted to the next; none: never.
+    pub scan_interval: Option<Duration>,
 }
 
 /// How the kernel is used.
@@ -155,6 +158,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         node_ip: options.node_ip,
         datapath,
         pod_links,
+        scan_interval: options.scan_interval,
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let channels = Channels {

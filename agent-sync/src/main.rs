@@ -102,6 +102,10 @@ struct Flags {
     /// TCP port on which a node is asked that does not answer ICMP; a refusal is an answer
     #[arg(long, value_name = "PORT", default_value_t = LivenessOptions::default().probe_port)]
     liveness_probe_port: u16,
+    /// Seconds from one comparison of the tables with what is wanted to the next; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+        value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
+    kernel_scan_interval: u64,
     /// How log lines look; RUST_LOG says which there are
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -213,6 +217,8 @@ impl Flags {
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,
             liveness: (self.liveness == Switch::On).then_some(liveness),
+            scan_interval: (self.kernel_scan_interval > 0)
+                .then_some(Duration::from_secs(self.kernel_scan_interval)),
         })
     }
 }

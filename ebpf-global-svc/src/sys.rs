@@ -64,7 +64,7 @@ pub(crate) fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> Result<
 }
 
 /// Where a batched walk stands. Opaque to us; at most a key long.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Cursor {
     _opaque: [u8; 32],
 }

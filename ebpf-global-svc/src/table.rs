@@ -17,6 +17,7 @@ use crate::{
         BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, NodeKey, NodeValue,
         PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
     },
+    sys,
 };
 
 /// A map with keys `K` and values `V`.
@@ -43,11 +44,36 @@ pub trait Table<K, V>: Send {
     /// [`DatapathError::Map`] when the kernel fails.
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError>;
 
+    /// About `limit` entries from where `cursor` stands (none: the beginning), which moves on; it is
+    /// none again after the last entry. Others may write between two pages: what they add or remove may
+    /// be missed or be returned, everything else is returned at least once.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] when the kernel fails; the cursor stays where it is.
+    fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError>;
+
+    /// The values of `keys`, in their order. A trie answers for a prefix that it does not have with the
+    /// value of the longest one around it.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] when the kernel fails.
+    fn get(&self, keys: &[K]) -> Result<Vec<Option<V>>, DatapathError>;
+
     /// Entries that fit.
     fn capacity(&self) -> u64;
 
     /// Name of the map, e.g. `cm_ipcache`.
     fn name(&self) -> &'static str;
+}
+
+/// Where a walk in pages stands, of one table.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor(At);
+
+#[derive(Clone, Copy, Debug)]
+enum At {
+    Kernel(sys::Cursor),
+    Memory(usize),
 }
 
 /// All tables of one node.

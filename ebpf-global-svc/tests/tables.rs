@@ -6,7 +6,7 @@ mod support;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ebpf_global_svc::{Datapath, DatapathError, Tables, abi::ClusterState};
+use ebpf_global_svc::{Datapath, DatapathError, Tables, abi::ClusterState, table::Table};
 use support::{Root, ip_key, ip_value, prefix_key, prefix_value};
 
 fn ip(n: u32) -> IpAddr {
@@ -45,6 +45,12 @@ fn ten_thousand_entries_go_in_and_out() {
     let gone: Vec<_> = (0..20_000).filter(|n| n % 2 == 0).map(|n| prefix_key(ip(n << 8), 24)).collect();
     tables.prefix.remove(&gone).unwrap();
     assert_eq!(tables.prefix.dump().unwrap().len(), 5_000);
+    let mut paged = pages(&*tables.ipcache);
+    paged.sort_unstable_by_key(|(key, _)| *key);
+    assert_eq!(paged, left);
+    assert_eq!(pages(&*tables.prefix).len(), 5_000);
+    let values = tables.ipcache.get(&[left[0].0, ip_key(2, ip(0))]).unwrap();
+    assert_eq!(values, [Some(left[0].1), None]);
 }
 
 #[test]
@@ -79,6 +85,8 @@ fn the_cluster_table_shows_only_what_is_not_healthy() {
     assert_eq!(tables.cluster.dump().unwrap(), [(7, draining), (511, dead)]);
     tables.cluster.remove(&[7, 9]).unwrap();
     assert_eq!(tables.cluster.dump().unwrap(), [(511, dead)]);
+    assert_eq!(pages(&*tables.cluster), [(511, dead)]);
+    assert_eq!(tables.cluster.get(&[7, 511]).unwrap(), [None, Some(dead)]);
 }
 
 #[test]
@@ -116,5 +124,16 @@ fn programs_stay_far_below_the_verifiers_limit() {
             program.name, program.verified_instructions, program.instructions
         );
         assert!((1..100_000).contains(&program.verified_instructions), "{program:?}");
+    }
+}
+
+/// All entries, by pages.
+fn pages<K, V>(table: &dyn Table<K, V>) -> Vec<(K, V)> {
+    let (mut cursor, mut entries) = (None, Vec::new());
+    loop {
+        entries.extend(table.page(&mut cursor, 300).unwrap());
+        if cursor.is_none() {
+            return entries;
+        }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::digest::SourceTime;
@@ -21,6 +21,7 @@ use crate::liveness::nodes::candidates;
 use crate::mesh::{Conflict, Links, Mesh};
 use crate::peers::OwnCluster;
 use crate::reconcile::Reconciler;
+use crate::reconcile::drift::{Drift, Scan};
 
 /// Refused claims that are remembered to be shown.
 const CONFLICTS: usize = 1000;
@@ -32,6 +33,7 @@ pub struct Core {
     members: Members,
     mesh: Mesh,
     reconciler: Reconciler,
+    scan: Scan,
     /// Refused claims, and since when; at most [`CONFLICTS`] of them.
     conflicts: BTreeMap<Conflict, Instant>,
 }
@@ -63,7 +65,14 @@ impl Core {
             "read back what is installed"
         );
         let mesh = Mesh::new(own.id, node_name, node_ip, restored);
-        Ok(Self { members: Members::new(own.clone()), own, mesh, reconciler, conflicts: BTreeMap::new() })
+        Ok(Self {
+            members: Members::new(own.clone()),
+            own,
+            mesh,
+            reconciler,
+            scan: Scan::default(),
+            conflicts: BTreeMap::new(),
+        })
     }
 
     /// Takes in what a peer's task tells.
@@ -93,6 +102,7 @@ impl Core {
         if let Some(error) = self.reconciler.last_error().filter(|error| Some(*error) != before.as_deref()) {
             warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
         }
+        self.scan.run(now, &self.mesh, &self.reconciler, tables);
         Stepped { topology_changed }
     }
 
@@ -132,7 +142,17 @@ impl Core {
 
     /// When [`Self::step`] has something to do even if nothing is applied before.
     pub fn deadline(&self) -> Option<Instant> {
-        self.reconciler.deadline()
+        [self.reconciler.deadline(), self.scan.deadline()].into_iter().flatten().min()
+    }
+
+    /// Compares the tables with what is wanted each `interval`; none (the default): never.
+    pub fn scan_tables(&mut self, interval: Option<Duration>, now: Instant) {
+        self.scan.set_interval(interval, now);
+    }
+
+    /// What was found in the tables that is not of this agent; none if nobody looks.
+    pub fn drift(&self) -> Option<&Drift> {
+        self.scan.drift()
     }
 
     /// The own cluster is synced, and everything is installed.

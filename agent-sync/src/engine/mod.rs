@@ -14,7 +14,7 @@ mod query;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::digest::SourceTime;
@@ -102,6 +102,8 @@ pub struct Setup {
     pub datapath: Option<Datapath>,
     /// Pods that this node routes to; none: there is no network to look at.
     pub pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
+    /// From one comparison of the tables with what is wanted to the next; none: never.
+    pub scan_interval: Option<Duration>,
 }
 
 /// Channels of a running engine.
@@ -134,14 +136,15 @@ impl Engine {
     /// # Errors
     /// If the tables cannot be read.
     pub fn new(setup: Setup) -> Result<Self, DatapathError> {
-        let Setup { own, node_name, node_ip, datapath, pod_links } = setup;
+        let Setup { own, node_name, node_ip, datapath, pod_links, scan_interval } = setup;
         let tables = match &datapath {
             Some(datapath) => datapath.tables()?,
             None => Tables::memory(),
         };
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;
-        let core = Core::restore(own, &node_name, node_ip, started, &tables)?;
+        let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
+        core.scan_tables(scan_interval, started);
         let mut engine = Self { core, tables, datapath, hooks, pod_links, started };
         engine.take_links();
         Ok(engine)

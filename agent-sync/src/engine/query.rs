@@ -16,6 +16,7 @@ use super::{Engine, shown};
 use crate::digest::{Histogram, Stage, Verdict};
 use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
+use crate::reconcile::drift::Drift;
 use crate::wire_key;
 
 /// A question to the engine.
@@ -72,6 +73,8 @@ pub struct Overview {
     pub conflicts: Vec<(Conflict, Duration)>,
     /// Refused contributions to services.
     pub left_out: LeftOut,
+    /// What was found in the tables that is not as it should be; none if nobody looks.
+    pub drift: Option<Drift>,
     /// Since the start.
     pub uptime: Duration,
 }
@@ -145,6 +148,7 @@ impl Engine {
                 .map(|(conflict, since)| (conflict.clone(), since.elapsed()))
                 .collect(),
             left_out: self.core.mesh().left_out(),
+            drift: self.core.drift().cloned(),
             uptime: self.started.elapsed(),
         }
     }

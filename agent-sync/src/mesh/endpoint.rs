@@ -74,6 +74,11 @@ impl Endpoints {
         &self.local
     }
 
+    /// What is to be installed.
+    pub(super) fn wanted(&self) -> &HashMap<IpAddr, EndpointValue> {
+        &self.installed
+    }
+
     pub(super) fn compute(&mut self, own: &Records) -> Vec<(IpKey, Option<EndpointValue>)> {
         let mut changes = Vec::new();
         for ip in std::mem::take(&mut self.dirty) {

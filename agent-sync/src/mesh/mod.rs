@@ -17,6 +17,7 @@ mod placement;
 mod records;
 mod service;
 mod topology;
+mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};

@@ -117,7 +117,14 @@ impl Placement {
         }
     }
 
-    fn judge(&self, topology: &Topology, cluster: u16, ip: IpAddr, value: IpValue) -> Option<IpValue> {
+    /// What is to be installed as things stand.
+    pub(super) fn judge(
+        &self,
+        topology: &Topology,
+        cluster: u16,
+        ip: IpAddr,
+        value: IpValue,
+    ) -> Option<IpValue> {
         if self.at_own_nodes(cluster) && topology.holder(ip) != Some(cluster) {
             return None;
         }

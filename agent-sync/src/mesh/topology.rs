@@ -190,6 +190,21 @@ impl Topology {
         self.addresses.get(&ip).copied()
     }
 
+    /// What is to be installed for a prefix.
+    pub(super) fn wanted_prefix(&self, net: &IpNet) -> Option<PrefixValue> {
+        self.prefixes.get(net).map(|holder| holder.value())
+    }
+
+    /// What is to be installed for an underlay address.
+    pub(super) fn wanted_node(&self, ip: IpAddr) -> Option<NodeValue> {
+        self.address_holder(ip).map(node_value)
+    }
+
+    /// Underlay addresses of all nodes.
+    pub(super) fn node_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.keys().copied()
+    }
+
     pub(super) fn conflicts(&self) -> impl Iterator<Item = Conflict> {
         let prefixes = self.refused_prefixes.iter().map(|((net, cluster), holder)| Conflict {
             cluster: *cluster,

@@ -10,6 +10,7 @@
 //! backends that nothing reaches any more stay for a grace period (see [`services`]): a program that
 //! read the old count a moment ago may still follow it.
 
+pub mod drift;
 mod plain;
 mod services;
 mod write;

@@ -8,6 +8,7 @@ use std::hash::Hash;
 
 use ebpf_global_svc::table::Table;
 
+use super::drift::Want;
 use super::write::{Errors, remove_each, upsert_each};
 
 /// Changes of one table that are not installed yet.
@@ -57,6 +58,14 @@ impl<K: Copy + Eq + Hash, V: Copy> Plain<K, V> {
         if self.fresh.is_empty() {
             // An initial sync passes a whole table through here; do not keep its size for ever.
             self.fresh.shrink_to(64);
+        }
+    }
+
+    /// What is to be installed under a key by now, if `value` is desired.
+    pub(super) fn want(&self, key: &K, value: Option<V>) -> Want<V> {
+        match self.fresh.contains_key(key) || self.failed.contains_key(key) {
+            true => Want::Unsettled,
+            false => value.map_or(Want::Nothing, Want::Value),
         }
     }
 

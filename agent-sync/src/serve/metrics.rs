@@ -49,6 +49,15 @@ fn agent(status: &StatusResponse, registry: &mut Registry) {
         set(&entries, vec![("table", table.name.clone())], table.entries);
         set(&capacity, vec![("table", table.name.clone())], table.max_entries);
     }
+    if let Some(drift) = &status.kernel_drift {
+        let found = Counters::default();
+        let help = "Entries that somebody else changed in the kernel, written again";
+        registry.register("kernel_drift", help, found.clone());
+        for one in &drift.counts {
+            let labels = vec![("table", one.table.clone()), ("kind", one.kind.clone())];
+            found.get_or_create(&labels).inc_by(one.count);
+        }
+    }
     let conflicts = gauge(registry, "conflicts", "Claims refused because another cluster holds the address");
     set(&conflicts, vec![("of", "addresses".into())], status.conflicts.len() as u64);
     set(&conflicts, vec![("of", "backends".into())], status.backend_conflicts);

@@ -12,6 +12,7 @@ use crate::engine::{DigestView, KindView, Overview};
 use crate::liveness::Standing;
 use crate::mesh::Conflict;
 use crate::peers::PeerView;
+use crate::reconcile::drift::Drift;
 
 impl Source {
     /// `with_refused`: with the keys that were refused lately.
@@ -53,6 +54,7 @@ impl Source {
             backend_conflicts: overview.left_out.conflicts,
             clusters_left_out: overview.left_out.clusters,
             import_policy_error: self.policy.borrow().error.clone().unwrap_or_default(),
+            kernel_drift: overview.drift.as_ref().map(kernel_drift),
         })
     }
 }
@@ -73,6 +75,21 @@ impl Source {
     fn name_of(&self, id: u16, overview: &Overview) -> String {
         let named = overview.ids.iter().find(|(_, other)| other.get() == id);
         named.map_or_else(String::new, |(name, _)| name.to_string())
+    }
+}
+
+fn kernel_drift(drift: &Drift) -> v1::KernelDrift {
+    let counts = drift.found.iter().map(|((table, kind), count)| v1::DriftCount {
+        table: (*table).into(),
+        kind: kind.to_string(),
+        count: *count,
+    });
+    v1::KernelDrift {
+        scans: drift.scans,
+        repaired: drift.total(),
+        counts: counts.collect(),
+        last_age_ms: drift.last.map_or(0, |last| millis(last.elapsed()).max(1)),
+        error: drift.error.clone().unwrap_or_default(),
     }
 }
 

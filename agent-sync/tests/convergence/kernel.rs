@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{BackendValue, ClusterState, ServiceKey, ServiceValue, SlotKey};
-use ebpf_global_svc::table::{MemoryTable, Table};
+use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -160,6 +160,17 @@ where
 
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError> {
         Ok(M::map(&mut self.lock()).iter().map(|(key, value)| (*key, *value)).collect())
+    }
+
+    fn page(&self, cursor: &mut Option<Cursor>, _limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
+        *cursor = None;
+        self.dump()
+    }
+
+    fn get(&self, keys: &[K]) -> Result<Vec<Option<V>>, DatapathError> {
+        let mut kernel = self.lock();
+        let map = M::map(&mut kernel);
+        Ok(keys.iter().map(|key| map.get(key).copied()).collect())
     }
 
     fn capacity(&self) -> u64 {

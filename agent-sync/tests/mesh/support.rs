@@ -237,6 +237,7 @@ impl Agent {
         std::fs::write(dir.path().join("policy.yaml"), "").unwrap();
         let max = MaxConnectedClusters::C255;
         let options = Options {
+            scan_interval: None,
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),
             node_ip: None,

@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use super::Table;
+use super::{At, Cursor, Table};
 use crate::{
     DatapathError,
     abi::Plain,
@@ -134,6 +134,38 @@ where
         })
         .map_err(|error| self.failed("read", error))?;
         Ok(entries)
+    }
+
+    fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
+        let mut limit = limit.clamp(1, BATCH);
+        let from = match cursor {
+            Some(Cursor(At::Kernel(from))) => Some(*from),
+            _ => None,
+        };
+        loop {
+            match sys::lookup_batch::<K, V>(self.map.as_fd(), from.as_ref(), limit, 1) {
+                Ok((keys, values, next)) => {
+                    *cursor = next.map(|next| Cursor(At::Kernel(next)));
+                    let entries = keys.into_iter().zip(values);
+                    return Ok(entries.filter(|(_, value)| self.absent.as_ref() != Some(value)).collect());
+                }
+                // One bucket holds more than the limit.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => limit *= 2,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // No batches for this map: it is read as a whole.
+                Err(error) if from.is_none() && sys::is_unsupported(&error) => return self.dump(),
+                Err(error) => return Err(self.failed("read", error)),
+            }
+        }
+    }
+
+    fn get(&self, keys: &[K]) -> Result<Vec<Option<V>>, DatapathError> {
+        let one = |key: &K| {
+            let values = sys::lookup(self.map.as_fd(), key, 1).map_err(|error| self.failed("read", error))?;
+            let value = values.and_then(|values: Vec<V>| values.first().copied());
+            Ok(value.filter(|value| self.absent.as_ref() != Some(value)))
+        };
+        keys.iter().map(one).collect()
     }
 
     fn capacity(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::Table;
+use super::{At, Cursor, Table};
 use crate::DatapathError;
 
 /// [`Table`] in memory, in key order.
@@ -57,6 +57,20 @@ where
 
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError> {
         Ok(self.entries.iter().map(|(key, value)| (*key, *value)).collect())
+    }
+
+    fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
+        let from = match cursor {
+            Some(Cursor(At::Memory(from))) => *from,
+            _ => 0,
+        };
+        let to = from.saturating_add(limit.max(1));
+        *cursor = (to < self.entries.len()).then_some(Cursor(At::Memory(to)));
+        Ok(self.entries.iter().skip(from).take(to - from).map(|(key, value)| (*key, *value)).collect())
+    }
+
+    fn get(&self, keys: &[K]) -> Result<Vec<Option<V>>, DatapathError> {
+        Ok(keys.iter().map(|key| self.entries.get(key).copied()).collect())
     }
 
     fn capacity(&self) -> u64 {

@@ -45,6 +45,16 @@ impl Garbage {
         self.young.orphans.extend(backends);
     }
 
+    /// Slots of services that are gone.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotKey> {
+        self.young.slots.iter().chain(&self.old.slots).map(|(key, _)| *key)
+    }
+
+    /// Whether this backend is to be deleted.
+    pub(super) fn has_orphan(&self, id: u32) -> bool {
+        self.young.orphans.contains(&id) || self.old.orphans.contains(&id)
+    }
+
     pub(super) fn schedule(&mut self, now: Instant) {
         if self.sweep_at.is_none() && !(self.young.is_empty() && self.old.is_empty()) {
             self.sweep_at = Some(now + GRACE);

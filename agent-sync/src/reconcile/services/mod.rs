@@ -12,6 +12,7 @@
 mod garbage;
 mod layout;
 mod restore;
+mod wanted;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;

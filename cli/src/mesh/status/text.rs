@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use clustermesh_agent_api::v1::{
-    Conflict, KindStatus, Liveness, LocalCounts, Peer, StatusResponse, TableFill,
+    Conflict, KernelDrift, KindStatus, Liveness, LocalCounts, Peer, StatusResponse, TableFill,
 };
 
 use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_ready};
@@ -84,6 +84,9 @@ impl Text {
         } else if status.pending_changes > 0 {
             self.line(2, format!("datapath: {} changes pending", status.pending_changes));
         }
+        if let Some(drift) = &status.kernel_drift {
+            self.kernel_drift(drift);
+        }
         if !status.import_policy_error.is_empty() {
             let text = format!(
                 "import policy: {}; the one before stays in force",
@@ -108,6 +111,21 @@ impl Text {
         if !status.tables.is_empty() {
             let fills: Vec<_> = status.tables.iter().map(|table| self.fill(table)).collect();
             self.line(2, format!("maps: {}", fills.join(", ")));
+        }
+    }
+
+    /// Whether the kernel's tables are as the agent wrote them.
+    fn kernel_drift(&mut self, drift: &KernelDrift) {
+        if !drift.error.is_empty() {
+            let text = format!("kernel: not all tables compared: {}", one_line(&drift.error));
+            self.line(2, self.style.paint(Tone::Bad, &text));
+        } else if drift.repaired == 0 {
+            self.line(2, if drift.scans == 0 { "kernel: not compared yet" } else { "kernel: in sync" });
+        }
+        if drift.repaired > 0 {
+            let entries = if drift.repaired == 1 { "entry" } else { "entries" };
+            let (n, ago) = (drift.repaired, age(drift.last_age_ms));
+            self.line(2, format!("kernel: {n} {entries} repaired, last {ago} ago"));
         }
     }
 
