@@ -394,12 +394,35 @@ impl Core {
 
     /// Progress so far.
     pub fn status(&self) -> PublisherStatus {
-        let pending = self.keys.pending();
-        let mut status = PublisherStatus { pending, leases: self.leases.len(), ..self.status.clone() };
-        for (index, owned) in self.spec.owned.iter().enumerate() {
-            status.synced.insert(owned.prefix.clone(), self.is_synced(index));
-        }
+        let mut status = self.status.clone();
+        self.update(&mut status);
         status
+    }
+
+    /// Brings `status`, which is of this publisher or new, up to date; tells whether that changed it. It is
+    /// asked for all the time, so it copies nothing that is the same.
+    pub fn update(&self, status: &mut PublisherStatus) -> bool {
+        let sizes = [self.keys.pending(), self.leases.len()];
+        let sums = [self.status.written, self.status.deleted, self.status.repaired];
+        let mut changed = sizes != [status.pending, status.leases]
+            || sums != [status.written, status.deleted, status.repaired];
+        [status.pending, status.leases] = sizes;
+        [status.written, status.deleted, status.repaired] = sums;
+        if status.last_error != self.status.last_error {
+            status.last_error.clone_from(&self.status.last_error);
+            changed = true;
+        }
+        for (index, owned) in self.spec.owned.iter().enumerate() {
+            let now = self.is_synced(index);
+            match status.synced.get_mut(&owned.prefix) {
+                Some(known) => changed |= std::mem::replace(known, now) != now,
+                None => {
+                    status.synced.insert(owned.prefix.clone(), now);
+                    changed = true;
+                }
+            }
+        }
+        changed
     }
 
     /// Everything owned is complete, written, and its canaries are too.
@@ -548,16 +571,11 @@ impl Core {
         let mut ops: Vec<Op> = Vec::new();
         let mut bytes = 0;
         let mut digests = false;
-        let mut aside = Vec::new();
         while ops.len() < self.spec.batch.clamp(1, 128) {
-            let Some((class, key)) = self.keys.first_dirty() else { break };
+            // Others are touched again when they are listed, or settled.
+            let Some((class, key)) = self.keys.first_dirty(|class| self.may_write(class)) else { break };
             let trouble = self.keys.get(&key).and_then(|s| s.trouble);
             let held = trouble.and_then(|t| t.holds_until(now));
-            if !self.may_write(class) {
-                // Listed or settled later; then it is touched again.
-                self.keys.set_aside(class, key, &mut aside);
-                continue;
-            }
             match self.difference(class, &key, wall) {
                 Difference::None => {
                     if let Some(state) = self.keys.get_mut(&key) {
@@ -573,7 +591,9 @@ impl Core {
                         self.check_canary(index);
                     }
                 }
-                Difference::NoLease => self.keys.set_aside(class, key, &mut aside),
+                Difference::Asking => self.keys.place(&key, Place::Asking),
+                // All others would wait for it, too.
+                Difference::NoLease => break,
                 Difference::Write(_) if held.is_some() => {
                     if let Some(at) = held {
                         self.keys.place(&key, Place::Waiting(at));
@@ -599,7 +619,6 @@ impl Core {
                 }
             }
         }
-        self.keys.put_back(aside);
         ops
     }
 
@@ -639,15 +658,15 @@ impl Core {
         if let Some(actual) = same {
             match self.leases.state(actual.lease) {
                 LeaseState::Ours => return Difference::None,
-                LeaseState::Asked => return Difference::NoLease,
+                LeaseState::Asked => return Difference::Asking,
                 LeaseState::Unknown => {
                     self.leases.adopt(actual.lease);
-                    return Difference::NoLease;
+                    return Difference::Asking;
                 }
                 LeaseState::Gone => {}
             }
         }
-        match self.leases.pick(state.actual.as_ref().map(|a| a.lease)) {
+        match self.leases.pick(state.actual.as_ref().map(|a| a.lease), self.keys.dirty()) {
             Some(lease) => Difference::Write(Op::Put { key: key.clone(), value, lease }),
             None => Difference::NoLease,
         }
@@ -681,6 +700,8 @@ fn add_digest_folders(spec: &PublisherSpec, folders: &mut Vec<String>) -> Vec<us
 enum Difference {
     None,
     Write(Op),
-    /// Differs, but waits for a lease to be granted or to be found alive.
+    /// None if its lease is found alive.
+    Asking,
+    /// Differs, but waits for a lease to be granted.
     NoLease,
 }

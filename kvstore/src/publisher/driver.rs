@@ -6,11 +6,10 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::stream::{FuturesUnordered, SelectAll};
+use futures::stream::{FuturesUnordered, SelectAll, StreamExt as _};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +18,9 @@ use crate::digest::{MAX_RECENT, Timed};
 use crate::etcd::{Session, SessionError, WriteOp};
 use crate::reflector::core::Change;
 use crate::reflector::{Connection, LiveSession, ReflectorSpec};
+
+/// Changes in etcd, mostly echoes of our own, that are taken in before it is looked what is to be done.
+const TURN: usize = 256;
 
 /// Publishes desired values; see the module. Dropping it stops it; the keys stay until their leases end.
 #[derive(Debug)]
@@ -172,6 +174,7 @@ async fn run(
         let receiver = connection.follow(spec, move |change| Some((index, change)));
         changes.push(Box::pin(ReceiverStream::new(receiver)));
     }
+    let mut changes = changes.ready_chunks(TURN);
     let mut sessions = connection.sessions();
     sessions.mark_changed();
     let running = FuturesUnordered::new();
@@ -193,7 +196,9 @@ async fn run(
                 waiters.append(&mut wishes.waiters);
                 driver.wish(wishes);
             }
-            Some((stream, change)) = changes.next() => driver.saw(stream, change),
+            Some(changes) = changes.next() => {
+                changes.into_iter().for_each(|(stream, change)| driver.saw(stream, change));
+            }
             Some(outcome) = driver.running.next() => {
                 if let Outcome::Txn { result: Ok(revision), .. } = &outcome {
                     // What we wrote is history, too: an etcd that is back before it has lost some.
@@ -210,12 +215,7 @@ async fn run(
                 let _gone = waiter.send(());
             }
         }
-        status.send_if_modified(|known| {
-            let now = driver.core.status();
-            let differ = *known != now;
-            *known = now;
-            differ
-        });
+        status.send_if_modified(|known| driver.core.update(known));
     }
 }
 

@@ -1,10 +1,11 @@
 //! The keys that a publisher knows, and where each stands on its way to being as desired.
 //!
 //! A key is clean (as desired, as far as is known), dirty (to be looked at), waiting (to be looked at
-//! later) or in a transaction. [`Keys::place`] alone moves it, so that the order in which dirty keys are
-//! written and the count of unsettled ones always fit.
+//! later, or when its lease is known to live) or in a transaction. [`Keys::place`] alone moves it, so that
+//! the order in which dirty keys are written and the count of unsettled ones always fit. No step costs
+//! more the more keys there are, but those that concern all of them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,8 +29,8 @@ pub(super) enum Class {
 /// All keys with something desired, standing or unknown.
 pub(super) struct Keys {
     known: HashMap<Arc<str>, KeyState>,
-    /// Keys to look at, in the order in which they are to be written: by class, then name.
-    dirty: BTreeSet<(Class, Arc<str>)>,
+    /// Keys to look at, in the order in which they are to be written: by class, then by age.
+    dirty: BTreeMap<Class, VecDeque<Arc<str>>>,
     /// Keys that wait until a time.
     waiting: BTreeSet<(Instant, Arc<str>)>,
     /// By owned prefix: keys dirty, waiting or in flight.
@@ -69,6 +70,8 @@ pub(super) enum Place {
     Clean,
     Dirty,
     Waiting(Instant),
+    /// As desired, if its lease lives; looked at again when that is known.
+    Asking,
     /// In a transaction; looked at again when that is answered.
     InFlight,
 }
@@ -87,7 +90,7 @@ impl Keys {
     pub(super) fn new(prefixes: usize) -> Self {
         Self {
             known: HashMap::new(),
-            dirty: BTreeSet::new(),
+            dirty: BTreeMap::new(),
             waiting: BTreeSet::new(),
             unsettled: vec![0; prefixes],
             open: vec![0; prefixes],
@@ -116,7 +119,7 @@ impl Keys {
     /// Looks at a key again.
     pub(super) fn touch(&mut self, key: &str) {
         let Some((name, state)) = self.known.get_key_value(key) else { return };
-        if state.place == Place::Clean {
+        if matches!(state.place, Place::Clean | Place::Asking) {
             let name = name.clone();
             self.place(&name, Place::Dirty);
         }
@@ -149,20 +152,23 @@ impl Keys {
     /// The only place where a key moves between sets. A clean key that neither stands nor should is forgotten.
     pub(super) fn place(&mut self, key: &Arc<str>, to: Place) {
         let Some(state) = self.known.get_mut(key) else { return };
+        if state.place == to {
+            return;
+        }
         let class = state.class;
         let was_open = state.is_open();
         let from = std::mem::replace(&mut state.place, to);
         let forgotten = to == Place::Clean && state.desired.is_none() && state.actual.is_none();
         let is_open = state.is_open() && !forgotten;
         match from {
-            Place::Dirty => drop(self.dirty.remove(&(class, key.clone()))),
+            Place::Dirty => self.take_from_queue(class, key),
             Place::Waiting(at) => drop(self.waiting.remove(&(at, key.clone()))),
-            Place::Clean | Place::InFlight => {}
+            Place::Clean | Place::Asking | Place::InFlight => {}
         }
         match to {
-            Place::Dirty => drop(self.dirty.insert((class, key.clone()))),
+            Place::Dirty => self.dirty.entry(class).or_default().push_back(key.clone()),
             Place::Waiting(at) => drop(self.waiting.insert((at, key.clone()))),
-            Place::Clean | Place::InFlight => {}
+            Place::Clean | Place::Asking | Place::InFlight => {}
         }
         if let Class::Owned(index) = class {
             let change = isize::from(to != Place::Clean) - isize::from(from != Place::Clean);
@@ -183,16 +189,18 @@ impl Keys {
         self.count_open(class, was_open, is_open);
     }
 
-    /// Takes a dirty key out of the order for as long as a batch is put together.
-    pub(super) fn set_aside(&mut self, class: Class, key: Arc<str>, aside: &mut Vec<(Class, Arc<str>)>) {
-        let entry = (class, key);
-        self.dirty.remove(&entry);
-        aside.push(entry);
-    }
-
-    /// Ends [`Self::set_aside`].
-    pub(super) fn put_back(&mut self, aside: Vec<(Class, Arc<str>)>) {
-        self.dirty.extend(aside);
+    fn take_from_queue(&mut self, class: Class, key: &Arc<str>) {
+        let Some(queue) = self.dirty.get_mut(&class) else { return };
+        if queue.front() == Some(key) {
+            queue.pop_front();
+        } else if let Some(at) = queue.iter().position(|queued| queued == key) {
+            // Nobody looks at keys out of turn.
+            queue.remove(at);
+        }
+        if queue.is_empty() {
+            // With its memory: what a first list needed is not needed again.
+            self.dirty.remove(&class);
+        }
     }
 
     pub(super) fn get(&self, key: &str) -> Option<&KeyState> {
@@ -204,9 +212,15 @@ impl Keys {
         self.known.iter().filter(|(_, state)| which(state)).map(|(name, _)| name.clone()).collect()
     }
 
-    /// The dirty key to be written first.
-    pub(super) fn first_dirty(&self) -> Option<(Class, Arc<str>)> {
-        self.dirty.first().cloned()
+    /// The dirty key to be written first, of the classes that `may` be written.
+    pub(super) fn first_dirty(&self, may: impl Fn(Class) -> bool) -> Option<(Class, Arc<str>)> {
+        let (class, queue) = self.dirty.iter().find(|(class, _)| may(**class))?;
+        Some((*class, queue.front()?.clone()))
+    }
+
+    /// Keys to look at.
+    pub(super) fn dirty(&self) -> usize {
+        self.dirty.values().map(VecDeque::len).sum()
     }
 
     /// When the next key has waited long enough.

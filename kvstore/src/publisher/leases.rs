@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 /// Keys attached to one lease at most, as Cilium does: etcd's cost per attached write grows with the
 /// keys of a lease (etcd issue 15993).
 pub(super) const KEYS_PER_LEASE: usize = 1000;
+/// With room for fewer keys than this, the next lease is asked for: writes need not wait for it then.
+const AHEAD: usize = KEYS_PER_LEASE / 2;
 /// After an unanswered keep-alive the next one follows after this.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -26,6 +28,8 @@ pub(super) enum LeaseState {
 pub(super) struct Leases {
     ttl: Duration,
     known: BTreeMap<i64, Lease>,
+    /// Had room when it was asked for last.
+    filling: i64,
     grant: Grant,
 }
 
@@ -47,7 +51,7 @@ enum Grant {
 
 impl Leases {
     pub(super) fn new(ttl: Duration) -> Self {
-        Self { ttl, known: BTreeMap::new(), grant: Grant::Idle }
+        Self { ttl, known: BTreeMap::new(), filling: 0, grant: Grant::Idle }
     }
 
     /// Those in use.
@@ -62,21 +66,26 @@ impl Leases {
         }
     }
 
-    /// A lease for one more key: `current` if that is ours, else one with room; none: a grant is wanted.
-    pub(super) fn pick(&mut self, current: Option<i64>) -> Option<i64> {
+    /// A lease for one more key, of perhaps `more`: `current` if that is ours, else one with room; none: a
+    /// grant is wanted.
+    pub(super) fn pick(&mut self, current: Option<i64>, more: usize) -> Option<i64> {
         let ours = |l: &Lease| l.state == LeaseState::Ours;
         if let Some(lease) = current.filter(|id| self.known.get(id).is_some_and(ours)) {
             return Some(lease);
         }
-        let room = self
-            .known
-            .iter()
-            .find(|(_, l)| ours(l) && l.keys + l.reserved < KEYS_PER_LEASE)
-            .map(|(id, _)| *id);
-        if room.is_none() && self.grant == Grant::Idle {
+        let room = |l: &Lease| if ours(l) { KEYS_PER_LEASE.saturating_sub(l.keys + l.reserved) } else { 0 };
+        let filling = self.known.get(&self.filling).map_or(0, room);
+        let (lease, left) = if filling > 0 {
+            (Some(self.filling), filling)
+        } else {
+            let other = self.known.iter().map(|(id, l)| (*id, room(l))).find(|(_, room)| *room > 0);
+            other.map_or((None, 0), |(id, room)| (Some(id), room))
+        };
+        self.filling = lease.unwrap_or(self.filling);
+        if left < more.clamp(1, AHEAD) && self.grant == Grant::Idle {
             self.grant = Grant::Wanted;
         }
-        room
+        lease
     }
 
     pub(super) fn reserve(&mut self, lease: i64) {
