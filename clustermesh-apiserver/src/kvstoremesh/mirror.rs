@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::digest::{DigestRecord, Timed};
 use clustermesh_kvstore::import_policy::{PeerPolicy, Reason, Rules, Tally};
-use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
+use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix, digest_prefix};
 use clustermesh_kvstore::record::{ClusterConfig, RecordError};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 
@@ -45,12 +46,23 @@ pub enum Effect {
     Follow(Kind, ReflectorSpec),
     /// Follow a kind no more.
     Leave(Kind),
+    /// Follow the cluster's statements of its digests, instead of those before.
+    FollowDigests(ReflectorSpec),
     /// The desired value of a key; none: it is to be gone.
     Set {
         /// In the local etcd.
         key: String,
         /// What the cluster wrote.
         value: Option<Vec<u8>>,
+        /// The cluster's revision that changed it; none if it only was found to be so.
+        origin: Option<i64>,
+    },
+    /// What the cluster says of the times of its newest revisions.
+    Stated {
+        /// That they are of, in the local etcd.
+        prefix: String,
+        /// Ascending by revision.
+        recent: Vec<Timed>,
     },
     /// All of this prefix has been set.
     Done {
@@ -144,7 +156,7 @@ impl Mirror {
     /// A record that stands in the local etcd since an earlier run; after the config. Without a config it is
     /// left as it stands until the cluster says what it has.
     pub fn inherit(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, out: &mut Vec<Effect>) {
-        self.put(kind, suffix, value, false, out);
+        self.put(kind, suffix, value, None, out);
     }
 
     /// All records of a kind were inherited; `complete` if their canary stands, too. Without it the earlier
@@ -180,6 +192,9 @@ impl Mirror {
         self.identify(accepted.id);
         let followed = Followed { accepted, exports };
         if self.followed.replace(followed) != Some(followed) {
+            // All kinds that are mirrored have theirs in one folder.
+            let digests = digest_prefix(Kind::Nodes, &self.name, followed.accepted.layout);
+            out.push(Effect::FollowDigests(ReflectorSpec::new(digests, None)));
             for kind in KINDS {
                 self.follow(kind, out);
             }
@@ -206,11 +221,13 @@ impl Mirror {
     /// What the reflector of a kind tells.
     pub fn event(&mut self, kind: Kind, event: ReflectorEvent, out: &mut Vec<Effect>) {
         match event {
-            ReflectorEvent::Upsert { suffix, value, .. } => self.put(kind, &suffix, value, true, out),
-            ReflectorEvent::Delete { suffix, .. } => {
+            ReflectorEvent::Upsert { suffix, value, revision } => {
+                self.put(kind, &suffix, value, Some(revision), out);
+            }
+            ReflectorEvent::Delete { suffix, revision } => {
                 self.gate.forget(kind, &suffix);
                 if let Some(copies) = self.kinds.get_mut(&kind) {
-                    copies.remove(&suffix, out);
+                    copies.remove(&suffix, Some(revision), out);
                 }
             }
             ReflectorEvent::Relisting => {
@@ -225,6 +242,18 @@ impl Mirror {
             }
             // The reflector itself finds out what a list lacks.
             ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
+        }
+    }
+
+    /// What the reflector of the cluster's digests tells. What is no digest is passed by: nothing but times
+    /// hangs on it.
+    pub fn stated(&self, event: &ReflectorEvent, out: &mut Vec<Effect>) {
+        let ReflectorEvent::Upsert { suffix, value, .. } = event else { return };
+        let copies = self.kinds.iter().find(|(kind, _)| kind.as_str() == suffix).map(|(_, copies)| copies);
+        if let (Some(copies), Ok(record)) = (copies, DigestRecord::decode(value))
+            && !record.recent.is_empty()
+        {
+            out.push(Effect::Stated { prefix: copies.prefix.clone(), recent: record.recent });
         }
     }
 
@@ -280,7 +309,7 @@ impl Mirror {
 
     fn publish_config(&self, value: Vec<u8>, out: &mut Vec<Effect>) {
         let key = cluster_config_key(&self.name);
-        out.push(Effect::Set { key: key.clone(), value: Some(value) });
+        out.push(Effect::Set { key: key.clone(), value: Some(value), origin: None });
         out.push(Effect::Done { prefix: key });
     }
 
@@ -297,19 +326,30 @@ impl Mirror {
         out.push(Effect::Follow(kind, ReflectorSpec { prune: Prune::Consumer, ..spec }));
     }
 
-    fn put(&mut self, kind: Kind, suffix: &str, value: Vec<u8>, told: bool, out: &mut Vec<Effect>) {
+    /// A record is as the cluster told it at `revision`, or (none) as an earlier run left it.
+    fn put(
+        &mut self,
+        kind: Kind,
+        suffix: &str,
+        value: Vec<u8>,
+        revision: Option<i64>,
+        out: &mut Vec<Effect>,
+    ) {
         let (Some(peer), Some(copies)) = (&self.peer, self.kinds.get_mut(&kind)) else { return };
         let beside = (!copies.told.contains_key(suffix)).then_some(copies.told.len());
         match self.gate.judge(peer, &Record { kind, suffix, value: &value }, beside) {
             Verdict::Take => {}
             Verdict::Keep => return,
-            Verdict::Drop => return copies.remove(suffix, out),
+            Verdict::Drop => return copies.remove(suffix, revision, out),
         }
+        let told = revision.is_some();
         match copies.told.get_mut(suffix) {
             Some(known) => *known = told,
             None => drop(copies.told.insert(suffix.into(), told)),
         }
-        out.push(Effect::Set { key: [&copies.prefix, suffix].concat(), value: Some(value) });
+        // What a list tells did not just happen.
+        let origin = revision.filter(|_| copies.listed);
+        out.push(Effect::Set { key: [&copies.prefix, suffix].concat(), value: Some(value), origin });
     }
 }
 
@@ -328,22 +368,85 @@ impl Copies {
         let prefix = &self.prefix;
         self.told.retain(|suffix, told| {
             if !*told {
-                out.push(Effect::Set { key: [prefix, &**suffix].concat(), value: None });
+                out.push(Effect::Set { key: [prefix, &**suffix].concat(), value: None, origin: None });
             }
             *told
         });
         out.push(Effect::Done { prefix: prefix.clone() });
     }
 
-    fn remove(&mut self, suffix: &str, out: &mut Vec<Effect>) {
+    fn remove(&mut self, suffix: &str, revision: Option<i64>, out: &mut Vec<Effect>) {
         if self.told.remove(suffix).is_some() {
-            out.push(Effect::Set { key: [&self.prefix, suffix].concat(), value: None });
+            let origin = revision.filter(|_| self.listed);
+            out.push(Effect::Set { key: [&self.prefix, suffix].concat(), value: None, origin });
         }
     }
 
     fn clear(&mut self, out: &mut Vec<Effect>) {
         for (suffix, _) in self.told.drain() {
-            out.push(Effect::Set { key: [&self.prefix, &*suffix].concat(), value: None });
+            out.push(Effect::Set { key: [&self.prefix, &*suffix].concat(), value: None, origin: None });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clustermesh_kvstore::digest::{Digest, SourceTime};
+
+    use super::*;
+
+    fn a_mirror() -> Mirror {
+        let max = MaxConnectedClusters::C255;
+        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl: None };
+        Mirror::new("beta".parse().unwrap(), mesh, Arc::default(), Instant::now())
+    }
+
+    fn upsert(suffix: &str, value: Vec<u8>, revision: i64) -> ReflectorEvent {
+        ReflectorEvent::Upsert { suffix: suffix.to_owned(), value, revision }
+    }
+
+    fn origins(effects: &[Effect]) -> Vec<Option<i64>> {
+        let origin = |effect: &Effect| match effect {
+            Effect::Set { origin, .. } => Some(*origin),
+            _ => None,
+        };
+        effects.iter().filter_map(origin).collect()
+    }
+
+    #[test]
+    fn changes_carry_their_revision_and_lists_do_not() {
+        let mut mirror = a_mirror();
+        let mut effects = Vec::new();
+        let node = |source: u8| {
+            format!(r#"{{"Name":"n1","Cluster":"beta","ClusterID":2,"Source":"{source}"}}"#).into_bytes()
+        };
+        let config = ClusterConfig { id: 2, ..ClusterConfig::default() };
+        mirror.config(&config.encode(), &mut effects).unwrap();
+        effects.clear();
+        mirror.event(Kind::Nodes, upsert("n1", node(1), 5), &mut effects);
+        mirror.event(Kind::Nodes, ReflectorEvent::Synced { revision: 6 }, &mut effects);
+        assert_eq!(origins(&effects), [None]);
+        effects.clear();
+        mirror.event(Kind::Nodes, upsert("n1", node(2), 7), &mut effects);
+        mirror.event(Kind::Nodes, ReflectorEvent::Delete { suffix: "n1".into(), revision: 8 }, &mut effects);
+        assert_eq!(origins(&effects), [Some(7), Some(8)]);
+    }
+
+    #[test]
+    fn times_are_passed_on_for_the_mirrored_prefix() {
+        let mirror = a_mirror();
+        let recent = vec![Timed { revision: 7, at: SourceTime(11) }];
+        let record = DigestRecord { digest: Digest::default(), revision: 7, recent: recent.clone() };
+        let mut effects = Vec::new();
+        for (suffix, value) in [
+            ("ip", record.encode()),
+            ("ip", b"no digest".to_vec()),
+            ("localservices", record.encode()),
+            ("else", record.encode()),
+        ] {
+            mirror.stated(&upsert(suffix, value, 9), &mut effects);
+        }
+        let prefix = "cilium/cache/ip/v1/beta/".to_owned();
+        assert_eq!(effects, [Effect::Stated { prefix, recent }]);
     }
 }

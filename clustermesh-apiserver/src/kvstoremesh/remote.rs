@@ -9,7 +9,7 @@ use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::{KeyRange, SessionError};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
-use clustermesh_kvstore::publisher::{OwnedPrefix, Publisher, PublisherSpec};
+use clustermesh_kvstore::publisher::{Origin, OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEvent, ReflectorSpec};
 use futures::{Stream, StreamExt as _};
 use rand::SeedableRng as _;
@@ -26,6 +26,9 @@ use super::status::RemoteStatus;
 /// Keys in one reply when the local etcd is read.
 const PAGE: i64 = 256;
 
+/// Events that are taken in at once: etcd tells a list by pages, and changes by transactions.
+const TURN: usize = 256;
+
 type Events = Pin<Box<dyn Stream<Item = ReflectorEvent> + Send>>;
 
 /// Mirrors one cluster. Dropping it changes nothing in the local etcd.
@@ -35,6 +38,7 @@ pub(super) struct Remote {
     local: Connection,
     publisher: Publisher,
     records: StreamMap<Kind, Events>,
+    digests: Option<Events>,
     status: Arc<RemoteStatus>,
 }
 
@@ -49,7 +53,7 @@ impl Remote {
         let publisher = Publisher::spawn(local.clone(), publisher_spec(&name));
         status.set_publisher(publisher.status());
         let mirror = Mirror::new(name.clone(), mesh, rules, now());
-        Self { name, mirror, local, publisher, records: StreamMap::new(), status }
+        Self { name, mirror, local, publisher, records: StreamMap::new(), digests: None, status }
     }
 
     /// Mirrors the etcd that `path` describes until `stop`.
@@ -62,16 +66,22 @@ impl Remote {
     }
 
     async fn mirror(&mut self, path: PathBuf) {
-        self.inherit().await;
+        // It connects while we look at what is here.
         let (source, mut connection) = Connection::spawn(path, ConnectionOptions::default());
+        self.inherit().await;
         self.status.set_connection(connection.clone());
         let mut configs = source.reflect(ReflectorSpec::new(cluster_config_key(&self.name), None));
         let mut has_config = false;
-        let mut effects = Vec::new();
+        let (mut events, mut effects) = (Vec::new(), Vec::new());
         loop {
             let deadline = self.mirror.deadline();
             tokio::select! {
-                Some((kind, event)) = self.records.next() => self.mirror.event(kind, event, &mut effects),
+                _some = self.records.next_many(&mut events, TURN), if !self.records.is_empty() => {
+                    for (kind, event) in events.drain(..) {
+                        self.mirror.event(kind, event, &mut effects);
+                    }
+                }
+                Some(event) = next(&mut self.digests) => self.mirror.stated(&event, &mut effects),
                 event = configs.recv() => match event {
                     Some(ReflectorEvent::Upsert { value, .. }) => {
                         has_config = true;
@@ -119,7 +129,17 @@ impl Remote {
                     }
                 }
                 Effect::Leave(kind) => drop(self.records.remove(&kind)),
-                Effect::Set { key, value } => self.publisher.set(key, value),
+                Effect::FollowDigests(spec) => {
+                    let follow = |source: &Connection| -> Events {
+                        Box::pin(ReceiverStream::new(source.reflect(spec)))
+                    };
+                    self.digests = source.map(follow);
+                }
+                Effect::Set { key, value, origin: Some(revision) } => {
+                    self.publisher.set_from(key, value, Origin::Revision(revision));
+                }
+                Effect::Set { key, value, origin: None } => self.publisher.set(key, value),
+                Effect::Stated { prefix, recent } => self.publisher.source_stated(&prefix, &recent),
                 Effect::Done { prefix } => self.publisher.initial_done(&prefix),
             }
         }
@@ -182,6 +202,13 @@ fn publisher_spec(name: &ClusterName) -> PublisherSpec {
 
 fn now() -> std::time::Instant {
     Instant::now().into_std()
+}
+
+async fn next(events: &mut Option<Events>) -> Option<ReflectorEvent> {
+    match events {
+        Some(events) => events.next().await,
+        None => pending().await,
+    }
 }
 
 async fn until(deadline: Option<std::time::Instant>) {

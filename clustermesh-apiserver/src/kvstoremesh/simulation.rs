@@ -277,8 +277,9 @@ impl World {
                     self.reflectors.insert(kind, Reflector::default());
                 }
                 Effect::Leave(kind) => drop(self.reflectors.remove(&kind)),
-                Effect::Set { key, value: Some(value) } => drop(self.local.desired.insert(key, value)),
-                Effect::Set { key, value: None } => drop(self.local.desired.remove(&key)),
+                Effect::Set { key, value: Some(value), .. } => drop(self.local.desired.insert(key, value)),
+                Effect::Set { key, value: None, .. } => drop(self.local.desired.remove(&key)),
+                Effect::FollowDigests(_) | Effect::Stated { .. } => {}
                 Effect::Done { prefix } => drop(self.local.done.insert(prefix)),
             }
         }
