@@ -4,12 +4,15 @@
 //! scenario failed is not used again. [`steps`] does one step, [`background`] holds what goes on
 //! between steps.
 
+mod agents;
 mod background;
 mod chaos;
 mod identity;
 mod json;
+mod propagation;
 mod refusal;
 mod steps;
+mod tampering;
 
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::lab::{Access, Binaries, Lab};

@@ -73,6 +73,8 @@ pub(super) fn title(step: &Step) -> String {
         Step::Check(check) => format!("clustermesh {}", check.run.join(" ")),
         Step::Fails(fails) => format!("{} fails", fails.run.join(" ")),
         Step::IdentitySeen(seen) => format!("{} sees the identity of {}", seen.at, seen.pod),
+        Step::Propagated(seen) => format!("{} has timed changes of {}", seen.at, seen.of),
+        Step::Tamper(tamper) => format!("somebody else writes to a table of {}", tamper.node),
     }
 }
 
@@ -141,6 +143,8 @@ impl<'a> Stage<'a> {
             Step::Check(check) => self.check(check),
             Step::Fails(fails) => super::refusal::fails_clearly(self, fails),
             Step::IdentitySeen(seen) => self.identity_seen(seen),
+            Step::Propagated(seen) => super::propagation::timed(self, seen),
+            Step::Tamper(tamper) => super::tampering::put_right(self, tamper),
         }
     }
 
@@ -388,7 +392,11 @@ impl<'a> Stage<'a> {
         self.options.interrupt.retry_until(deadline, PAUSE, || {
             let done = lab.try_clustermesh(&arguments)?;
             anyhow::ensure!(!done.stdout.is_empty(), "no output; {}", done.stderr.trim());
-            json::holds(check, &done.stdout)
+            match check.says.iter().find(|part| !done.stdout.contains(*part)) {
+                Some(missing) => anyhow::bail!("{missing:?} is not in its output:\n{}", done.stdout),
+                None if check.says.is_empty() => json::holds(check, &done.stdout),
+                None => Ok(()),
+            }
         })?;
         Ok(None)
     }
@@ -428,6 +436,7 @@ fn is_change(step: &Step) -> bool {
             | Step::Check(_)
             | Step::Fails(_)
             | Step::IdentitySeen(_)
+            | Step::Propagated(_)
     )
 }
 

@@ -63,6 +63,10 @@ pub enum Step {
     Fails(Fails),
     /// Decapsulated traffic carries the identity that the other cluster allocated for a pod.
     IdentitySeen(IdentitySeen),
+    /// Agents have timed changes of another cluster, and hold what its exporter states.
+    Propagated(Propagated),
+    /// Entries of a node's kernel table change beside its agent, which notices and puts them right.
+    Tamper(Tamper),
 }
 
 /// Two clusters.
@@ -273,6 +277,9 @@ pub struct Check {
     /// If the value is an array: only the elements that have these fields with these values.
     #[serde(default, rename = "where")]
     pub filter: std::collections::BTreeMap<String, serde_json::Value>,
+    /// Each of these is in the output, which need not be JSON then.
+    #[serde(default)]
+    pub says: Vec<String>,
     /// The value is this.
     #[serde(default)]
     pub equals: Option<serde_json::Value>,
@@ -324,6 +331,58 @@ pub struct IdentitySeen {
     pub at: String,
 }
 
+/// Times of changes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Propagated {
+    /// Cluster whose agents are asked.
+    pub at: String,
+    /// Cluster whose changes they have seen.
+    pub of: String,
+    /// Kinds of records, and how many changes of each have been timed at least since the agents started.
+    pub at_least: std::collections::BTreeMap<String, u64>,
+    /// Keep trying for so long.
+    #[serde(default = "ten_seconds")]
+    pub within: Span,
+}
+
+/// A hand in a kernel table.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Tamper {
+    /// `CLUSTER/NODE`.
+    pub node: String,
+    /// Which table.
+    pub table: TamperedTable,
+    /// What is done to each of its entries.
+    pub how: Tampering,
+    /// The agent has put all of them right by then.
+    #[serde(default = "half_a_minute")]
+    pub within: Span,
+}
+
+/// Tables that can be tampered with, as `clustermesh status` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TamperedTable {
+    /// Identities and nodes of addresses.
+    CmIpcache,
+    /// Backends of services.
+    CmSlot,
+    /// Addresses of backends.
+    CmBackend,
+}
+
+/// What is done to an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tampering {
+    /// It is deleted.
+    Delete,
+    /// All bytes of its value become zero.
+    Zero,
+}
+
 fn two_hundred() -> u32 {
     200
 }
@@ -338,4 +397,8 @@ fn one_second() -> Span {
 
 fn ten_seconds() -> Span {
     Span::seconds(10)
+}
+
+fn half_a_minute() -> Span {
+    Span::seconds(30)
 }

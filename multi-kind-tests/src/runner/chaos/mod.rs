@@ -5,6 +5,7 @@
 mod plan;
 mod verdict;
 
+use super::agents;
 use super::steps::{Stage, title};
 use crate::lab::{Lab, micros};
 use crate::scenario::{Apply, Chaos, Load, Ready, Span, Step};
@@ -131,11 +132,11 @@ fn settle(stage: &mut Stage<'_>, lab: &Lab, statuses: &Statuses, plan: &Plan) ->
     stage.step(&Step::Ready(Ready { clusters, within: Span::seconds(RECOVERY.as_secs()) }))?;
     stage.options.interrupt.retry_until(Instant::now() + RECOVERY, PAUSE, || {
         for cluster in statuses.nodes.keys() {
-            let now = status(lab, cluster)?;
-            for agent in agents(&now) {
+            let now = agents::status(lab, cluster)?;
+            for agent in agents::each(&now) {
                 let pending = agent["status"]["pending_changes"].as_u64().unwrap_or(0);
                 anyhow::ensure!(pending == 0, "{cluster}/{}: {pending} changes are pending", agent["node"]);
-                let flaw = verdict::out_of_sync(&agent["status"]);
+                let flaw = agents::out_of_sync(&agent["status"]);
                 anyhow::ensure!(flaw.is_none(), "{cluster}/{}: {}", agent["node"], flaw.unwrap_or_default());
             }
             for table in SHARED_TABLES {
@@ -166,9 +167,9 @@ impl Statuses {
         let mut all = Self { nodes: BTreeMap::new(), ids: BTreeMap::new() };
         let connected = lab.connections()?;
         for cluster in connected.into_iter().flat_map(|(one, other)| [one, other]) {
-            let status = status(lab, &cluster)?;
+            let status = agents::status(lab, &cluster)?;
             let name = |agent: &Value| agent["node"].as_str().map(str::to_owned);
-            all.nodes.insert(cluster.clone(), agents(&status).filter_map(name).collect());
+            all.nodes.insert(cluster.clone(), agents::each(&status).filter_map(name).collect());
             all.ids.insert(cluster, status["clusters"][0]["id"].as_u64().context("a cluster has no ID")?);
         }
         anyhow::ensure!(!all.nodes.is_empty(), "chaos needs connected clusters");
@@ -176,20 +177,7 @@ impl Statuses {
     }
 }
 
-fn agents(status: &Value) -> impl Iterator<Item = &Value> {
-    status["clusters"][0]["agents"].as_array().into_iter().flatten()
-}
-
-fn status(lab: &Lab, cluster: &str) -> anyhow::Result<Value> {
-    json(lab, &["status", "--context", &lab.context(cluster), "-o", "json"])
-}
-
 fn dump(lab: &Lab, cluster: &str, table: &str) -> anyhow::Result<Vec<Value>> {
-    let rows = json(lab, &["bpf", table, "list", "--context", &lab.context(cluster), "-o", "json"])?;
+    let rows = agents::json(lab, &["bpf", table, "list", "--context", &lab.context(cluster), "-o", "json"])?;
     rows.as_array().cloned().with_context(|| format!("{table} of {cluster} is no list"))
-}
-
-fn json(lab: &Lab, arguments: &[&str]) -> anyhow::Result<Value> {
-    let done = lab.try_clustermesh(arguments)?;
-    serde_json::from_str(&done.stdout).with_context(|| format!("no JSON: {}", done.stderr.trim()))
 }

@@ -52,18 +52,6 @@ pub(super) fn astray(calls: &[CallEvent], home: &str) -> Option<String> {
     Some(format!("{count} calls were not answered at home, the first at {} by {by}", first.t))
 }
 
-/// What an agent holds that is not what its exporter states; `status` is the agent's.
-pub(super) fn out_of_sync(status: &Value) -> Option<String> {
-    let remotes = status["remotes"].as_array().into_iter().flatten();
-    remotes.chain([&status["own"]]).find_map(|peer| {
-        peer["kinds"].as_array()?.iter().find_map(|kind| {
-            let verdict = kind["digest"]["verdict"].as_str().unwrap_or("missing");
-            let differs = verdict != "in-sync";
-            differs.then(|| format!("digest of {} of {}: {verdict}", kind["kind"], peer["name"]))
-        })
-    })
-}
-
 /// Columns that are a node's own business.
 const OWN: [&str; 2] = ["id", "node"];
 
@@ -134,16 +122,6 @@ mod tests {
         assert!(unexcused(&[call(21_100_000, 5, None)], &cuts).is_some());
         assert_eq!(unexcused(&[call(1, 5, Some("beta"))], &cuts), None);
         assert!(astray(&[call(1, 5, Some("beta"))], "alpha").is_some());
-    }
-
-    #[test]
-    fn every_kind_of_every_cluster_has_to_be_in_sync() {
-        let peer =
-            |verdict: &str| json!({"name": "x", "kinds": [{"kind": "ip", "digest": {"verdict": verdict}}]});
-        let status = |own: &str, remote: &str| json!({"own": peer(own), "remotes": [peer(remote)]});
-        assert_eq!(out_of_sync(&status("in-sync", "in-sync")), None);
-        assert!(out_of_sync(&status("differs", "in-sync")).is_some());
-        assert!(out_of_sync(&status("in-sync", "pending")).is_some());
     }
 
     #[test]
