@@ -48,6 +48,9 @@ impl<K, V> Table<K, V> for Counted {
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError> {
         Ok(Vec::new())
     }
+    fn count(&self) -> Result<u64, DatapathError> {
+        Ok(0)
+    }
     fn page(&self, cursor: &mut Option<Cursor>, _limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
         *cursor = None;
         Ok(Vec::new())

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
-use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions};
+use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, MapSizes};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -40,6 +40,8 @@ pub struct Options {
     pub import_policy: PolicySource,
     /// The kernel's side; none: tables in memory.
     pub kernel: Option<KernelOptions>,
+    /// Entries that fit into each table.
+    pub sizes: MapSizes,
     /// The CLI's socket.
     pub grpc_socket: PathBuf,
     /// For probes and Prometheus; none: not served.
@@ -158,6 +160,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         node_ip: options.node_ip,
         datapath,
         pod_links,
+        sizes: options.sizes,
         scan_interval: options.scan_interval,
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
@@ -219,6 +222,7 @@ impl Node {
             identity_shift: if options.own.max.get() == 511 { 15 } else { 16 },
             node_ip: options.node_ip,
             overlay_port: kernel.tunnel_port,
+            sizes: options.sizes,
             ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
         })?;
         let netlink = Netlink::open()?;

@@ -1,6 +1,8 @@
 //! `clustermesh-agent`: one per node.
 #![forbid(unsafe_code)]
 
+mod map_sizes;
+
 use std::io::IsTerminal as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::PolicySource;
+use map_sizes::MapSizeFlags;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -106,6 +109,8 @@ struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
     kernel_scan_interval: u64,
+    #[command(flatten)]
+    map_sizes: MapSizeFlags,
     /// How log lines look; RUST_LOG says which there are
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -214,6 +219,7 @@ impl Flags {
             clustermesh_config: self.clustermesh_config,
             import_policy: PolicySource { path: self.import_policy, dry_run: self.import_policy_dry_run },
             kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
+            sizes: self.map_sizes.sizes(),
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,
             liveness: (self.liveness == Switch::On).then_some(liveness),

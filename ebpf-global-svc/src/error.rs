@@ -30,7 +30,11 @@ pub enum DatapathError {
     },
 
     /// The operator's limit is reached; entries that did not fit are not installed.
-    #[error("map {map} is full at {capacity} entries: raise its size, which takes effect after `unload`")]
+    #[error(
+        "map {map} is full at {capacity} entries: raise --{flag}-max-entries of the agent, which takes effect \
+         after `unload`",
+        flag = map.trim_start_matches("cm_")
+    )]
     MapFull {
         /// Map name.
         map: String,

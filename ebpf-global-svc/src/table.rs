@@ -44,6 +44,13 @@ pub trait Table<K, V>: Send {
     /// [`DatapathError::Map`] when the kernel fails.
     fn dump(&self) -> Result<Vec<(K, V)>, DatapathError>;
 
+    /// How many entries there are. The kernel does not know either: its maps are walked, though nothing of
+    /// them is kept.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] when the kernel fails.
+    fn count(&self) -> Result<u64, DatapathError>;
+
     /// About `limit` entries from where `cursor` stands (none: the beginning), which moves on; it is
     /// none again after the last entry. Others may write between two pages: what they add or remove may
     /// be missed or be returned, everything else is returned at least once.
@@ -98,10 +105,9 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Tables in memory with the default sizes: for tests, and for nodes without eBPF.
+    /// Tables in memory: for tests, and for nodes without eBPF.
     #[must_use]
-    pub fn memory() -> Self {
-        let sizes = MapSizes::default();
+    pub fn memory(sizes: &MapSizes) -> Self {
         Self {
             ipcache: Box::new(MemoryTable::new("cm_ipcache", sizes.ipcache.into())),
             prefix: Box::new(MemoryTable::new("cm_prefix", sizes.prefix.into())),

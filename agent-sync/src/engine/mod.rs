@@ -21,7 +21,7 @@ use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
-use ebpf_global_svc::{Datapath, DatapathError, Tables};
+use ebpf_global_svc::{Datapath, DatapathError, MapSizes, Tables};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +34,7 @@ use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
 pub use explain::{Explanation, Part, Subject};
-pub use query::{DigestView, DumpError, KindView, Overview, Query, Row, TABLES};
+pub use query::{DigestView, DumpError, Fill, KindView, Overview, Query, Row, TABLES};
 
 /// Inputs that wait while a batch is written.
 pub const CHANNEL: usize = 1024;
@@ -102,6 +102,8 @@ pub struct Setup {
     pub datapath: Option<Datapath>,
     /// Pods that this node routes to; none: there is no network to look at.
     pub pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
+    /// Of tables in memory; the datapath has chosen its own.
+    pub sizes: MapSizes,
     /// From one comparison of the tables with what is wanted to the next; none: never.
     pub scan_interval: Option<Duration>,
 }
@@ -136,10 +138,10 @@ impl Engine {
     /// # Errors
     /// If the tables cannot be read.
     pub fn new(setup: Setup) -> Result<Self, DatapathError> {
-        let Setup { own, node_name, node_ip, datapath, pod_links, scan_interval } = setup;
+        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, scan_interval } = setup;
         let tables = match &datapath {
             Some(datapath) => datapath.tables()?,
-            None => Tables::memory(),
+            None => Tables::memory(&sizes),
         };
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;

@@ -16,7 +16,7 @@ use clustermesh_kvstore::cluster::MaxConnectedClusters;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{DumpError, Overview, Query, Row};
+use crate::engine::{DumpError, Fill, Overview, Query, Row};
 use crate::liveness::Board;
 use crate::peers::{Directory, OwnCluster};
 
@@ -78,6 +78,12 @@ impl Source {
     async fn overview(&self) -> Result<Overview, Gone> {
         let (reply, answer) = oneshot::channel();
         self.queries.send(Query::Overview(reply)).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+
+    async fn fills(&self) -> Result<Vec<Fill>, Gone> {
+        let (reply, answer) = oneshot::channel();
+        self.queries.send(Query::Fills(reply)).await.map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
     }
 

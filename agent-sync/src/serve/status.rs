@@ -8,7 +8,7 @@ use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
 use crate::digest::{BUCKETS, Histogram, quantile};
-use crate::engine::{DigestView, KindView, Overview};
+use crate::engine::{DigestView, Fill, KindView, Overview};
 use crate::liveness::Standing;
 use crate::mesh::Conflict;
 use crate::peers::PeerView;
@@ -18,6 +18,7 @@ impl Source {
     /// `with_refused`: with the keys that were refused lately.
     pub(super) async fn status(&self, with_refused: bool) -> Result<v1::StatusResponse, Gone> {
         let overview = self.overview().await?;
+        let fills = self.fills().await?;
         let mut views = self.directory.snapshot();
         let own = views.remove(&self.own.name);
         let own = own.map(|view| peer(&self.own.name, &view, &overview, with_refused));
@@ -26,7 +27,6 @@ impl Source {
             v1::Peer { liveness: standing.map(liveness), ..peer(name, view, &overview, with_refused) }
         });
         let remotes = remotes.collect();
-        let fills = overview.tables.iter();
         let conflicts = overview.conflicts.iter();
         Ok(v1::StatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -39,13 +39,7 @@ impl Source {
             own,
             remotes,
             local: Some(local(&overview)),
-            tables: fills
-                .map(|(name, entries, max)| v1::TableFill {
-                    name: (*name).into(),
-                    entries: *entries,
-                    max_entries: *max,
-                })
-                .collect(),
+            tables: fills.iter().map(table_fill).collect(),
             resident_bytes: resident_bytes(),
             uptime_seconds: overview.uptime.as_secs(),
             pending_changes: overview.pending as u64,
@@ -57,6 +51,10 @@ impl Source {
             kernel_drift: overview.drift.as_ref().map(kernel_drift),
         })
     }
+}
+
+fn table_fill(fill: &Fill) -> v1::TableFill {
+    v1::TableFill { name: fill.name.into(), entries: fill.entries, max_entries: fill.capacity }
 }
 
 impl Source {

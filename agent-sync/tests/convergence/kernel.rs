@@ -162,6 +162,10 @@ where
         Ok(M::map(&mut self.lock()).iter().map(|(key, value)| (*key, *value)).collect())
     }
 
+    fn count(&self) -> Result<u64, DatapathError> {
+        Ok(M::map(&mut self.lock()).len() as u64)
+    }
+
     fn page(&self, cursor: &mut Option<Cursor>, _limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
         *cursor = None;
         self.dump()

@@ -17,6 +17,7 @@ use clustermesh_kvstore::record::{
     Affinity, BackendState, ClusterConfig, IpRecord, LocalBackend, LocalService, Node, NodeAddress,
     NodeAddressKind, Port, PortMap, Protocol, Record, Service,
 };
+use ebpf_global_svc::MapSizes;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
@@ -237,6 +238,7 @@ impl Agent {
         std::fs::write(dir.path().join("policy.yaml"), "").unwrap();
         let max = MaxConnectedClusters::C255;
         let options = Options {
+            sizes: MapSizes::default(),
             scan_interval: None,
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),

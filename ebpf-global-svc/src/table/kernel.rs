@@ -136,6 +136,15 @@ where
         Ok(entries)
     }
 
+    fn count(&self) -> Result<u64, DatapathError> {
+        let mut count = 0;
+        dump(&self.map, 1, |_: K, values: &[V]| {
+            count += u64::from(self.absent.as_ref() != values.first());
+        })
+        .map_err(|error| self.failed("read", error))?;
+        Ok(count)
+    }
+
     fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
         let mut limit = limit.clamp(1, BATCH);
         let from = match cursor {

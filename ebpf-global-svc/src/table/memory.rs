@@ -59,6 +59,10 @@ where
         Ok(self.entries.iter().map(|(key, value)| (*key, *value)).collect())
     }
 
+    fn count(&self) -> Result<u64, DatapathError> {
+        Ok(self.entries.len() as u64)
+    }
+
     fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError> {
         let from = match cursor {
             Some(Cursor(At::Memory(from))) => *from,

@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
-use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{ClusterState, IpValue, SlotKey};
 use ebpf_global_svc::table::Table;
+use ebpf_global_svc::{MapSizes, Tables};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -48,7 +48,7 @@ impl World {
             mesh: Mesh::new(cluster(1), "n1", node_ip, Restored::default()),
             reconciler: Reconciler::default(),
             scan,
-            tables: Tables::memory(),
+            tables: Tables::memory(&MapSizes::default()),
         }
     }
 

@@ -1,0 +1,51 @@
+//! Flags for the sizes of the tables.
+
+use clap::Args;
+use clap::builder::RangedI64ValueParser;
+use ebpf_global_svc::MapSizes;
+
+/// Other sizes than those of the pinned maps are refused at the start, until the datapath was unloaded.
+#[derive(Debug, Args)]
+pub(crate) struct MapSizeFlags {
+    /// Pods and nodes of the whole mesh that fit (cm_ipcache)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().ipcache, value_parser = entries())]
+    ipcache_max_entries: u32,
+    /// Pod CIDRs of the whole mesh that fit (cm_prefix)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().prefix, value_parser = entries())]
+    prefix_max_entries: u32,
+    /// Pods of this node that fit (cm_endpoint)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().endpoint, value_parser = entries())]
+    endpoint_max_entries: u32,
+    /// Addresses of nodes of the whole mesh that fit (cm_node)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().node, value_parser = entries())]
+    node_max_entries: u32,
+    /// Ports of this cluster's frontends that fit (cm_service)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().service, value_parser = entries())]
+    service_max_entries: u32,
+    /// Sum over services of their backends that fits (cm_slot)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().slot, value_parser = entries())]
+    slot_max_entries: u32,
+    /// Different backends of the whole mesh that fit (cm_backend)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().backend, value_parser = entries())]
+    backend_max_entries: u32,
+}
+
+impl MapSizeFlags {
+    pub(crate) fn sizes(&self) -> MapSizes {
+        MapSizes {
+            ipcache: self.ipcache_max_entries,
+            prefix: self.prefix_max_entries,
+            endpoint: self.endpoint_max_entries,
+            node: self.node_max_entries,
+            service: self.service_max_entries,
+            slot: self.slot_max_entries,
+            backend: self.backend_max_entries,
+            ..MapSizes::default()
+        }
+    }
+}
+
+/// An empty hash map of the largest size takes 256 MiB: one list head for each entry.
+fn entries() -> RangedI64ValueParser<u32> {
+    RangedI64ValueParser::new().range(64..=16_777_216)
+}
