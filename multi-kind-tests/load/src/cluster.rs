@@ -26,15 +26,24 @@ pub(crate) struct Cluster {
     /// Backends of each service.
     #[arg(long, default_value_t = 50)]
     pub(crate) backends: u32,
+    /// Write it as a mirror of it would, which may hold several clusters.
+    #[arg(long)]
+    pub(crate) cached: bool,
+    /// Write also what only the own agents of a cluster read, with a frontend for each service.
+    #[arg(long, conflicts_with = "cached")]
+    pub(crate) private: bool,
 }
 
 impl Cluster {
     /// Key and value of its config.
     pub(crate) fn config(&self) -> (String, String) {
-        let config = json!({
+        let mut config = json!({
             "id": self.id,
             "capabilities": {"syncedCanaries": true, "maxConnectedClusters": 255, "serviceExportsEnabled": false},
         });
+        if self.cached {
+            config["capabilities"]["cached"] = true.into();
+        }
         (format!("cilium/cluster-config/{}", self.name), config.to_string())
     }
 
@@ -44,13 +53,45 @@ impl Cluster {
         let identities = (0..self.identities).map(|n| self.identity(n));
         let endpoints = (0..self.endpoints).map(|n| self.endpoint(n, 0));
         let services = (0..self.services).map(|n| self.service(&format!("service-{n}"), self.backends, 0));
-        nodes.chain(identities).chain(endpoints).chain(services)
+        let records = nodes.chain(identities).chain(endpoints).chain(services);
+        let private = (0..if self.private { self.services } else { 0 }).map(|n| self.private_service(n));
+        records.map(|(key, value)| (self.place(key), value)).chain(private)
     }
 
     /// Keys of its canaries.
-    pub(crate) fn canaries(&self) -> [String; 5] {
-        ["nodes", "services", "serviceexports", "identities", "ip"]
-            .map(|kind| format!("cilium/synced/{}/cilium/state/{kind}/v1", self.name))
+    pub(crate) fn canaries(&self) -> Vec<String> {
+        let root = if self.cached { "cache" } else { "state" };
+        let shared = ["nodes", "services", "serviceexports", "identities", "ip"]
+            .map(|kind| format!("cilium/synced/{}/cilium/{root}/{kind}/v1", self.name));
+        let private = ["services", "identities", "ip"]
+            .map(|kind| format!("cilium/synced/{}/clustermesh/local/{kind}/v1", self.name));
+        let private = private.into_iter().filter(|_| self.private);
+        shared.into_iter().chain(private).collect()
+    }
+
+    /// Where a mirror has a key: two kinds do not name the cluster at home.
+    fn place(&self, key: String) -> String {
+        if !self.cached {
+            return key;
+        }
+        key.replacen("cilium/state/identities/v1/", &format!("cilium/cache/identities/v1/{}/", self.name), 1)
+            .replacen("cilium/state/ip/v1/default/", &format!("cilium/cache/ip/v1/{}/", self.name), 1)
+            .replacen("cilium/state/", "cilium/cache/", 1)
+    }
+
+    /// What the own agents know of the `n`th service.
+    fn private_service(&self, n: u32) -> (String, String) {
+        let name = format!("service-{n}");
+        let value = json!({
+            "cluster": self.name,
+            "namespace": "shop",
+            "name": name,
+            "clusterId": self.id,
+            "global": true,
+            "shared": true,
+            "frontends": {format!("10.96.{}.{}", n / 256 % 256, n % 256): {"http": {"protocol": "TCP", "port": 80}}},
+        });
+        (format!("clustermesh/local/services/v1/{}/shop/{name}", self.name), value.to_string())
     }
 
     /// An endpoint; `version` makes its value another one.
@@ -95,15 +136,17 @@ impl Cluster {
 
     fn node(&self, n: u32) -> (String, String) {
         let name = format!("{}-node-{n}", self.name);
-        let [high, low] = [n / 256 % 256, n % 256];
+        // Different in all clusters that have 128 nodes at most, and away from addresses of services.
+        let pods = 128 * self.id + n;
+        let [high, low] = [128 + pods / 256 % 128, pods % 256];
         let value = json!({
             "Name": name,
             "Cluster": self.name,
             "IPAddresses": [
                 {"Type": "InternalIP", "IP": self.node_address(n)},
-                {"Type": "CiliumInternalIP", "IP": format!("10.{}.{}.1", 100 + high % 100, low)},
+                {"Type": "CiliumInternalIP", "IP": format!("10.{high}.{low}.1")},
             ],
-            "IPv4AllocCIDR": {"IP": format!("10.{}.{low}.0", 100 + high % 100), "Mask": "////AA=="},
+            "IPv4AllocCIDR": {"IP": format!("10.{high}.{low}.0"), "Mask": "////AA=="},
             "IPv4SecondaryAllocCIDRs": null,
             "IPv6AllocCIDR": null,
             "IPv6SecondaryAllocCIDRs": null,
@@ -144,13 +187,14 @@ impl Cluster {
         (self.id << 16) + 256 + n
     }
 
-    /// The address of an endpoint: different in all clusters up to an ID of 63.
+    /// The address of an endpoint: different in all clusters.
     fn address(&self, n: u32) -> String {
         let n = (self.id << 18) + n;
         format!("{}.{}.{}.{}", 11 + (n >> 24), n >> 16 & 255, n >> 8 & 255, n & 255)
     }
 
+    /// The underlay address of a node: different in all clusters that have 2048 nodes at most.
     fn node_address(&self, n: u32) -> String {
-        format!("172.{}.{}.{}", 16 + self.id % 16, n / 256 % 256, n % 256)
+        format!("172.{}.{}.{}", 16 + self.id % 16, 8 * (self.id / 16 % 32) + n / 256 % 8, n % 256)
     }
 }

@@ -18,7 +18,7 @@ pub(crate) async fn run(args: &FillArgs) -> anyhow::Result<()> {
     let mut batch = Batch::new(&mut client);
     let (cluster, mut keys) = (&args.cluster, 0_u32);
     let heartbeat = ("cilium/.heartbeat".to_owned(), TIME.to_owned());
-    let canaries = cluster.canaries().map(|canary| (canary, TIME.to_owned()));
+    let canaries = cluster.canaries().into_iter().map(|canary| (canary, TIME.to_owned()));
     for (key, value) in [cluster.config(), heartbeat].into_iter().chain(cluster.records()).chain(canaries) {
         keys += 1;
         batch.put(key.into_bytes(), value.into_bytes()).await?;

@@ -29,6 +29,8 @@ enum Command {
     Fill(fill::FillArgs),
     /// Copy everything from some etcds into another.
     Copy(copy::CopyArgs),
+    /// Read everything in some etcds.
+    List(copy::ListArgs),
     /// Wait until a prefix holds a number of keys.
     Wait(wait::WaitArgs),
     /// Change one endpoint after the other at a rate, and wait for each change in another etcd.
@@ -42,6 +44,7 @@ async fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Fill(args) => fill::run(&args).await,
         Command::Copy(args) => copy::run(&args).await,
+        Command::List(args) => copy::list_all(&args).await,
         Command::Wait(args) => wait::run(&args).await,
         Command::Churn(args) => hops::churn(&args).await,
         Command::Service(args) => hops::service(&args).await,

@@ -4,24 +4,30 @@ use super::Bench;
 use super::process::Process;
 use anyhow::{Context as _, bail};
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// An etcd without TLS on loopback; killed when dropped.
+/// An etcd without TLS; killed when dropped.
 pub(super) struct Etcd {
     _process: Process,
     dir: PathBuf,
+    ip: Ipv4Addr,
     port: u16,
 }
 
 impl Etcd {
-    /// Starts an empty one and waits until it listens.
+    /// Starts an empty one on loopback and waits until it listens.
     pub(super) fn start(bench: &Bench, name: &str) -> anyhow::Result<Self> {
+        Self::start_at(bench, name, Ipv4Addr::LOCALHOST)
+    }
+
+    /// The same for an address of this machine.
+    pub(super) fn start_at(bench: &Bench, name: &str, ip: Ipv4Addr) -> anyhow::Result<Self> {
         let dir = bench.scratch.0.join(name);
         fs::create_dir_all(&dir)?;
-        let (port, peer) = free_ports()?;
-        let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
+        let (port, peer) = free_ports(ip)?;
+        let (client, peer) = (format!("http://{ip}:{port}"), format!("http://{ip}:{peer}"));
         let arguments = [
             ("--name", "bench".to_owned()),
             ("--data-dir", dir.join("data").display().to_string()),
@@ -37,9 +43,9 @@ impl Etcd {
         let arguments: Vec<String> =
             arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
         let process = Process::start(Path::new("etcd"), &arguments, &dir.join("log"))?;
-        let etcd = Self { _process: process, dir, port };
+        let etcd = Self { _process: process, dir, ip, port };
         let deadline = Instant::now() + Duration::from_secs(30);
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        while TcpStream::connect((ip, port)).is_err() {
             if Instant::now() > deadline {
                 let log = fs::read_to_string(etcd.dir.join("log")).unwrap_or_default();
                 bail!("etcd does not listen:\n{log}");
@@ -50,7 +56,7 @@ impl Etcd {
     }
 
     pub(super) fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}:{}", self.ip, self.port)
     }
 
     /// Writes its client configuration.
@@ -72,8 +78,8 @@ fn pause() {
     std::thread::sleep(Duration::from_millis(20));
 }
 
-fn free_ports() -> anyhow::Result<(u16, u16)> {
+fn free_ports(ip: Ipv4Addr) -> anyhow::Result<(u16, u16)> {
     // Both are bound at once, so they differ.
-    let (a, b) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
+    let (a, b) = (TcpListener::bind((ip, 0))?, TcpListener::bind((ip, 0))?);
     Ok((a.local_addr()?.port(), b.local_addr()?.port()))
 }

@@ -6,6 +6,7 @@ use super::process::{Process, finish, load, start_load};
 use super::report::{Row, median};
 use anyhow::Context as _;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -31,8 +32,13 @@ pub(super) struct Source {
 impl Source {
     /// One with 100 nodes, 100 identities and 20 services of 50 backends.
     pub(super) fn fill(bench: &Bench, id: u32, endpoints: u32) -> anyhow::Result<Self> {
+        Self::fill_at(bench, id, endpoints, Ipv4Addr::LOCALHOST)
+    }
+
+    /// The same with its etcd at an address of this machine.
+    pub(super) fn fill_at(bench: &Bench, id: u32, endpoints: u32, ip: Ipv4Addr) -> anyhow::Result<Self> {
         let name = format!("cluster-{id}");
-        let etcd = Etcd::start(bench, &name)?;
+        let etcd = Etcd::start_at(bench, &name, ip)?;
         let arguments = [
             "fill".to_owned(),
             format!("--etcd={}", etcd.endpoint()),

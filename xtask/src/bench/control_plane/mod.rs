@@ -5,8 +5,10 @@
 //! our programs ([`process`]), lets `mesh-load` fill, change and wait, and gives rows for the table
 //! ([`report`]). Nothing is asserted about times.
 
+mod agent;
 mod etcd;
 mod mirror;
+mod netns;
 mod process;
 mod propagation;
 mod report;
@@ -28,6 +30,9 @@ pub(crate) struct ControlPlaneArgs {
     /// How often each case is measured; medians are printed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
+    /// Run debug builds: to try the bench itself, their figures mean nothing.
+    #[arg(long)]
+    dev: bool,
     /// How the result is printed; progress goes to standard error.
     #[arg(short, long, value_enum, default_value = "text")]
     output: super::Output,
@@ -35,7 +40,7 @@ pub(crate) struct ControlPlaneArgs {
 
 /// What a case is given.
 struct Bench {
-    /// Folder of the release builds.
+    /// Folder of the builds.
     programs: PathBuf,
     /// Folder on tmpfs, removed at the end.
     scratch: Scratch,
@@ -52,6 +57,9 @@ struct Case {
 const CASES: &[Case] = &[
     Case { name: "mirror-10-clusters", run: mirror::ten_clusters },
     Case { name: "mirror-100000-endpoints", run: mirror::one_large_cluster },
+    Case { name: "agent-10-clusters", run: agent::ten_clusters },
+    Case { name: "agent-100000-endpoints", run: agent::one_large_cluster },
+    Case { name: "agent-250-clusters", run: agent::large_mesh },
     Case { name: "propagation-5", run: |bench| propagation::run(bench, 5) },
     Case { name: "propagation-325", run: |bench| propagation::run(bench, 325) },
     Case { name: "service-5000-backends", run: service::run },
@@ -67,7 +75,7 @@ pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
     if machine.is_busy() {
         eprintln!("this machine is busy (load {:.2}): expect noise", machine.load_before);
     }
-    let programs = workspace::build_programs(Profile::Release)?;
+    let programs = workspace::build_programs(if args.dev { Profile::Dev } else { Profile::Release })?;
     interrupt::watch()?;
     let bench = Bench { programs, scratch: Scratch::new()?, rounds: args.rounds };
     let mut rows = Vec::new();
