@@ -1,0 +1,245 @@
+//! What really is in a cluster: its nodes, pods and services.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use clustermesh_apiserver::objects::{
+    Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Service, ServicePort, TargetPort,
+};
+use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::{Affinity, Protocol};
+use rand::Rng as _;
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom as _;
+
+/// The port that services listen at, and that of their pods.
+pub const PORTS: (u16, u16) = (80, 8080);
+
+/// A cluster's objects.
+#[derive(Clone, Debug)]
+pub struct Truth {
+    /// Its part of the address plan.
+    net: u8,
+    /// Nodes by number.
+    pub nodes: BTreeMap<u8, NodeTruth>,
+    /// Pods by number.
+    pub pods: BTreeMap<u8, PodTruth>,
+    /// Services by number.
+    pub services: BTreeMap<u8, ServiceTruth>,
+}
+
+/// A node.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NodeTruth {
+    /// It has an address of its own in the pod network.
+    pub has_mesh_ip: bool,
+}
+
+/// A pod.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PodTruth {
+    /// Where it runs.
+    pub node: u8,
+    /// The service that it belongs to.
+    pub app: u8,
+    /// Last byte of its address.
+    pub host: u8,
+    /// Takes connections.
+    pub ready: bool,
+}
+
+/// A service.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ServiceTruth {
+    /// It is the same service in all clusters.
+    pub global: bool,
+    /// Others may use its backends.
+    pub shared: bool,
+    /// Whom callers prefer.
+    pub affinity: Affinity,
+}
+
+impl Truth {
+    /// Two nodes, some pods and services.
+    pub fn new(net: u8, rng: &mut SmallRng) -> Self {
+        let mut truth = Self {
+            net,
+            nodes: [(1, NodeTruth { has_mesh_ip: true })].into(),
+            pods: BTreeMap::new(),
+            services: BTreeMap::new(),
+        };
+        for _ in 0..rng.random_range(2..8) {
+            truth.change(rng);
+        }
+        truth
+    }
+
+    /// Something changes.
+    pub fn change(&mut self, rng: &mut SmallRng) -> Vec<Change> {
+        match rng.random_range(0..10) {
+            0 => {
+                if self.nodes.remove(&2).is_none() {
+                    self.nodes.insert(2, NodeTruth { has_mesh_ip: rng.random_bool(0.5) });
+                    return vec![Change::Upsert(self.node(2))];
+                }
+                vec![deleted(ObjectKind::Node, "", node_name(2))]
+            }
+            1..=3 => {
+                let number = rng.random_range(1..3);
+                if rng.random_bool(0.25) && self.services.remove(&number).is_some() {
+                    return vec![deleted(ObjectKind::Service, "shop", service_name(number))];
+                }
+                let affinity = *[Affinity::None, Affinity::None, Affinity::Local, Affinity::Remote]
+                    .choose(rng)
+                    .unwrap_or(&Affinity::None);
+                let global = rng.random_bool(0.85);
+                let service = ServiceTruth {
+                    global,
+                    shared: global && rng.random_bool(0.85),
+                    affinity: if global { affinity } else { Affinity::None },
+                };
+                self.services.insert(number, service);
+                vec![Change::Upsert(self.service(number))]
+            }
+            _ => {
+                let number = rng.random_range(1..5);
+                if rng.random_bool(0.35) && self.pods.remove(&number).is_some() {
+                    return vec![deleted(ObjectKind::Pod, "shop", pod_name(number))];
+                }
+                // Addresses are used again, by other pods too; never by two at once.
+                let free: Vec<u8> = (1..7)
+                    .filter(|host| self.pods.iter().all(|(n, pod)| *n == number || pod.host != *host))
+                    .collect();
+                let host = *free.choose(rng).unwrap_or(&number);
+                let (node, app) = (rng.random_range(1..3), rng.random_range(1..3));
+                self.pods.insert(number, PodTruth { node, app, host, ready: rng.random_bool(0.85) });
+                vec![Change::Upsert(self.pod(number))]
+            }
+        }
+    }
+
+    /// All objects.
+    pub fn all(&self) -> Vec<Change> {
+        let labels = BTreeMap::new();
+        let namespace = Object::Namespace(Arc::new(Namespace { name: "shop".into(), labels, global: None }));
+        let nodes = self.nodes.keys().map(|n| self.node(*n));
+        let services = self.services.keys().map(|n| self.service(*n));
+        let pods = self.pods.keys().map(|n| self.pod(*n));
+        [namespace].into_iter().chain(nodes).chain(services).chain(pods).map(Change::Upsert).collect()
+    }
+
+    /// Underlay address of a node.
+    pub fn node_ip(&self, node: u8) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, self.net * 10 + node).into()
+    }
+
+    /// Address of a node in the pod network.
+    pub fn mesh_ip(&self, node: u8) -> IpAddr {
+        Ipv4Addr::new(10, self.net, node, 254).into()
+    }
+
+    /// Address of a pod.
+    pub fn pod_ip(&self, pod: &PodTruth) -> IpAddr {
+        Ipv4Addr::new(10, self.net, 1, pod.host).into()
+    }
+
+    /// Address of a service.
+    pub fn service_ip(&self, service: u8) -> IpAddr {
+        Ipv4Addr::new(10, 90 + self.net, 0, service).into()
+    }
+
+    /// All addresses in the pod network.
+    pub fn addresses(&self) -> BTreeSet<IpAddr> {
+        let nodes =
+            self.nodes.iter().filter(|(_, node)| node.has_mesh_ip).map(|(node, _)| self.mesh_ip(*node));
+        self.pods.values().map(|pod| self.pod_ip(pod)).chain(nodes).collect()
+    }
+
+    /// The backends that a service has at home.
+    pub fn backends(&self, service: u8) -> impl Iterator<Item = IpAddr> + '_ {
+        self.pods.values().filter(move |pod| pod.app == service && pod.ready).map(|pod| self.pod_ip(pod))
+    }
+
+    fn node(&self, node: u8) -> Object {
+        let mesh_ips = self.nodes.get(&node).filter(|node| node.has_mesh_ip).map(|_| self.mesh_ip(node));
+        Object::Node(Arc::new(Node {
+            name: node_name(node),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            internal_ips: vec![self.node_ip(node)],
+            external_ips: Vec::new(),
+            cilium_internal_ips: mesh_ips.into_iter().collect(),
+            ipv4_health_ip: None,
+            ipv6_health_ip: None,
+            pod_cidrs: format!("10.{}.{node}.0/24", self.net).parse().into_iter().collect(),
+            encryption_key: 0,
+            wireguard_pub_key: String::new(),
+            boot_id: String::new(),
+        }))
+    }
+
+    fn pod(&self, number: u8) -> Object {
+        let pod = &self.pods[&number];
+        Object::Pod(Arc::new(Pod {
+            name: name(pod_name(number)),
+            labels: [("app".to_owned(), service_name(pod.app))].into(),
+            service_account: "default".into(),
+            node: Some(node_name(pod.node)),
+            host_network: false,
+            hostname: None,
+            subdomain: None,
+            ports: Vec::new(),
+            ips: vec![self.pod_ip(pod)],
+            host_ip: Some(self.node_ip(pod.node)),
+            finished: false,
+            ready: pod.ready,
+            terminating: false,
+            created: None,
+        }))
+    }
+
+    fn service(&self, number: u8) -> Object {
+        let service = &self.services[&number];
+        Object::Service(Arc::new(Service {
+            name: name(service_name(number)),
+            labels: BTreeMap::new(),
+            selector: Some([("app".to_owned(), service_name(number))].into()),
+            cluster_ips: vec![self.service_ip(number)],
+            headless: false,
+            external_name: false,
+            families: vec![IpFamily::V4],
+            ports: vec![ServicePort {
+                name: "http".into(),
+                protocol: Protocol::Tcp,
+                number: PORTS.0,
+                target: TargetPort::Number(PORTS.1),
+            }],
+            publish_not_ready: false,
+            global: service.global,
+            shared: service.shared,
+            affinity: service.affinity,
+        }))
+    }
+}
+
+/// Name of a node.
+pub fn node_name(node: u8) -> String {
+    format!("n{node}")
+}
+
+fn pod_name(pod: u8) -> String {
+    format!("p{pod}")
+}
+
+fn service_name(service: u8) -> String {
+    format!("s{service}")
+}
+
+fn name(name: String) -> NamespacedName {
+    NamespacedName { namespace: "shop".into(), name }
+}
+
+fn deleted(kind: ObjectKind, namespace: &str, name: String) -> Change {
+    Change::Delete(ObjectKey { kind, name: NamespacedName { namespace: namespace.into(), name } })
+}

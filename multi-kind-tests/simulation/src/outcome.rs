@@ -1,0 +1,297 @@
+//! What a mesh at rest must look like, computed from what really is in its clusters.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use agent_sync::wire_key;
+use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
+use clustermesh_kvstore::record::{Affinity, IpRecord, Record as _};
+use ebpf_global_svc::abi::{IpKey, backend_state, cluster_state};
+
+use crate::agent::Agent;
+use crate::exporter::ExporterProcess;
+use crate::objects::PORTS;
+use crate::world::World;
+
+/// I1: each etcd holds what its exporter wants, and each kernel what all clusters say.
+pub(crate) fn check(world: &World) -> Result<(), String> {
+    for (place, exporter) in world.exporters.iter().enumerate() {
+        if let Some(exporter) = exporter {
+            check_etcd(world, place, exporter)?;
+        }
+    }
+    world.agents.iter().try_for_each(|agent| {
+        check_addresses(world, agent)?;
+        check_topology(world, agent)?;
+        check_services(world, agent)
+    })
+}
+
+/// Who has not come to rest.
+pub(crate) fn unrest(world: &World) -> String {
+    let mut text = String::new();
+    for (place, exporter) in world.exporters.iter().enumerate() {
+        match exporter {
+            Some(exporter) if exporter.is_at_rest(&world.places[place]) => {}
+            Some(exporter) => {
+                let _ = write!(text, "exporter {place}: {:?}; ", exporter.publisher.status());
+            }
+            None => {
+                let _ = write!(text, "exporter {place} does not run; ");
+            }
+        }
+    }
+    for (number, agent) in world.agents.iter().enumerate() {
+        if let Some(life) = agent.life.as_ref().filter(|life| !life.is_at_rest(&world.places)) {
+            let (pending, error) = (life.engine.pending(), life.engine.last_error());
+            let _ = write!(text, "agent {number}: {pending} pending ({error:?})");
+            for (place, peer) in &life.peers {
+                let live: Vec<_> = peer.link.reflectors.iter().map(|r| (r.tag, r.live)).collect();
+                let _ = write!(text, ", {place}: accepted {}, {live:?}", peer.accepted);
+            }
+        }
+    }
+    text
+}
+
+fn check_etcd(world: &World, place: usize, exporter: &ExporterProcess) -> Result<(), String> {
+    let stands = &world.places[place];
+    let wanted: BTreeMap<String, &[u8]> = exporter.exporter.published().collect();
+    let mut found = BTreeMap::new();
+    for kind in clustermesh_apiserver::export::Exporter::KINDS {
+        let prefix = data_prefix(kind, &stands.name, Layout::State);
+        found.extend(stands.etcd.below(&prefix).map(|(key, value)| (key.to_owned(), value.to_vec())));
+        let canary = canary_key(kind, &stands.name, Layout::State);
+        if !stands.etcd.contains(&canary) {
+            let history = stands.history_of(&canary);
+            return Err(format!("I1: {canary} is missing: {history}"));
+        }
+    }
+    for (key, value) in &wanted {
+        if found.get(key).is_none_or(|found| found != value) {
+            return Err(format!("I1: {key} is not in etcd as it should be"));
+        }
+    }
+    if let Some(key) = found.keys().find(|key| !wanted.contains_key(*key)) {
+        return Err(format!("I1: {key} is in etcd and should not"));
+    }
+    if !stands.etcd.contains(&cluster_config_key(&stands.name)) {
+        return Err("I1: the cluster's config is missing".into());
+    }
+    let truth = &world.truths[place];
+    let exported: BTreeSet<IpAddr> = ip_records(exporter).into_keys().collect();
+    let wanted = truth.addresses();
+    if exported != wanted {
+        return Err(format!("I1: exported addresses {exported:?}, not {wanted:?}"));
+    }
+    Ok(())
+}
+
+fn ip_records(exporter: &ExporterProcess) -> BTreeMap<IpAddr, IpRecord> {
+    let records = exporter.exporter.published().filter_map(|(key, value)| {
+        let suffix = key.strip_prefix("cilium/state/ip/v1/default/")?;
+        let record = IpRecord::decode(suffix, value).ok()?;
+        Some((record.prefix.addr(), record))
+    });
+    records.collect()
+}
+
+/// Places of the clusters that an agent is configured to follow, its own one first.
+fn followed<'a>(world: &'a World, agent: &'a Agent) -> impl Iterator<Item = (usize, &'a ExporterProcess)> {
+    let places = [agent.home].into_iter().chain(world.remotes[agent.home].iter().copied());
+    places.filter_map(|place| Some((place, world.exporters[place].as_ref()?)))
+}
+
+fn check_addresses(world: &World, agent: &Agent) -> Result<(), String> {
+    let mut wanted: BTreeMap<IpKey, u32> = BTreeMap::new();
+    for (place, exporter) in followed(world, agent) {
+        for (ip, record) in ip_records(exporter) {
+            // A host is "the host" only at home.
+            let is_foreign_host = record.identity.0 == 1 && place != agent.home;
+            let identity = if is_foreign_host { 6 } else { record.identity.0 };
+            wanted.insert(wire_key::ip_key(exporter.id().get(), ip), identity);
+        }
+    }
+    let kernel = agent.kernel();
+    for (key, identity) in &wanted {
+        match kernel.ipcache.get(key) {
+            Some(value) if value.identity == *identity => {}
+            found => return Err(format!("I1: address {key:?} is {found:?}, not identity {identity}")),
+        }
+    }
+    match kernel.ipcache.keys().find(|key| !wanted.contains_key(key)) {
+        Some(key) => Err(format!("I1: address {key:?} is nobody's")),
+        None => Ok(()),
+    }
+}
+
+fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
+    let (mut nodes, mut prefixes) = (BTreeMap::new(), BTreeMap::new());
+    for (place, exporter) in followed(world, agent) {
+        let truth = &world.truths[place];
+        for node in truth.nodes.keys() {
+            nodes.insert(wire_key::node_key(truth.node_ip(*node)), exporter.id().get());
+            let IpAddr::V4(ip) = truth.mesh_ip(*node) else { continue };
+            let net =
+                ipnet::Ipv4Net::new(ip, 24).map(|net| net.trunc()).map_err(|error| error.to_string())?;
+            prefixes.insert(wire_key::prefix_key(net.into()), exporter.id().get());
+        }
+    }
+    let kernel = agent.kernel();
+    let found: BTreeMap<_, _> = kernel.nodes.iter().map(|(key, value)| (*key, value.cluster)).collect();
+    if found != nodes {
+        return Err(format!("I1: nodes are {found:?}, not {nodes:?}"));
+    }
+    let found: BTreeMap<_, _> = kernel.prefixes.iter().map(|(key, value)| (*key, value.cluster)).collect();
+    if found != prefixes {
+        return Err(format!("I1: prefixes are {found:?}, not {prefixes:?}"));
+    }
+    Ok(())
+}
+
+fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
+    let own = &world.truths[agent.home];
+    let kernel = agent.kernel();
+    let mut wanted = BTreeMap::new();
+    for (number, service) in &own.services {
+        let key = wire_key::service_key(agent.own.id.get(), own.service_ip(*number), PORTS.0, wire_key::TCP);
+        let mut groups = BTreeMap::new();
+        for (place, exporter) in followed(world, agent) {
+            let there = &world.truths[place];
+            let offers = place == agent.home
+                || service.global
+                    && there.services.get(number).is_some_and(|other| other.global && other.shared);
+            let backends: BTreeSet<IpAddr> = there.backends(*number).filter(|_| offers).collect();
+            let preferred = match service.affinity {
+                Affinity::None => true,
+                Affinity::Local => place == agent.home,
+                Affinity::Remote => place != agent.home,
+            };
+            if !backends.is_empty() {
+                groups.insert(exporter.id().get(), (preferred, backends));
+            }
+        }
+        wanted.insert(key, groups);
+    }
+    if let Some(key) = kernel.services.keys().find(|key| !wanted.contains_key(key)) {
+        return Err(format!("I1: frontend {key:?} is nobody's"));
+    }
+    for (key, groups) in wanted {
+        let found: Option<BTreeMap<u16, (bool, BTreeSet<IpAddr>)>> = kernel.reachable(&key).map(|found| {
+            let groups = found.into_iter().map(|(cluster, (weight, backends))| {
+                let active = backends.iter().filter(|b| b.state == backend_state::ACTIVE);
+                let ips = active.filter_map(|b| wire_key::address(b.family, b.ip)).collect();
+                (cluster, (weight > 0, ips))
+            });
+            groups.collect()
+        });
+        if found.as_ref() != Some(&groups) {
+            return Err(format!("I1: frontend {key:?} leads to {found:?}, not {groups:?}"));
+        }
+    }
+    let slots: usize = kernel
+        .services
+        .values()
+        .flat_map(|v| &v.groups[..usize::from(v.n_groups)])
+        .map(|g| g.count as usize)
+        .sum();
+    if kernel.slots.len() != slots {
+        return Err(format!("{} slots remain, {slots} are in use", kernel.slots.len()));
+    }
+    let used: BTreeSet<u32> = kernel.slots.values().copied().collect();
+    match kernel.backends.keys().find(|id| !used.contains(id)) {
+        Some(id) => Err(format!("backend {id} remains without use")),
+        None => check_endpoints(world, agent, &kernel),
+    }
+}
+
+/// The pods of this node, and no others.
+fn check_endpoints(world: &World, agent: &Agent, kernel: &crate::kernel::Kernel) -> Result<(), String> {
+    let truth = &world.truths[agent.home];
+    if !truth.nodes.contains_key(&agent.node) {
+        return Ok(());
+    }
+    let id = agent.own.id.get();
+    let here = truth.pods.values().filter(|pod| pod.node == agent.node).map(|pod| truth.pod_ip(pod));
+    let wanted: BTreeSet<IpKey> = here.map(|ip| wire_key::ip_key(id, ip)).collect();
+    let mesh_ip = wire_key::ip_key(id, truth.mesh_ip(agent.node));
+    let found: BTreeSet<IpKey> = kernel.endpoints.keys().copied().filter(|key| *key != mesh_ip).collect();
+    match found == wanted {
+        true => Ok(()),
+        false => Err(format!("I1: pods of this node are {found:?}, not {wanted:?}")),
+    }
+}
+
+/// I3: as soon as nothing is pending, a cluster is out of load-balancing exactly if it was judged dead.
+pub(crate) fn check_dead(agent: &Agent) -> Result<(), String> {
+    if agent.life.as_ref().is_none_or(|life| life.engine.pending() > 0) {
+        return Ok(());
+    }
+    let kernel = agent.kernel();
+    for (place, id) in agent.memory.members.iter().filter(|(place, _)| **place != agent.home) {
+        let (Some(id), Some(dead)) = (id, agent.memory.dead.get(place)) else { continue };
+        let state = kernel.clusters.get(&u32::from(*id)).map_or(cluster_state::HEALTHY, |state| state.state);
+        if (state == cluster_state::DEAD) != *dead {
+            return Err(format!("I3: cluster {id} is in state {state}, but judged dead: {dead}"));
+        }
+    }
+    Ok(())
+}
+
+/// Every removal that an agent has made since the last call had a reason.
+pub(crate) fn check_removals(agent: &mut Agent, places: &[crate::place::Place]) -> Result<(), String> {
+    use crate::kernel::Removed;
+    let (violation, removed) = {
+        let mut kernel = agent.kernel();
+        (kernel.violation.take(), std::mem::take(&mut kernel.removed))
+    };
+    if let Some(violation) = violation {
+        return Err(violation);
+    }
+    let own = agent.own.id.get();
+    let memory = &agent.memory;
+    for removed in removed {
+        match removed {
+            Removed::Address(key) => {
+                let Some(ip) = wire_key::address(key.family, key.ip) else { continue };
+                // Without an entry the cluster was drained, or the address was never told.
+                let Some((place, tick)) = memory.addresses.get(&(key.cluster, ip.to_string())) else {
+                    continue;
+                };
+                let place = &places[*place];
+                // An address goes, too, when the prefix that it lies in is its cluster's no more.
+                let misplaced = place.contested || place.could_be_gone(Kind::Nodes, "n1", 0);
+                if !misplaced && !place.could_be_gone(Kind::Ip, &ip.to_string(), *tick) {
+                    let history = place.history(Kind::Ip, &ip.to_string());
+                    return Err(format!(
+                        "I4: {ip} of cluster {} removed, which was told at #{tick} and never went away: {history}",
+                        key.cluster
+                    ));
+                }
+            }
+            Removed::Group(key, cluster) => {
+                let heard = |cluster, kind| memory.heard.contains(&(cluster, kind));
+                let told = heard(own, Kind::LocalServices)
+                    || heard(cluster, Kind::Services)
+                    || heard(own, Kind::Nodes)
+                    || memory.drained.contains(&cluster);
+                if !told {
+                    return Err(format!(
+                        "I4: {key:?} lost backends of cluster {cluster}, of which nothing was heard"
+                    ));
+                }
+            }
+            Removed::Prefix(value) => {
+                let nodes_heard = memory.heard.iter().any(|(_, kind)| *kind == Kind::Nodes);
+                if !nodes_heard && !memory.drained.contains(&value.cluster) {
+                    return Err(format!(
+                        "I4: a prefix of cluster {} went before any node was heard of",
+                        value.cluster
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
