@@ -395,7 +395,20 @@ impl Drop for Etcd {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    free_listener().local_addr().unwrap().port()
+}
+
+/// A listener below the ports that the system hands out to connections: one of these might take a port of
+/// that range between this and the start of who is to listen on it.
+fn free_listener() -> TcpListener {
+    loop {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        if let Ok(listener) =
+            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
+        {
+            return listener;
+        }
+    }
 }
 
 async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {

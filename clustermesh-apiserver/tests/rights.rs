@@ -197,8 +197,7 @@ impl Etcd {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca = dir.path().join("ca.crt");
         std::fs::write(&ca, params.self_signed(&key).unwrap().pem()).unwrap();
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap();
-        let (client, peer) = (free(), free());
+        let (client, peer) = (free_listener(), free_listener());
         let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
         Self {
             ca,
@@ -327,5 +326,18 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     while !condition() {
         assert!(started.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// A listener below the ports that the system hands out to connections: one of these might take a port of
+/// that range between this and the start of who is to listen on it.
+fn free_listener() -> TcpListener {
+    loop {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        if let Ok(listener) =
+            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
+        {
+            return listener;
+        }
     }
 }

@@ -40,8 +40,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     pub(crate) async fn start(name: &str, id: u32) -> Self {
         let dir = tempfile::Builder::new().prefix("cm-agent-etcd-").tempdir().unwrap();
-        let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
-        let (a, b) = (bind(), bind());
+        let (a, b) = (free_listener(), free_listener());
         let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
         let (port, peer_port) = (port(&a), port(&b));
         drop((a, b));
@@ -320,6 +319,19 @@ impl Agent {
         self.stop.cancel();
         self.task.await.unwrap().unwrap();
         assert!(!Path::new(&self.dir.path().join("agent.sock")).exists());
+    }
+}
+
+/// A listener below the ports that the system hands out to connections: one of these might take a port of
+/// that range between this and the start of who is to listen on it.
+fn free_listener() -> TcpListener {
+    loop {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        if let Ok(listener) =
+            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
+        {
+            return listener;
+        }
     }
 }
 

@@ -241,10 +241,22 @@ impl Drop for Etcd {
     }
 }
 
+/// A listener below the ports that the system hands out to connections: one of these might take a port of
+/// that range between this and the start of who is to listen on it.
+fn free_listener() -> TcpListener {
+    loop {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        if let Ok(listener) =
+            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
+        {
+            return listener;
+        }
+    }
+}
+
 fn free_ports() -> (u16, u16) {
     // Both are bound at once, so they differ.
-    let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
-    let (a, b) = (bind(), bind());
+    let (a, b) = (free_listener(), free_listener());
     (a.local_addr().unwrap().port(), b.local_addr().unwrap().port())
 }
 
