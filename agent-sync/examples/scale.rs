@@ -284,6 +284,7 @@ fn local(number: u32) -> LocalService {
         cluster_id: 1,
         global: true,
         shared: true,
+        private: false,
         affinity: Affinity::None,
         headless: false,
         frontends: [(address, ports("http", 80))].into(),

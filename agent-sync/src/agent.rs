@@ -16,7 +16,7 @@ use tracing::info;
 
 use crate::engine::{self, Channels, Engine, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
-use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks};
+use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster, Peers};
 use crate::serve::{self, ServeError, Source};
 
@@ -50,6 +50,8 @@ pub struct Options {
     pub liveness: Option<LivenessOptions>,
     /// From one comparison of the tables with what is wanted to the next; none: never.
     pub scan_interval: Option<Duration>,
+    /// From one look at all records of a kind whose exporter states no digests to the next; none: never.
+    pub relist_interval: Option<Duration>,
 }
 
 /// How the kernel is used.
@@ -135,6 +137,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         directory: directory.clone(),
         policy: policy.clone(),
         board: board.clone(),
+        desk: serve::Desk::default(),
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
     let http = match options.http_addr {
@@ -148,9 +151,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         }
     };
 
-    let (routes, wanted_routes) = watch::channel(None);
+    let routes = RouteBoard::default();
     let node = match &options.kernel {
-        Some(kernel) => Some(Node::open(&options, kernel, wanted_routes).await?),
+        Some(kernel) => Some(Node::open(&options, kernel, routes.clone()).await?),
         None => None,
     };
     let (datapath, pod_links) = node.map(|node| (node.datapath, node.pod_links)).unzip();
@@ -162,6 +165,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         pod_links,
         sizes: options.sizes,
         scan_interval: options.scan_interval,
+        census_interval: options.relist_interval,
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let channels = Channels {
@@ -211,11 +215,7 @@ struct Node {
 }
 
 impl Node {
-    async fn open(
-        options: &Options,
-        kernel: &KernelOptions,
-        routes: watch::Receiver<Option<crate::mesh::Routes>>,
-    ) -> Result<Self, AgentError> {
+    async fn open(options: &Options, kernel: &KernelOptions, routes: RouteBoard) -> Result<Self, AgentError> {
         let mut datapath = Datapath::open(&DatapathOptions {
             cgroup: kernel.cgroup_root.clone(),
             // At most 16.

@@ -8,6 +8,7 @@ use ebpf_global_svc::abi::{
     ServiceKey, backend_state,
 };
 
+use crate::mesh::RouteChanges;
 use crate::wire_key;
 
 /// Everything that identifies a backend. Its entry in the kernel never changes: another state is
@@ -88,10 +89,12 @@ pub struct Changes {
     pub service: Vec<(ServiceKey, Option<ServicePlan>)>,
     /// States of clusters, by ID; healthy ones have none.
     pub cluster: Vec<(u32, Option<ClusterState>)>,
+    /// Routes of this node, which are in no table of ours.
+    pub routes: RouteChanges,
 }
 
 impl Changes {
-    /// Number of changed keys.
+    /// Number of changed keys of the tables.
     pub fn len(&self) -> usize {
         self.ipcache.len()
             + self.prefix.len()

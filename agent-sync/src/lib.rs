@@ -2,17 +2,21 @@
 //!
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
-//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes; [`serve`] answers questions.
+//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes; [`serve`] answers questions,
+//! and lets [`trial`] (plain) say what another import policy would do.
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod cleanup;
 pub mod desired;
 pub mod digest;
 pub mod engine;
+pub mod histogram;
 pub mod liveness;
 pub mod mesh;
 pub mod netlink;
 pub mod peers;
 pub mod reconcile;
 pub mod serve;
+pub mod trial;
 pub mod wire_key;

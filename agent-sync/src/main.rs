@@ -1,6 +1,7 @@
 //! `clustermesh-agent`: one per node.
 #![forbid(unsafe_code)]
 
+mod cleanup_command;
 mod map_sizes;
 
 use std::io::IsTerminal as _;
@@ -14,7 +15,8 @@ use agent_sync::liveness::LivenessOptions;
 use agent_sync::peers::OwnCluster;
 use anyhow::Context as _;
 use clap::builder::RangedU64ValueParser;
-use clap::{Parser, ValueEnum};
+use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+use cleanup_command::CleanupFlags;
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::PolicySource;
 use map_sizes::MapSizeFlags;
@@ -24,6 +26,13 @@ use tracing_subscriber::EnvFilter;
 
 /// Exit status for what the command line is to blame for.
 const USAGE: u8 = 2;
+
+const BPF_ROOT: &str = "/sys/fs/bpf/clustermesh";
+const GRPC_SOCKET: &str = "/run/clustermesh/agent.sock";
+const TUNNEL_DEVICE: &str = "cm_vxlan";
+const TUNNEL_PORT: u16 = 8472;
+/// The subcommand; without one the agent runs.
+const CLEANUP: &str = "cleanup";
 
 /// Follows all clusters of a mesh and programs this node's kernel.
 ///
@@ -36,7 +45,8 @@ const USAGE: u8 = 2;
     --etcd-config /etc/clustermesh/etcd.yaml --clustermesh-config /etc/clustermesh/remotes \\
     --cgroup-root /sys/fs/cgroup --http-addr 127.0.0.1:9879
   clustermesh-agent --cluster-name alpha --cluster-id 1 --node-name laptop --datapath memory \\
-    --etcd-config etcd.yaml --clustermesh-config remotes --grpc-socket ./agent.sock"
+    --etcd-config etcd.yaml --clustermesh-config remotes --grpc-socket ./agent.sock
+  clustermesh-agent cleanup --dry-run"
 )]
 struct Flags {
     /// Name of this cluster
@@ -70,22 +80,22 @@ struct Flags {
     #[arg(long, value_enum, default_value_t = DatapathFlag::Ebpf)]
     datapath: DatapathFlag,
     /// Folder of the pinned maps and programs, one for each agent
-    #[arg(long, default_value = "/sys/fs/bpf/clustermesh")]
+    #[arg(long, default_value = BPF_ROOT)]
     bpf_root: PathBuf,
     /// Cgroup (v2) of the processes that reach services by their cluster IPs [default: none]
     #[arg(long)]
     cgroup_root: Option<PathBuf>,
     /// Unix socket on which the CLI is answered
-    #[arg(long, default_value = "/run/clustermesh/agent.sock")]
+    #[arg(long, default_value = GRPC_SOCKET)]
     grpc_socket: PathBuf,
     /// Address of /healthz, /readyz and /metrics [default: none]
     #[arg(long)]
     http_addr: Option<SocketAddr>,
     /// VXLAN device, made if it is missing
-    #[arg(long, default_value = "cm_vxlan")]
+    #[arg(long, default_value = TUNNEL_DEVICE)]
     tunnel_device: String,
     /// UDP port of the tunnels, the same in the whole mesh
-    #[arg(long, default_value_t = 8472)]
+    #[arg(long, default_value_t = TUNNEL_PORT)]
     tunnel_port: u16,
     /// Whether dead remote clusters are taken out of load-balancing
     #[arg(long, value_enum, default_value_t = Switch::On)]
@@ -109,6 +119,11 @@ struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
     kernel_scan_interval: u64,
+    /// Seconds from one look at all records of a kind to the next, of clusters that state no digests
+    /// (Cilium); what differs from what is held is listed again. 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600,
+        value_parser = RangedU64ValueParser::<u64>::new().range(0..=604_800))]
+    relist_interval: u64,
     #[command(flatten)]
     map_sizes: MapSizeFlags,
     /// How log lines look; RUST_LOG says which there are
@@ -137,7 +152,16 @@ enum LogFormat {
 }
 
 fn main() -> ExitCode {
-    let flags = Flags::parse();
+    let command = Flags::command()
+        .subcommand(CleanupFlags::augment_args(clap::Command::new(CLEANUP)))
+        .subcommand_negates_reqs(true)
+        .args_conflicts_with_subcommands(true);
+    let matches = command.get_matches();
+    if let Some((CLEANUP, matches)) = matches.subcommand() {
+        let flags = CleanupFlags::from_arg_matches(matches).unwrap_or_else(|error| error.exit());
+        return clean_up(flags);
+    }
+    let flags = Flags::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     start_log(flags.log_format);
     let options = match flags.options() {
         Ok(options) => options,
@@ -149,6 +173,16 @@ fn main() -> ExitCode {
             let usage = error.downcast_ref::<AgentError>().is_some_and(AgentError::is_usage);
             fail(error.as_ref(), if usage { USAGE } else { 1 })
         }
+    }
+}
+
+fn clean_up(flags: CleanupFlags) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let outcome =
+        runtime.context("cannot start the runtime").and_then(|runtime| runtime.block_on(flags.run()));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.as_ref(), if cleanup_command::is_usage(&error) { USAGE } else { 1 }),
     }
 }
 
@@ -225,6 +259,7 @@ impl Flags {
             liveness: (self.liveness == Switch::On).then_some(liveness),
             scan_interval: (self.kernel_scan_interval > 0)
                 .then_some(Duration::from_secs(self.kernel_scan_interval)),
+            relist_interval: (self.relist_interval > 0).then_some(Duration::from_secs(self.relist_interval)),
         })
     }
 }

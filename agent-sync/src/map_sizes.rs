@@ -4,7 +4,7 @@ use clap::Args;
 use clap::builder::RangedI64ValueParser;
 use ebpf_global_svc::MapSizes;
 
-/// Other sizes than those of the pinned maps are refused at the start, until the datapath was unloaded.
+/// Other sizes than those of the pinned maps are refused at the start, until `clustermesh-agent cleanup`.
 #[derive(Debug, Args)]
 pub(crate) struct MapSizeFlags {
     /// Pods and nodes of the whole mesh that fit (cm_ipcache)

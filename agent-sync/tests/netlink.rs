@@ -112,6 +112,65 @@ fn routes_become_what_is_desired_and_others_are_left_alone() {
 }
 
 #[test]
+fn a_single_route_comes_and_goes_and_the_rest_stays() {
+    let ns = Namespace::new("route");
+    ns.ip("addr add 10.1.0.1/32 dev lo");
+    ns.ip("link set lo up");
+    let nets = ["10.1.1.0/24", "10.2.0.0/24", "fd00:1:1::/64"].map(|net| net.parse().unwrap());
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        let index = netlink.ensure_overlay(&overlay()).await.unwrap();
+        let [v4, other, v6] = nets;
+        let desired = BTreeMap::from([(other, RouteVia::default())]);
+        netlink.sync_routes(index, &desired).await.unwrap();
+        let via = RouteVia { source: Some("10.1.0.1".parse().unwrap()) };
+        netlink.set_route(index, v4, Some(via)).await.unwrap();
+        netlink.set_route(index, v6, Some(RouteVia::default())).await.unwrap();
+        let shown = (ns.ip("route show proto 197"), ns.ip("-6 route show proto 197"));
+        assert!(shown.0.contains("10.1.1.0/24 dev cm_vxlan scope link src 10.1.0.1"), "{shown:?}");
+        assert!(shown.1.contains("fd00:1:1::/64 dev cm_vxlan"), "{shown:?}");
+        for net in [v4, v6, v6] {
+            netlink.set_route(index, net, None).await.unwrap();
+        }
+        let shown = (ns.ip("route show proto 197"), ns.ip("-6 route show proto 197"));
+        assert!(shown.0.contains("10.2.0.0/24") && !shown.0.contains("10.1.1.0/24"), "{shown:?}");
+        assert!(!shown.1.contains("fd00:1:1::/64"), "{shown:?}");
+    });
+}
+
+#[test]
+fn what_an_agent_made_is_found_and_removed_and_nothing_else() {
+    let ns = Namespace::new("remains");
+    ns.ip("link set lo up");
+    ns.ip("route add 10.99.0.0/24 dev lo");
+    ns.ip("link add other type veth peer name otherp");
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), None);
+        let index = netlink.ensure_overlay(&overlay()).await.unwrap();
+        let desired = BTreeMap::from([
+            ("10.2.0.0/24".parse().unwrap(), RouteVia::default()),
+            ("fd00:2::/64".parse().unwrap(), RouteVia::default()),
+        ]);
+        netlink.sync_routes(index, &desired).await.unwrap();
+        let mut routes = netlink.owned_routes().await.unwrap();
+        routes.sort_unstable();
+        assert_eq!(routes, desired.into_keys().collect::<Vec<_>>());
+        let foreign = netlink.find_overlay("other", 8472).await.unwrap_err();
+        assert!(matches!(foreign, NetlinkError::ForeignDevice { .. }), "{foreign}");
+
+        netlink.remove_routes().await.unwrap();
+        assert!(netlink.owned_routes().await.unwrap().is_empty());
+        assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), Some(index));
+        netlink.remove_overlay(index).await.unwrap();
+        netlink.remove_overlay(index).await.unwrap();
+        assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), None);
+    });
+    assert!(ns.ip("route show").contains("10.99.0.0/24"));
+    assert!(ns.ip("link show").contains("other"));
+}
+
+#[test]
 fn pods_are_found_by_their_routes_and_followed() {
     let ns = Namespace::new("pods");
     ns.ip("link add pod1 type veth peer name pod1p");

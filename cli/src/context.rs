@@ -66,6 +66,9 @@ pub(crate) struct Kvstoremesh {
     pub(crate) clustermesh_config: PathBuf,
     /// How the cluster's own agents read what it mirrors.
     pub(crate) etcd: EtcdConfig,
+    /// Its status socket, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) socket: Option<PathBuf>,
 }
 
 /// One node's agent.
@@ -133,6 +136,7 @@ impl Context {
             Some(mirror) => Some(Kvstoremesh {
                 clustermesh_config: absolute(mirror.clustermesh_config),
                 etcd: absolute_files(checked(&mirror.etcd)?),
+                socket: mirror.socket.map(absolute),
             }),
             None => None,
         };

@@ -259,4 +259,47 @@ fn explain_says_what_is_chosen_and_why_not() {
     assert_eq!(json[0]["explained"]["clusters"][1]["outcome"], "not-chosen");
     let ran = mesh.run(&with(&explain, &["--node", "alpha-7"]));
     assert!(ran.error(2).contains("alpha has no node"));
+    let text = mesh.run(&["explain", "endpoint", "shop/orders-1", "--context", "alpha"]).ok();
+    for line in [
+        "  beta: refused\n",
+        "    10.2.0.1: refused, revision 9 of cilium/state/ip/v1/default/10.2.0.1\n",
+        "      node: 192.0.2.9, which the cluster does not have\n",
+        "      identity 131373: k8s:app=orders\n",
+        "      - outside_pod_cidrs\n",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+}
+
+#[test]
+fn policy_check_finds_mistakes_and_says_what_would_change() {
+    let (mesh, ..) = Mesh::of_two();
+    let file = mesh.root.path().join("policy.yaml");
+    let path = file.to_str().unwrap();
+    let check = ["policy", "check", "--policy", path];
+    std::fs::write(&file, "clusters:\n  beta:\n    pod-cidr: any\n").unwrap();
+    let ran = mesh.run(&with(&check, &["--context", "alpha"]));
+    assert_eq!(ran.error(2), format!("{path}: 1 mistake"));
+    assert!(ran.stdout.starts_with(&format!("{path}:3: ")), "{}", ran.stdout);
+    assert!(ran.stdout.contains("did you mean pod-cidrs?"), "{}", ran.stdout);
+
+    std::fs::write(&file, "clusters: {beta: {pod-cidrs: [10.2.0.0/16]}}").unwrap();
+    assert_eq!(mesh.run(&check).ok().trim(), format!("{path}: no mistakes"));
+    let text = mesh.run(&with(&check, &["--context", "alpha", "--cluster", "beta"])).ok();
+    for line in [
+        "alpha, as alpha-1 sees the others:\n",
+        "  beta:\n",
+        "    ip: 9 records, 8 let in now, 7 would be\n",
+        "      2 would be refused: outside_pod_cidrs\n        10.9.0.1: 10.9.0.1 is not in it\n        and 1 more\n",
+        "      1 are refused now and would come in: namespace_not_allowed\n",
+        "      refused as now: bad_json 1\n",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+    assert!(text.is_ascii(), "{text}");
+    let ran = mesh.run(&with(&check, &["--context", "alpha", "-o", "json"]));
+    assert_eq!(ran.error(1), "not everything could be checked: gamma: its etcd is not connected");
+    let json: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(json["contexts"][0]["checked"]["clusters"][0]["kinds"][0]["changes"][0]["count"], 2);
+    mesh.run(&["policy", "check", "--policy", "/nonexistent"]).error(2);
 }

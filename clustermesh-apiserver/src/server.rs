@@ -137,7 +137,7 @@ impl Server {
 
         let publisher = Publisher::spawn(self.connection.clone(), self.publisher_spec());
         self.status.set_publisher(publisher.status());
-        publisher.set(key::cluster_config_key(&self.cluster.name), Some(self.cluster_config()));
+        publisher.set(key::cluster_config_key(&self.cluster.name), Some(self.cluster_config().into()));
 
         let mut exporter = Exporter::new(self.cluster.clone(), identities, self.rules);
         let mut ticks = tokio::time::interval(self.identity_grace.clamp(TICK_MIN, TICK_MAX));

@@ -203,6 +203,29 @@ async fn cilium_may_come_and_go() {
     bed.until("their return", |bed| bed.exporter.object_count(ObjectKind::CiliumEndpoint) == 4).await;
 }
 
+/// Where Cilium runs, pods are none of our business; once it has gone, nothing is drawn from that before the
+/// pods are known.
+#[tokio::test]
+async fn pods_are_read_only_without_cilium() {
+    let cluster = Cluster::new();
+    let load = Load { nodes: 2, identities: 2, endpoints: 4, services: 1, backends: 2, cilium: true };
+    load.apply(&cluster);
+    let reads_pods = || cluster.requests().iter().any(|request| request.contains("/api/v1/pods?"));
+    let mut bed = Bed::synced(&cluster).await;
+    assert_eq!(bed.exporter.object_count(ObjectKind::CiliumEndpoint), 4);
+    assert!(!reads_pods());
+
+    cluster.faults(|faults| faults.held = ["pods".to_owned()].into());
+    cluster.remove_cilium();
+    eventually("a request for pods", async || reads_pods()).await;
+    bed.settle(Duration::from_millis(50)).await;
+    let left = ObjectKind::ALL.iter().filter(|kind| kind.as_str().starts_with("Cilium"));
+    assert!(left.map(|kind| bed.exporter.object_count(*kind)).sum::<usize>() > 0);
+    cluster.faults(|faults| faults.held.clear());
+    bed.until("the pods", |bed| bed.exporter.object_count(ObjectKind::Pod) == 4).await;
+    bed.until("Cilium's end", |bed| bed.exporter.object_count(ObjectKind::CiliumEndpoint) == 0).await;
+}
+
 #[tokio::test]
 async fn who_may_not_read_is_told_what_to_do() {
     let cluster = Cluster::new();
@@ -344,7 +367,7 @@ impl Bed {
             SourceEvent::Changes(changes) => {
                 for KeyChange { key, value } in self.exporter.apply(changes, Instant::now()) {
                     match value {
-                        Some(value) => drop(self.keys.insert(key, value)),
+                        Some(value) => drop(self.keys.insert(key, value.to_vec())),
                         None => {
                             assert!(self.keys.remove(&key).is_some(), "{key}");
                             self.deleted.push(key);

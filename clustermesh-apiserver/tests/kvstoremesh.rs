@@ -5,6 +5,7 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,8 +14,14 @@ use clustermesh_apiserver::args::KvstoremeshArgs;
 use clustermesh_apiserver::kvstoremesh::server::{Kvstoremesh, RunError};
 use clustermesh_apiserver::kvstoremesh::status::Status;
 use clustermesh_kvstore::etcd::KeyRange;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
 use support::{Etcd, eventually};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -78,19 +85,39 @@ impl Bed {
         if !self.dir.path().join("policy").exists() {
             self.policy("");
         }
-        let args = KvstoremeshArgs::parse_from([
+        let kvstoremesh = Kvstoremesh::start(&self.args()).await.unwrap();
+        let (status, stop) = (kvstoremesh.status(), CancellationToken::new());
+        let task = tokio::spawn(kvstoremesh.run(stop.clone()));
+        Running { status, stop, task }
+    }
+
+    fn args(&self) -> KvstoremeshArgs {
+        KvstoremeshArgs::parse_from([
             "kvstoremesh",
             "--cluster-name=beta",
             "--cluster-id=2",
             "--removal-grace=2s",
+            "--relist-interval=1s",
             &format!("--clustermesh-config={}", self.remotes().display()),
             &format!("--import-policy={}", self.dir.path().join("policy").display()),
             &format!("--kvstore-opt=etcd.config={}", self.dir.path().join("local").display()),
-        ]);
-        let kvstoremesh = Kvstoremesh::start(&args).await.unwrap();
-        let (status, stop) = (kvstoremesh.status(), CancellationToken::new());
-        let task = tokio::spawn(kvstoremesh.run(stop.clone()));
-        Running { status, stop, task }
+            &format!("--status-socket={}", self.socket().display()),
+        ])
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("mirror.sock")
+    }
+
+    /// What the mirror says on its socket.
+    async fn status(&self) -> serde_json::Value {
+        let mut stream = UnixStream::connect(self.socket()).await.unwrap();
+        stream.write_all(b"GET /status HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+        serde_json::from_str(body).unwrap()
     }
 
     /// All keys with their revisions.
@@ -243,5 +270,58 @@ async fn a_policy_that_changes_is_obeyed_also_without_the_cluster() {
     bed.policy("clusters: {alpha: {mode: audit, pod-cidrs: [10.99.0.0/16]}}");
     bed.source.run().await;
     eventually("it comes back", async || bed.has(MIRRORED_IP).await).await;
+    // Whoever asks is told what breaks the rules, on the socket too.
+    eventually("it is told", async || {
+        let report = bed.status().await;
+        let ip = report["remotes"][0]["kinds"].as_array().unwrap().iter().find(|kind| kind["kind"] == "ip");
+        let ip = ip.unwrap().clone();
+        ip["audited_by_reason"]["outside_pod_cidrs"].as_u64() > Some(0)
+            && ip["newest_refused"][0]["audited"] == true
+            && ip["records"].as_u64() > Some(0)
+            && report["remotes"][0]["mirrored"] == true
+    })
+    .await;
+    let report = bed.status().await;
+    assert_eq!((&report["ready"], &report["remotes"][0]["name"]), (&true.into(), &"alpha".into()));
+    let mode = std::fs::metadata(bed.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let error = Kvstoremesh::start(&bed.args()).await.err().unwrap().to_string();
+    assert!(error.contains("--status-socket"), "{error}");
     mirror.stop().await;
+    assert!(!bed.socket().exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_states_no_digests_is_counted() {
+    let bed = Bed::start().await;
+    let mirror = bed.mirror().await;
+    mirror.ready().await;
+    let metrics = || {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Shared(mirror.status.clone())));
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        text
+    };
+    for kind in ["nodes", "services", "identities", "ip"] {
+        let line = format!(r#"clustermesh_digest_in_sync{{cluster="alpha",kind="{kind}"}} 1"#);
+        eventually(&line, async || metrics().contains(&line)).await;
+    }
+    let found = metrics();
+    assert!(
+        !found
+            .lines()
+            .any(|line| line.starts_with("clustermesh_digest_mismatch_total") && !line.ends_with(" 0")),
+        "{found}"
+    );
+    mirror.stop().await;
+}
+
+#[derive(Debug)]
+struct Shared(Arc<Status>);
+
+impl Collector for Shared {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        self.0.encode(encoder)
+    }
 }

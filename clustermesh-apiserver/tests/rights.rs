@@ -10,7 +10,7 @@ use clap::Parser;
 use clustermesh_apiserver::args::EtcdInitArgs;
 use clustermesh_apiserver::etcdinit;
 use clustermesh_apiserver::rights::users;
-use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions};
+use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, TlsVersion};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
@@ -52,6 +52,10 @@ async fn each_client_may_do_what_it_needs_and_nothing_else() {
     eventually("user remote-beta", || etcd.readable("remote-beta").contains(&KEYS[0])).await;
 
     assert_same_rights_as_cilium(&etcd);
+    for user in ["admin-alpha", "agent-alpha", "local-alpha", "remote", "remote-beta"] {
+        let session = Session::connect(&etcd.config(user), SessionOptions::default()).await;
+        session.unwrap_or_else(|error| panic!("{user}: {error}")).ping().await.unwrap();
+    }
 
     let remote = [KEYS[0], KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]];
     let local = [KEYS[0], KEYS[1], KEYS[2], KEYS[6], KEYS[7], KEYS[8]];
@@ -276,6 +280,7 @@ impl Etcd {
             key_file: Some(key),
             username: None,
             password: None,
+            tls_min_version: TlsVersion::default(),
         }
     }
 

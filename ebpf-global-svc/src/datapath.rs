@@ -9,6 +9,7 @@
 mod links;
 mod maps;
 mod pins;
+mod remains;
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +25,7 @@ use aya::{
     sys::SyscallError,
 };
 
+pub use self::remains::Remains;
 use self::{maps::MapSpec, pins::Pins};
 use crate::{
     DatapathError, DatapathOptions, Tables,
@@ -104,12 +106,9 @@ impl Datapath {
     /// Removes a datapath: programs, then maps. Nothing there is fine.
     ///
     /// # Errors
-    /// [`DatapathError::File`] if a pin cannot be removed.
+    /// Those of [`Datapath::remains`], and [`DatapathError::File`] if a pin cannot be removed.
     pub fn unload(bpf_root: &Path) -> Result<(), DatapathError> {
-        if !links::has_tcx() {
-            links::remove_filters(&INTERFACE_PROGRAMS);
-        }
-        pins::remove_all(bpf_root)
+        Self::remains(bpf_root)?.map_or(Ok(()), Remains::remove)
     }
 
     /// Watches what a pod sends: attaches to the host side of its veth, in the calling thread's

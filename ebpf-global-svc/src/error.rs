@@ -29,10 +29,19 @@ pub enum DatapathError {
         root: PathBuf,
     },
 
+    /// The folder is not, or not only, an agent's.
+    #[error("{root} is not a datapath of ClusterMesh alone: {what}; nothing was removed, correct --bpf-root")]
+    Foreign {
+        /// Folder of the pins.
+        root: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+
     /// The operator's limit is reached; entries that did not fit are not installed.
     #[error(
         "map {map} is full at {capacity} entries: raise --{flag}-max-entries of the agent, which takes effect \
-         after `unload`",
+         after `clustermesh-agent cleanup`",
         flag = map.trim_start_matches("cm_")
     )]
     MapFull {
@@ -45,7 +54,9 @@ pub enum DatapathError {
     /// A pinned map of another version or size is in the way.
     #[error(
         "pinned map {path} does not fit: {reason}; start with the same sizes and version as before, \
-         or unload the datapath first (this interrupts mesh traffic until the agent has synced again)"
+         or remove the datapath with `clustermesh-agent cleanup --bpf-root {root}` first (this interrupts mesh \
+         traffic until the agent has synced again)",
+        root = path.ancestors().nth(2).unwrap_or(path).display()
     )]
     PinMismatch {
         /// Map name.

@@ -114,6 +114,40 @@ fn opening_again_finds_everything_and_refuses_what_does_not_fit() {
 }
 
 #[test]
+fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
+    let root = Root::new();
+    assert!(Datapath::remains(root.path()).unwrap().is_none());
+    let datapath = Datapath::open(&root.options(7)).unwrap();
+    let error = Datapath::remains(root.path()).unwrap_err();
+    assert!(matches!(error, DatapathError::InUse { .. }), "{error}");
+    drop(datapath);
+
+    let remains = Datapath::remains(root.path()).unwrap().unwrap();
+    assert_eq!((remains.maps().len(), remains.links()), (12, &[][..]));
+    assert_eq!(remains.config().unwrap().cluster, 7);
+    let error = Datapath::open(&root.options(7)).unwrap_err();
+    assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");
+    remains.remove().unwrap();
+    assert!(!root.path().exists());
+
+    // What is not, or not only, ours is left alone.
+    let error = Datapath::remains(std::path::Path::new("/tmp")).unwrap_err();
+    assert!(error.to_string().contains("not in a BPF file system"), "{error}");
+    drop(Datapath::open(&root.options(7)).unwrap());
+    let stranger = root.path().join("stranger");
+    std::fs::create_dir(&stranger).unwrap();
+    let error = Datapath::remains(root.path()).unwrap_err();
+    assert!(error.to_string().contains("stranger is none of ours"), "{error}");
+    std::fs::remove_dir(&stranger).unwrap();
+
+    let mut larger = root.options(7);
+    larger.sizes.slot *= 2;
+    let error = Datapath::open(&larger).unwrap_err().to_string();
+    let command = format!("clustermesh-agent cleanup --bpf-root {}`", root.path().display());
+    assert!(error.contains(&command), "{error}");
+}
+
+#[test]
 fn programs_stay_far_below_the_verifiers_limit() {
     let root = Root::new();
     let datapath = Datapath::open(&root.options(1)).unwrap();

@@ -14,9 +14,9 @@ mod tls;
 mod watch;
 
 pub use auth::{Access, KeySpan};
-pub use config::{EtcdConfig, EtcdConfigError, EtcdSource};
+pub use config::{EtcdConfig, EtcdConfigError, EtcdSource, TlsVersion};
 pub use error::SessionError;
-pub use session::{KeyValue, Page, Session, SessionOptions, Status, WriteOp};
+pub use session::{KeyValue, Page, Session, SessionOptions, WriteOp};
 pub use tls::Credentials;
 pub use watch::{WatchEvent, WatchMessage, WatchStream};
 

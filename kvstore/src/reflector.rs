@@ -11,6 +11,7 @@
 //!   was seen and its list is complete, and after all upserts of that list.
 
 mod backoff;
+mod census;
 mod connection;
 pub mod core;
 mod driver;

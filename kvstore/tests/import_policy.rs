@@ -114,6 +114,9 @@ fn identities_stay_in_the_peers_range_and_hosts_become_remote_nodes() {
     assert_eq!(reason(&ip("10.2.0.1/32", 1 << 16 | 7), &peer), "identity_out_of_range");
     assert_eq!(reason(&ip("10.2.0.1/32", 256), &peer), "identity_out_of_range");
     assert_eq!(reason(&ip("10.2.0.0/24", 2 << 16 | 7), &peer), "not_an_address");
+    // The key `10.2.0.1/32` beside the key `10.2.0.1`: two records for one address.
+    let second_key = IpRecord { host: false, ..ip("10.2.0.1/32", 2 << 16 | 7) };
+    assert_eq!(reason(&second_key, &peer), "not_an_address");
     let host = ip("10.2.0.1/32", 1);
     assert_eq!(peer.identity_of(&host), Identity::REMOTE_NODE);
     peer.is_own = true;
@@ -141,6 +144,7 @@ fn a_remote_defines_no_services_of_this_cluster() {
         cluster_id: 2,
         global: true,
         shared: true,
+        private: false,
         affinity: Affinity::None,
         headless: false,
         frontends: [("10.96.0.1".parse().unwrap(), PortMap::new())].into(),

@@ -26,7 +26,7 @@ fn publish(etcd: &Etcd, spec: PublisherSpec, keys: &[(&str, &str)]) -> Publisher
     let (connection, _) = Connection::spawn(etcd.config(), ConnectionOptions::default());
     let publisher = Publisher::spawn(connection, spec);
     for (key, value) in keys {
-        publisher.set((*key).to_owned(), Some(value.as_bytes().to_vec()));
+        publisher.set((*key).to_owned(), Some(value.as_bytes().into()));
     }
     publisher.initial_done("data/a/");
     publisher.initial_done("config/a");
@@ -61,7 +61,7 @@ async fn publishes_with_leases_and_canaries_and_deletes_what_is_not_its() {
         assert_ne!(*lease, 0, "{key} has no lease");
     }
     publisher.set("data/a/1".into(), None);
-    publisher.set("data/a/2".into(), Some(b"z".to_vec()));
+    publisher.set("data/a/2".into(), Some((*b"z").into()));
     flushed(&publisher).await;
     assert_eq!(keys(&etcd, "data/a/").await, [pair("data/a/2", "z")]);
     let status = publisher.status().borrow().clone();
@@ -77,7 +77,7 @@ async fn nothing_is_deleted_and_no_canary_written_before_the_state_is_complete()
     etcd.put("data/a/old", "of an earlier run").await;
     let (connection, _) = Connection::spawn(etcd.config(), ConnectionOptions::default());
     let publisher = Publisher::spawn(connection, spec());
-    publisher.set("data/a/1".into(), Some(b"x".to_vec()));
+    publisher.set("data/a/1".into(), Some((*b"x").into()));
     eventually("the key is written", || async { !etcd.keys("data/a/1").await.is_empty() }).await;
     assert_eq!(keys(&etcd, "data/a/").await.len(), 2);
     assert!(keys(&etcd, CANARY).await.is_empty());
@@ -167,7 +167,7 @@ async fn etcd_may_be_down_at_first_and_one_bad_key_holds_nobody_back() {
     let mut status = publisher.status();
     let told = status.wait_for(|status| status.last_error.contains("refuses") && status.pending == 1);
     assert!(timeout(DEADLINE, told).await.is_ok(), "{:?}", *publisher.status().borrow());
-    publisher.set("data/a/2".into(), Some(b"small".to_vec()));
+    publisher.set("data/a/2".into(), Some((*b"small").into()));
     flushed(&publisher).await;
 }
 
@@ -235,7 +235,7 @@ async fn the_digest_of_what_stands_is_stated_with_the_times_of_its_changes() {
     let revision = etcd.session().await.revision();
     let publisher = publish(&etcd, with_digest(), &[("data/a/1", "x")]);
     flushed(&publisher).await;
-    publisher.set_from("data/a/1".into(), Some(b"z".to_vec()), Origin::Event(at));
+    publisher.set_from("data/a/1".into(), Some((*b"z").into()), Origin::Event(at));
     let changed: Digest = [("1", b"z".as_slice())].into_iter().collect();
     eventually("the next change is stated", || async { stated(&etcd).await.unwrap().digest == changed })
         .await;

@@ -318,15 +318,16 @@ fn local_service() -> impl Strategy<Value = LocalService> {
         hostname,
     });
     let affinity = prop_oneof![Just(Affinity::None), Just(Affinity::Local), Just(Affinity::Remote)];
-    let flags = any::<(u32, bool, bool, bool)>();
+    let flags = any::<(u32, bool, bool, bool, bool)>();
     (name(), namespaced(), flags, affinity, addresses(), vec(backend, 0..4)).prop_map(
-        |(cluster, name, (cluster_id, global, shared, headless), affinity, frontends, backends)| {
+        |(cluster, name, (cluster_id, global, shared, private, headless), affinity, frontends, backends)| {
             LocalService {
                 cluster,
                 name,
                 cluster_id,
                 global,
                 shared,
+                private,
                 affinity,
                 headless,
                 frontends,

@@ -6,6 +6,8 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use clustermesh_kvstore::digest::{Digest, record_hash};
+use clustermesh_kvstore::etcd::WriteOp;
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEvent, ReflectorSpec};
 use support::{Etcd, eventually, next, quick};
 use tokio::sync::mpsc;
@@ -205,4 +207,25 @@ async fn the_connection_ends_with_its_last_user() {
     drop(events);
     // The task drops its end of the status.
     eventually("the connection's task ends", || async { status.has_changed().is_err() }).await;
+}
+
+#[tokio::test]
+async fn a_census_sums_all_pages_of_one_revision() {
+    let etcd = Etcd::start().await;
+    let session = etcd.session().await;
+    let mut expected = Digest::default();
+    let mut revision = 0;
+    for chunk in 0..12 {
+        let put = |n: i32| {
+            let (suffix, value) = (format!("{chunk:02}-{n:03}"), n.to_string().into_bytes());
+            expected.add(record_hash(&suffix, &value));
+            WriteOp::Put { key: format!("data/a/{suffix}"), value, lease: 0 }
+        };
+        let ops: Vec<_> = (0..100).map(put).collect();
+        revision = session.txn(ops).await.unwrap();
+    }
+    let (connection, _) = Connection::spawn(etcd.config(), ConnectionOptions::default());
+    assert_eq!(connection.census("data/a/").await, (revision, expected));
+    etcd.put("data/ab/1", "x").await;
+    assert_eq!(connection.census("data/a/").await, (revision + 1, expected));
 }

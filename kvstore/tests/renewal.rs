@@ -78,7 +78,7 @@ async fn clients_follow_new_certificates_and_authorities_without_losing_anything
             lease: 0,
         };
         writer.txn(vec![put("data/other")]).await.unwrap();
-        publisher.set("data/own/key".into(), Some(value.into()));
+        publisher.set("data/own/key".into(), Some(value.as_bytes().into()));
     };
     let mut both_say = async |value: &str| {
         put(value).await;

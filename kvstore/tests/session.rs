@@ -7,7 +7,10 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionError, SessionOptions, WriteOp};
+use clustermesh_kvstore::etcd::{
+    EtcdConfig, KeyRange, Session, SessionError, SessionOptions, TlsVersion, WriteOp,
+};
+use clustermesh_kvstore::key::HEARTBEAT;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use support::{DEADLINE, Etcd, Pki};
@@ -40,7 +43,8 @@ async fn reads_and_writes_over_tls() {
     assert!(!second.more);
     assert_eq!(second.kvs[0].key, b"a/3");
     assert_eq!(session.get("a/3").await.unwrap(), None);
-    assert!(session.status().await.unwrap().version.starts_with('3'));
+    session.ping().await.unwrap();
+    assert!(session.version().unwrap().starts_with('3'));
 }
 
 #[tokio::test]
@@ -100,8 +104,13 @@ async fn servers_without_tls_1_3_are_refused() {
         key_file: None,
         username: None,
         password: None,
+        tls_min_version: TlsVersion::default(),
     };
-    assert_says(&error(&config).await, &["TLS 1.3"]);
+    assert_says(&error(&config).await, &["TLS 1.3", "tls-min-version"]);
+    // The handshake comes to its end; behind it is no etcd.
+    let older = EtcdConfig { tls_min_version: TlsVersion::Tls12, ..config };
+    let error = error(&older).await;
+    assert!(!error.contains("TLS 1.3"), "{error}");
 }
 
 #[tokio::test]
@@ -170,20 +179,32 @@ async fn permissions_that_are_missing_are_named() {
         &["user", "grant-role", "root", "root"],
         &["role", "add", "remote"],
         &["role", "grant-permission", "remote", "--prefix=true", "read", "cilium/state/"],
+        &["role", "grant-permission", "remote", "--prefix=true", "read", HEARTBEAT],
         &["user", "add", "remote:secret"],
         &["user", "grant-role", "remote", "remote"],
         &["auth", "enable"],
     ] {
         etcd.ctl(arguments);
     }
-    let config =
+    let good =
         EtcdConfig { username: Some("remote".into()), password: Some("secret".into()), ..etcd.config() };
-    let session = Session::connect(&config, SessionOptions::default()).await.unwrap();
+    let session = Session::connect(&good, SessionOptions::default()).await.unwrap();
     assert!(session.list_page(&KeyRange::of("cilium/state/"), None, 1, 0).await.is_ok());
     let key = "clustermesh/local/services/v1/a/";
     let denied = session.list_page(&KeyRange::of(key), None, 1, 0).await.unwrap_err();
     assert_eq!(denied, SessionError::PermissionDenied { what: key.into() });
-    let wrong = EtcdConfig { password: Some("wrong".into()), ..config };
+    session.ping().await.unwrap();
+    let wrong = EtcdConfig { password: Some("wrong".into()), ..good.clone() };
     let refused = Session::connect(&wrong, SessionOptions::default()).await.unwrap_err();
     assert!(matches!(refused, SessionError::Unauthenticated { .. }), "{refused}");
+
+    // Not a role of a mesh: some etcds let such a client in as far as their status.
+    etcd.ctl(&["--user", "root:root", "role", "revoke-permission", "remote", "--prefix=true", HEARTBEAT]);
+    match Session::connect(&good, SessionOptions::default()).await {
+        Ok(session) => {
+            assert!(session.cluster_id() != 0 && session.version().is_some());
+            session.ping().await.unwrap();
+        }
+        Err(error) => assert_eq!(error, SessionError::PermissionDenied { what: HEARTBEAT.into() }),
+    }
 }

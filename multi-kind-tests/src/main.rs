@@ -4,11 +4,12 @@
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use multi_kind_tests::interrupt::Interrupt;
-use multi_kind_tests::lab::Binaries;
+use multi_kind_tests::lab::{Binaries, micros};
 use multi_kind_tests::runner::{Options, Outcome, Runner};
 use multi_kind_tests::scenario::{Chaos, Scenario, Span, Step};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 /// End-to-end scenarios for ClusterMesh.
 #[derive(Parser)]
@@ -65,12 +66,17 @@ struct ChaosArgs {
     /// The same seed gives the same faults; default: from the clock.
     #[arg(long)]
     seed: Option<u64>,
-    /// How long.
+    /// How long, all scenarios together.
     #[arg(long, default_value_t = 10)]
     minutes: u64,
-    /// The lab and what it starts from: the first `chaos` step of this scenario is made as long.
-    #[arg(long, value_name = "FILE", default_value = "multi-kind-tests/scenarios/chaos.yaml")]
-    scenario: PathBuf,
+    /// The lab and what it starts from: the first `chaos` step of this scenario is made as long; may be
+    /// repeated.
+    #[arg(
+        long = "scenario",
+        value_name = "FILE",
+        default_values = ["multi-kind-tests/scenarios/chaos.yaml", "multi-kind-tests/scenarios/chaos-kvstoremesh.yaml"]
+    )]
+    scenarios: Vec<PathBuf>,
     #[command(flatten)]
     how: HowArgs,
 }
@@ -81,7 +87,7 @@ fn main() -> ExitCode {
             read_all(&args.files).map_err(|error| (2, error)).and_then(|scenarios| run(args.how, &scenarios))
         }
         Command::Chaos(args) => {
-            chaos_scenario(&args).map_err(|error| (2, error)).and_then(|scenario| run(args.how, &[scenario]))
+            chaos_scenarios(&args).map_err(|error| (2, error)).and_then(|scenarios| run(args.how, &scenarios))
         }
         Command::List { files } => list(&files),
     };
@@ -134,14 +140,24 @@ fn carry_out(args: HowArgs, scenarios: &[Scenario]) -> anyhow::Result<Vec<Outcom
     Ok(Runner::new(options).run_all(scenarios, |line| println!("{line}")))
 }
 
-/// The scenario with one `chaos` step, as it was asked for.
-fn chaos_scenario(args: &ChaosArgs) -> anyhow::Result<Scenario> {
-    let mut scenario = Scenario::read(&args.scenario)?;
-    let mut steps = scenario.steps.iter().filter(|step| matches!(step, Step::Chaos(_)));
-    anyhow::ensure!(steps.next().is_some(), "{} has no `chaos` step", args.scenario.display());
-    let span = Span::seconds(args.minutes.saturating_mul(60));
-    scenario.steps = vec![Step::Chaos(Chaos { seed: args.seed, span })];
-    Ok(scenario)
+/// The scenarios with one `chaos` step each, as it was asked for.
+fn chaos_scenarios(args: &ChaosArgs) -> anyhow::Result<Vec<Scenario>> {
+    let seed = match args.seed {
+        Some(seed) => seed,
+        None => micros(SystemTime::now())?,
+    };
+    // Known also to whoever interrupts the run, or whose machine dies in it.
+    println!("seed {seed}");
+    let count = u32::try_from(args.scenarios.len())?;
+    let span = Span::seconds(args.minutes.saturating_mul(60) / u64::from(count.max(1)));
+    let scenario = |file: &PathBuf| {
+        let mut scenario = Scenario::read(file)?;
+        let mut steps = scenario.steps.iter().filter(|step| matches!(step, Step::Chaos(_)));
+        anyhow::ensure!(steps.next().is_some(), "{} has no `chaos` step", file.display());
+        scenario.steps = vec![Step::Chaos(Chaos { seed: Some(seed), span })];
+        Ok(scenario)
+    };
+    args.scenarios.iter().map(scenario).collect()
 }
 
 fn list(files: &[PathBuf]) -> Outcomes {

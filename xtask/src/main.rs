@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod fuzz;
 mod setup;
 mod shell;
 mod test;
@@ -30,6 +31,8 @@ enum Command {
     Demo,
     /// Run all tests: of the crates, of the eBPF programs in the kernel, and the scenarios on the lab.
     Test(test::TestArgs),
+    /// Look for inputs from outside that break what reads them, for longer than `test` does.
+    Fuzz(fuzz::FuzzArgs),
     /// Measure the datapath beside plain routing, nftables and iptables, in one run.
     Bench(bench::BenchArgs),
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::run().map(|()| true),
         Command::Demo => demo::run(),
         Command::Test(args) => test::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => setup::run().and_then(|()| bench::run(&args)).map(|()| true),
     };
     match result {

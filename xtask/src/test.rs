@@ -1,7 +1,7 @@
 //! All tests, one summary line per suite, and a last line that says `N passed, N failed`.
 
 use crate::workspace::{self, Profile};
-use crate::{demo, setup, shell};
+use crate::{demo, fuzz, setup, shell};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
 use std::process::Command;
@@ -11,6 +11,9 @@ pub(crate) struct TestArgs {
     /// Only the crates' own tests, without the scenarios on the lab.
     #[arg(long)]
     no_scenarios: bool,
+    /// The fuzzer on each of its targets for so many seconds; 0: only its corpus, which is a test of its own.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    fuzz_seconds: u64,
     /// Random faults on the lab for so many minutes more.
     #[arg(long, value_name = "MINUTES", conflicts_with = "no_scenarios")]
     chaos_minutes: Option<u64>,
@@ -30,6 +33,11 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     setup::run()?;
     let mut skipped = Vec::new();
     let mut suites = crate_tests()?;
+    if args.fuzz_seconds > 0 {
+        suites.push(fuzzing(args.fuzz_seconds)?);
+    } else {
+        skipped.push("fuzzing beyond the corpus: say --fuzz-seconds N".to_owned());
+    }
     let is_root = workspace::is_root();
     if !is_root {
         skipped.push("tests of the kernel datapath: they need root".to_owned());
@@ -137,6 +145,14 @@ fn program(running: &str) -> String {
     let file = path.trim_end_matches(')').rsplit('/').next().unwrap_or_default();
     let name = file.rsplit_once('-').map_or(file, |(name, _hash)| name);
     format!("{name} {source}")
+}
+
+/// The fuzzer, each target as one test.
+fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
+    let outcomes = fuzz::run_all(seconds)?;
+    let failed = outcomes.iter().filter(|outcome| outcome.failure.is_some()).count();
+    let name = format!("fuzzing, {seconds} s each");
+    Ok(Suite { name, passed: outcomes.len() - failed, failed, ignored: 0 })
 }
 
 /// The scenarios, as one suite.

@@ -37,12 +37,17 @@ pub(crate) enum Profile {
 
 /// Builds the programs; gives the folder they are in.
 pub(crate) fn build_programs(profile: Profile) -> anyhow::Result<PathBuf> {
+    build(profile, &PROGRAMS)
+}
+
+/// Builds the programs of some packages; gives the folder they are in.
+pub(crate) fn build(profile: Profile, packages: &[&str]) -> anyhow::Result<PathBuf> {
     let mut command = cargo();
     command.arg("build");
     if profile == Profile::Release {
         command.arg("--release");
     }
-    for package in PROGRAMS {
+    for package in packages {
         command.args(["-p", package]);
     }
     shell::run(&mut command)?;

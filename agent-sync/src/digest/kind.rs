@@ -1,8 +1,8 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use clustermesh_kvstore::digest::{DigestRecord, SourceTime};
+use clustermesh_kvstore::digest::{Compare, DigestRecord, RefusedRecords, SourceTime, Ticket};
 
-use super::{Compare, Propagation, RefusedRecords};
+use super::Propagation;
 
 /// Digest and traces of one kind of one cluster. `held` is always the sum of what the mesh holds of it.
 #[derive(Debug, Default)]
@@ -11,9 +11,15 @@ pub struct KindDigest {
     refused: RefusedRecords,
     propagation: Propagation,
     listed: bool,
+    lists: u64,
 }
 
 impl KindDigest {
+    /// Nothing is known yet; see [`Compare::with_census`].
+    pub fn with_census(interval: Option<Duration>) -> Self {
+        Self { compare: Compare::with_census(interval), ..Self::default() }
+    }
+
     /// All records are told anew.
     pub fn listing(&mut self) {
         self.listed = false;
@@ -44,7 +50,9 @@ impl KindDigest {
 
     /// A list has ended, or was resumed.
     pub fn synced(&mut self, revision: i64, held: u64) {
-        self.listed = true;
+        if !std::mem::replace(&mut self.listed, true) {
+            self.lists += 1;
+        }
         let sum = self.sum(held).unwrap_or_default();
         self.compare.synced(revision, sum);
     }
@@ -65,6 +73,16 @@ impl KindDigest {
         }
     }
 
+    /// A census has found `sum` at `revision`.
+    pub fn counted(&mut self, ticket: Ticket, revision: i64, sum: u64) {
+        self.compare.counted(ticket, revision, sum);
+    }
+
+    /// Whether a census is to be taken now; asked once for each.
+    pub fn census_due(&mut self, now: Instant) -> Option<Ticket> {
+        self.compare.census_due(now)
+    }
+
     /// All that was told is installed.
     pub fn installed(&mut self, at: SourceTime) {
         self.propagation.installed(at);
@@ -83,6 +101,11 @@ impl KindDigest {
     /// The comparison.
     pub fn compare(&self) -> &Compare {
         &self.compare
+    }
+
+    /// Lists that came to their end.
+    pub fn lists(&self) -> u64 {
+        self.lists
     }
 
     /// The traces.

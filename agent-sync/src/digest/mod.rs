@@ -4,14 +4,9 @@
 //! it, what its exporter states, and the time. Out: a [`Verdict`], the wish to list the kind again, and
 //! [`Propagation`]. `docs/anti-entropy.md` says what is compared and why.
 
-mod compare;
 mod kind;
 mod propagation;
-mod refused;
-#[cfg(test)]
-mod simulation;
 
-pub use compare::{Compare, Stage, Verdict};
+pub use clustermesh_kvstore::digest::{Compare, Stage, Verdict};
 pub use kind::KindDigest;
-pub use propagation::{BUCKETS, Histogram, Propagation, quantile};
-pub use refused::RefusedRecords;
+pub use propagation::Propagation;

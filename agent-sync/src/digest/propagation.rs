@@ -4,24 +4,17 @@ use std::collections::VecDeque;
 
 use clustermesh_kvstore::digest::{SourceTime, Timed};
 
-/// Upper bounds of a [`Histogram`]'s buckets in seconds.
-pub const BUCKETS: [f64; 16] =
+use crate::histogram::Histogram;
+
+/// Upper bounds in seconds.
+const BUCKETS: [f64; 16] =
     [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 
 /// Revisions and times that wait for each other. A storm that outgrows it is traced in parts.
 const WAITING: usize = 1024;
 
-/// How many observations fell into each bucket.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Histogram {
-    /// Not cumulative; the last one has no upper bound.
-    pub buckets: [u64; BUCKETS.len() + 1],
-    /// Of all observations, in seconds.
-    pub sum: f64,
-}
-
 /// Traces the changes of one kind of one cluster.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Propagation {
     /// Revisions that were told, and when they were installed.
     told: VecDeque<(i64, Option<SourceTime>)>,
@@ -30,37 +23,10 @@ pub struct Propagation {
     histogram: Histogram,
 }
 
-impl Histogram {
-    /// Counts `seconds`.
-    pub fn observe(&mut self, seconds: f64) {
-        let bucket = BUCKETS.partition_point(|bound| *bound < seconds);
-        self.buckets[bucket] += 1;
-        self.sum += seconds;
+impl Default for Propagation {
+    fn default() -> Self {
+        Self { told: VecDeque::new(), events: VecDeque::new(), histogram: Histogram::new(&BUCKETS) }
     }
-
-    /// Observations.
-    pub fn count(&self) -> u64 {
-        self.buckets.iter().sum()
-    }
-}
-
-/// The value in seconds that the part `q` (0 to 1) of all observations in `buckets` does not exceed, in a
-/// straight line between the bounds of its bucket; none without observations.
-#[allow(clippy::cast_precision_loss)]
-pub fn quantile(buckets: &[u64], q: f64) -> Option<f64> {
-    let count: u64 = buckets.iter().sum();
-    let rank = q * count as f64;
-    let mut below = 0.0;
-    for (index, in_bucket) in buckets.iter().enumerate().filter(|(_, n)| **n > 0) {
-        let in_bucket = *in_bucket as f64;
-        if below + in_bucket >= rank {
-            let lower = index.checked_sub(1).map_or(0.0, |index| BUCKETS[index]);
-            let upper = BUCKETS.get(index).copied().unwrap_or(lower);
-            return Some(lower + (upper - lower) * (rank - below) / in_bucket);
-        }
-        below += in_bucket;
-    }
-    None
 }
 
 impl Propagation {
@@ -145,17 +111,6 @@ mod tests {
         assert_eq!(trace.histogram().count(), 1);
         trace.installed(SourceTime(20 * MS));
         assert_eq!(trace.histogram().count(), 3);
-        assert!((trace.histogram().sum - 0.021).abs() < 1e-9, "{:?}", trace.histogram());
-    }
-
-    #[test]
-    fn quantiles_lie_in_their_bucket() {
-        let mut histogram = Histogram::default();
-        (0..99).for_each(|_| histogram.observe(0.004));
-        histogram.observe(100.0);
-        let p50 = quantile(&histogram.buckets, 0.5).unwrap();
-        assert!((0.003..=0.005).contains(&p50), "{p50}");
-        assert!(quantile(&histogram.buckets, 0.999).unwrap() >= 60.0);
-        assert_eq!(quantile(&Histogram::default().buckets, 0.5), None);
+        assert!((trace.histogram().sum() - 0.021).abs() < 1e-9, "{:?}", trace.histogram());
     }
 }

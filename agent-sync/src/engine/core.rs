@@ -10,21 +10,25 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::digest::SourceTime;
+use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::{DatapathError, Tables};
 use tracing::{debug, info, warn};
 
 use super::Input;
+use super::intake::Intake;
 use super::members::Members;
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
-use crate::mesh::{Conflict, Links, Mesh};
-use crate::peers::OwnCluster;
+use crate::mesh::{Conflict, Links, Mesh, RouteChanges};
+use crate::peers::{OwnCluster, Wish};
 use crate::reconcile::Reconciler;
 use crate::reconcile::drift::{Drift, Scan};
 
 /// Refused claims that are remembered to be shown.
 const CONFLICTS: usize = 1000;
+/// New ones that the log names at a time.
+const TOLD: usize = 16;
 
 /// See the module.
 #[derive(Debug)]
@@ -39,10 +43,12 @@ pub struct Core {
 }
 
 /// What a step touched beyond the tables.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stepped {
-    /// Prefixes or nodes changed, and with them what [`Mesh::routes`] says.
-    pub topology_changed: bool,
+    /// How the routes differ from before.
+    pub routes: RouteChanges,
+    /// Pods of this node came or went, or may have another interface.
+    pub pods_moved: bool,
 }
 
 impl Core {
@@ -88,14 +94,15 @@ impl Core {
     /// Installs what is wanted by now, as far as the tables take it; the rest is tried again at
     /// [`Self::deadline`].
     pub fn step(&mut self, now: Instant, tables: &mut Tables) -> Stepped {
-        let changes = self.mesh.compute();
+        let mut changes = self.mesh.compute();
         if !changes.is_empty() {
             debug!(changes = changes.len(), "writing");
         }
         if self.mesh.take_conflicts_decided() {
             self.note_conflicts(now);
         }
-        let topology_changed = !changes.prefix.is_empty() || !changes.node.is_empty();
+        let routes = std::mem::take(&mut changes.routes);
+        let pods_moved = self.mesh.take_pods_moved();
         self.reconciler.accept(changes);
         let before = self.reconciler.last_error().map(str::to_owned);
         self.reconciler.run(now, tables);
@@ -103,7 +110,7 @@ impl Core {
             warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
         }
         self.scan.run(now, &self.mesh, &self.reconciler, tables);
-        Stepped { topology_changed }
+        Stepped { routes, pods_moved }
     }
 
     /// Claims that another cluster's keep out, and since when. The list is bounded.
@@ -113,9 +120,18 @@ impl Core {
 
     fn note_conflicts(&mut self, now: Instant) {
         let before = std::mem::take(&mut self.conflicts);
-        for conflict in self.mesh.conflicts().take(CONFLICTS) {
+        let mut told = 0;
+        // A backend is named again for each port of its service.
+        for conflict in self.mesh.conflicts().take(4 * CONFLICTS) {
+            if self.conflicts.len() == CONFLICTS {
+                break;
+            }
+            if self.conflicts.contains_key(&conflict) {
+                continue;
+            }
             let since = before.get(&conflict).copied();
-            if since.is_none() {
+            if since.is_none() && told < TOLD {
+                told += 1;
                 let Conflict { cluster, claim, holder } = &conflict;
                 info!(cluster, claim, holder, "refused a claim: another cluster holds it");
             }
@@ -130,8 +146,13 @@ impl Core {
         }
     }
 
-    /// Compares what is held with what exporters state. Gives the kinds that are to be listed again.
-    pub fn check_digests(&mut self, now: Instant) -> Vec<(ClusterName, Kind)> {
+    /// Takes a census of each kind of which nothing is stated, each `interval`; none (the default): never.
+    pub fn take_census(&mut self, interval: Option<Duration>) {
+        self.members.take_census(interval, self.mesh.node_name());
+    }
+
+    /// Compares what is held with what exporters state. Gives the kinds that are to be read again.
+    pub fn check_digests(&mut self, now: Instant) -> Vec<(ClusterName, Kind, Wish)> {
         self.members.check_digests(now, &self.mesh)
     }
 
@@ -176,6 +197,11 @@ impl Core {
         self.reconciler.last_error()
     }
 
+    /// Entries written or removed since the start, by table.
+    pub fn writes(&self) -> &BTreeMap<&'static str, u64> {
+        self.reconciler.writes()
+    }
+
     /// Who we are.
     pub fn own(&self) -> &OwnCluster {
         &self.own
@@ -184,6 +210,12 @@ impl Core {
     /// The merged state of all clusters.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// What was refused of a kind of a cluster; none if nothing of it was told.
+    pub fn refused(&self, name: &ClusterName, kind: Kind) -> Option<&Ledger> {
+        let (_, member) = self.members.iter().find(|(known, _)| *known == name)?;
+        member.intake.get(&kind).map(Intake::ledger)
     }
 
     /// Remote clusters, as liveness has to know them.

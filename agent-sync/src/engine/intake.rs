@@ -1,6 +1,8 @@
 //! From a key and its bytes to a fact, or to a refusal that is counted and shown.
 
+use std::fmt::Display;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Refusal};
@@ -98,14 +100,19 @@ impl Intake {
 pub(super) fn key(kind: Kind, suffix: &str) -> Option<FactKey> {
     match kind {
         Kind::Nodes => Some(FactKey::Node(suffix.to_owned())),
-        Kind::Ip => suffix.parse::<IpAddr>().ok().map(FactKey::Ip),
-        Kind::Identities => suffix.parse().ok().map(FactKey::Identity),
+        Kind::Ip => canonical(suffix).map(FactKey::Ip),
+        Kind::Identities => canonical(suffix).map(FactKey::Identity),
         Kind::Services => name(suffix).map(FactKey::Service),
         Kind::LocalServices => name(suffix).map(FactKey::LocalService),
-        Kind::LocalIp => suffix.parse::<IpAddr>().ok().map(FactKey::LocalIp),
-        Kind::LocalIdentities => suffix.parse().ok().map(FactKey::LocalIdentity),
+        Kind::LocalIp => canonical(suffix).map(FactKey::LocalIp),
+        Kind::LocalIdentities => canonical(suffix).map(FactKey::LocalIdentity),
         Kind::ServiceExports => None,
     }
+}
+
+/// An address or a number has one key; what is spelled otherwise (`+5`, `fd00:0::1`) is about no record.
+fn canonical<T: FromStr + Display>(suffix: &str) -> Option<T> {
+    suffix.parse().ok().filter(|parsed: &T| parsed.to_string() == suffix)
 }
 
 fn name(suffix: &str) -> Option<NamespacedName> {
@@ -149,4 +156,24 @@ fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> (IpAddr, IpValue) {
     let identity = peer.identity_of(record).0;
     let value = IpValue { identity, node_ip, key: record.key, flags: 0, pad: 0 };
     (record.prefix.addr(), value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A delete of another spelling must not take the record itself away.
+    #[test]
+    fn a_record_has_one_key() {
+        assert_eq!(key(Kind::Identities, "131373"), Some(FactKey::Identity(131_373)));
+        assert_eq!(key(Kind::Ip, "fd00::1"), Some(FactKey::Ip("fd00::1".parse().unwrap())));
+        for (kind, alias) in [
+            (Kind::Identities, "+5"),
+            (Kind::Identities, "05"),
+            (Kind::Ip, "fd00:0::1"),
+            (Kind::Ip, "10.2.0.1/32"),
+        ] {
+            assert_eq!(key(kind, alias), None, "{kind} {alias}");
+        }
+    }
 }

@@ -16,6 +16,8 @@ pub(super) struct PodHooks {
     failed: BTreeSet<u32>,
     last_error: Option<String>,
     retry_at: Option<Instant>,
+    /// Whether the last [`Self::sync`] was allowed to detach; none: there was none.
+    could_detach: Option<bool>,
 }
 
 impl PodHooks {
@@ -28,6 +30,11 @@ impl PodHooks {
         Ok(Self { attached, ..Self::default() })
     }
 
+    /// Whether [`Self::sync`] has something to do although no pod changed.
+    pub(super) fn wants_sync(&self, may_detach: bool, now: Instant) -> bool {
+        self.could_detach != Some(may_detach) || self.retry_at.is_some_and(|at| at <= now)
+    }
+
     pub(super) fn sync(
         &mut self,
         wanted: BTreeSet<u32>,
@@ -35,6 +42,7 @@ impl PodHooks {
         now: Instant,
         datapath: &mut Datapath,
     ) {
+        self.could_detach = Some(may_detach);
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             self.failed.clear();

@@ -15,7 +15,7 @@ use super::Input;
 use super::intake::{self, Intake, Verdict};
 use crate::digest::{self, KindDigest};
 use crate::mesh::{Mesh, PlacementRules};
-use crate::peers::{OWN_KINDS, OwnCluster, REMOTE_KINDS};
+use crate::peers::{OWN_KINDS, OwnCluster, REMOTE_KINDS, Wish};
 
 /// Pause between two comparisons of digests.
 const CHECK: Duration = Duration::from_millis(250);
@@ -33,6 +33,16 @@ pub(super) struct Members {
     check_at: Option<Instant>,
     /// Something has come in since.
     heard: bool,
+    /// When the next census is due.
+    census_at: Option<Instant>,
+    census: CensusPlan,
+}
+
+/// How often a census is taken, and by whom.
+#[derive(Debug, Default)]
+struct CensusPlan {
+    interval: Option<Duration>,
+    node: String,
 }
 
 /// A configured cluster.
@@ -57,7 +67,14 @@ impl Members {
             traced: BTreeSet::new(),
             check_at: None,
             heard: false,
+            census_at: None,
+            census: CensusPlan::default(),
         }
+    }
+
+    /// Of clusters that are configured from now on.
+    pub(super) fn take_census(&mut self, interval: Option<Duration>, node: &str) {
+        self.census = CensusPlan { interval, node: node.to_owned() };
     }
 
     pub(super) fn own_kinds(&self) -> &'static [Kind] {
@@ -107,6 +124,13 @@ impl Members {
                 }
             }
             Input::Digest { name, event } => self.stated(&name, event),
+            Input::Counted { name, kind, ticket, revision, sum } => {
+                let member = self.by_name.get_mut(&name);
+                if let Some(digest) = member.and_then(|member| member.digests.get_mut(&kind)) {
+                    self.heard = true;
+                    digest.counted(ticket, revision, sum);
+                }
+            }
             Input::Drained(name) => {
                 if let Some(id) = self.by_name.get_mut(&name).and_then(|member| member.id.take()) {
                     mesh.drain(id);
@@ -124,7 +148,7 @@ impl Members {
     fn record(&mut self, name: &ClusterName, kind: Kind, event: ReflectorEvent, mesh: &mut Mesh) {
         let Some(member) = self.by_name.get_mut(name) else { return };
         let Some(id) = member.id else { return };
-        let digest = member.digests.entry(kind).or_default();
+        let digest = member.digests.entry(kind).or_insert_with(|| self.census.digest(name, kind));
         self.heard = true;
         match event {
             ReflectorEvent::Upsert { suffix, value, revision } => {
@@ -194,12 +218,18 @@ impl Members {
         let (suffix, record) = match event {
             ReflectorEvent::Upsert { suffix, value, .. } => (suffix, DigestRecord::decode(&value).ok()),
             ReflectorEvent::Delete { suffix, .. } => (suffix, None),
+            // What still stands there is told again.
+            ReflectorEvent::Relisting => {
+                let member = self.by_name.get_mut(name);
+                return member.into_iter().flat_map(|m| m.digests.values_mut()).for_each(|d| d.stated(None));
+            }
             _ => return,
         };
         let kind = Kind::named(&suffix).filter(|kind| self.kinds(name).contains(kind));
         if let (Some(kind), Some(member)) = (kind, self.by_name.get_mut(name)) {
             self.heard = true;
-            member.digests.entry(kind).or_default().stated(record.as_ref());
+            let digest = member.digests.entry(kind).or_insert_with(|| self.census.digest(name, kind));
+            digest.stated(record.as_ref());
         }
     }
 
@@ -213,22 +243,28 @@ impl Members {
         }
     }
 
-    /// Compares what is held with what is stated, now and then. Gives the kinds to be listed again.
-    pub(super) fn check_digests(&mut self, now: Instant, mesh: &Mesh) -> Vec<(ClusterName, Kind)> {
+    /// Compares what is held with what is stated, now and then. Gives the kinds to be read again.
+    pub(super) fn check_digests(&mut self, now: Instant, mesh: &Mesh) -> Vec<(ClusterName, Kind, Wish)> {
         if std::mem::take(&mut self.heard) {
             self.check_at.get_or_insert(now + CHECK);
         }
-        if self.check_at.is_none_or(|at| now < at) {
+        if self.digests_deadline().is_none_or(|at| now < at) {
             return Vec::new();
         }
-        let (mut relist, mut settled) = (Vec::new(), true);
+        let (mut wishes, mut settled) = (Vec::new(), true);
+        self.census_at = None;
         for (name, member) in &mut self.by_name {
             let Some(id) = member.id else { continue };
             for (kind, digest) in &mut member.digests {
                 let before = digest.compare().verdict();
                 if digest.check(now, mesh.digest(id, *kind)) {
-                    relist.push((name.clone(), *kind));
+                    wishes.push((name.clone(), *kind, Wish::Relist));
                 }
+                if let Some(ticket) = digest.census_due(now) {
+                    wishes.push((name.clone(), *kind, Wish::Census(ticket)));
+                }
+                let next = digest.compare().census_deadline();
+                self.census_at = self.census_at.into_iter().chain(next).min();
                 let verdict = digest.compare().verdict();
                 if verdict == digest::Verdict::Differs && verdict != before {
                     warn!(cluster = %name, %kind, "what is held differs from what its exporter states; listing it again");
@@ -237,12 +273,12 @@ impl Members {
             }
         }
         self.check_at = (!settled).then_some(now + CHECK);
-        relist
+        wishes
     }
 
     /// When [`Self::check_digests`] has something to do.
     pub(super) fn digests_deadline(&self) -> Option<Instant> {
-        self.check_at
+        [self.check_at, self.census_at].into_iter().flatten().min()
     }
 
     /// Once the IDs of all configured clusters are known, an ID that nobody has is a stranger's: what
@@ -253,6 +289,15 @@ impl Members {
         if let (true, Some(ids)) = (self.complete, ids) {
             mesh.keep_only(&ids);
         }
+    }
+}
+
+impl CensusPlan {
+    fn digest(&self, name: &ClusterName, kind: Kind) -> KindDigest {
+        // Nodes that have started together, and the kinds of a cluster, do not come all at once.
+        let spread = record_hash(&self.node, format!("{name}/{kind}").as_bytes()) % 1000;
+        let jitter = |interval: Duration| interval.mul_f64(0.75 + f64::from(spread as u16) / 2000.0);
+        KindDigest::with_census(self.interval.map(jitter))
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
-use clustermesh_kvstore::digest::SourceTime;
+use clustermesh_kvstore::digest::{SourceTime, Ticket};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
@@ -27,17 +27,24 @@ use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::mesh::{Link, Links, Macs, Routes};
-use crate::netlink::{PodLink, PodLinks};
+use crate::histogram::Histogram;
+use crate::mesh::{Link, Links, Macs};
+use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
-pub use explain::{Explanation, Part, Subject};
+pub use explain::{AddressPart, Explanation, Part, Subject};
 pub use query::{DigestView, DumpError, Fill, KindView, Overview, Query, Row, TABLES};
 
 /// Inputs that wait while a batch is written.
 pub const CHANNEL: usize = 1024;
+
+/// Upper bounds of the times that batches of records take, in seconds.
+const BATCH_TIMES: [f64; 16] = [
+    0.000_05, 0.000_1, 0.000_15, 0.000_2, 0.000_3, 0.000_5, 0.000_75, 0.001, 0.001_5, 0.002, 0.003, 0.005,
+    0.01, 0.025, 0.1, 1.0,
+];
 
 /// What a peer's task tells.
 #[derive(Debug)]
@@ -84,6 +91,19 @@ pub enum Input {
         /// Of the reflector of its digests.
         event: ReflectorEvent,
     },
+    /// All records of a kind were summed beside its reflector.
+    Counted {
+        /// The cluster.
+        name: ClusterName,
+        /// What was summed.
+        kind: Kind,
+        /// Of the wish for it.
+        ticket: Ticket,
+        /// At which they stood so.
+        revision: i64,
+        /// Their sum.
+        sum: u64,
+    },
     /// It lost its ID; everything of it goes.
     Drained(ClusterName),
     /// Its config file is gone; everything of it goes.
@@ -106,6 +126,8 @@ pub struct Setup {
     pub sizes: MapSizes,
     /// From one comparison of the tables with what is wanted to the next; none: never.
     pub scan_interval: Option<Duration>,
+    /// From one census of a kind of which nothing is stated to the next; none: never.
+    pub census_interval: Option<Duration>,
 }
 
 /// Channels of a running engine.
@@ -115,7 +137,7 @@ pub struct Channels {
     /// From those who want to know.
     pub queries: mpsc::Receiver<Query>,
     /// To the routes' keeper.
-    pub routes: watch::Sender<Option<Routes>>,
+    pub routes: RouteBoard,
     /// By which kinds are listed again.
     pub directory: Directory,
     /// Ends the engine; the tables stay.
@@ -130,6 +152,7 @@ pub struct Engine {
     hooks: PodHooks,
     pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
     started: Instant,
+    batches: Histogram,
 }
 
 impl Engine {
@@ -138,7 +161,8 @@ impl Engine {
     /// # Errors
     /// If the tables cannot be read.
     pub fn new(setup: Setup) -> Result<Self, DatapathError> {
-        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, scan_interval } = setup;
+        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, scan_interval, census_interval } =
+            setup;
         let tables = match &datapath {
             Some(datapath) => datapath.tables()?,
             None => Tables::memory(&sizes),
@@ -147,7 +171,9 @@ impl Engine {
         let hooks = PodHooks::new(datapath.as_ref())?;
         let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
         core.scan_tables(scan_interval, started);
-        let mut engine = Self { core, tables, datapath, hooks, pod_links, started };
+        core.take_census(census_interval);
+        let batches = Histogram::new(&BATCH_TIMES);
+        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches };
         engine.take_links();
         Ok(engine)
     }
@@ -179,40 +205,39 @@ impl Engine {
                 () = links_changed(&mut self.pod_links) => self.take_links(),
                 () = deadline => {}
             }
+            let received = Instant::now();
+            let has_records = batch.iter().any(|input| matches!(input, Input::Record { .. }));
             for input in batch.drain(..) {
                 self.core.apply(input);
             }
             self.write(&channels.routes);
+            if has_records {
+                self.batches.observe(received.elapsed().as_secs_f64());
+            }
             self.core.installed(SourceTime::now());
-            for (name, kind) in self.core.check_digests(Instant::now()) {
-                channels.directory.relist(&name, kind);
+            for (name, kind, wish) in self.core.check_digests(Instant::now()) {
+                channels.directory.wish(&name, kind, wish);
             }
         }
     }
 
     /// Installs what the mesh wants by now.
-    fn write(&mut self, routes: &watch::Sender<Option<Routes>>) {
-        let stepped = self.core.step(Instant::now(), &mut self.tables);
+    fn write(&mut self, routes: &RouteBoard) {
+        let now = Instant::now();
+        let stepped = self.core.step(now, &mut self.tables);
+        routes.write(stepped.routes);
         let mesh = self.core.mesh();
-        if let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) {
+        let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) else { return };
+        // Without its address, no pod is this node's.
+        let may_detach = self.core.knows_own_addresses() && mesh.node_ip().is_some();
+        if stepped.pods_moved || self.hooks.wants_sync(may_detach, now) {
             let links = links.borrow().clone();
             let wanted = mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
-            let may_detach = self.core.knows_own_addresses();
-            self.hooks.sync(wanted.collect(), may_detach, Instant::now(), datapath);
-            // Known with the node's record at the latest; until then an earlier life's holds.
-            if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
-                warn!(%error, "cannot tell the datapath this node's address");
-            }
+            self.hooks.sync(wanted.collect(), may_detach, now, datapath);
         }
-        if stepped.topology_changed || routes.borrow().is_none() {
-            let now = mesh.routes();
-            routes.send_if_modified(|routes| {
-                let differ = now.is_some() && *routes != now;
-                if differ {
-                    *routes = now;
-                }
-                differ
-            });
+        // Known with the node's record at the latest; until then an earlier life's holds.
+        if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
+            warn!(%error, "cannot tell the datapath this node's address");
         }
     }
 

@@ -1,6 +1,7 @@
 //! Answers to those who look at the engine: sizes, states, tables as they are installed.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
@@ -11,9 +12,10 @@ use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
-use super::explain::{Explanation, Subject};
+use super::explain::{AddressPart, Explanation, Subject};
 use super::{Engine, shown};
-use crate::digest::{Histogram, Stage, Verdict};
+use crate::digest::{Stage, Verdict};
+use crate::histogram::Histogram;
 use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
 use crate::reconcile::drift::Drift;
@@ -28,6 +30,8 @@ pub enum Query {
     Fills(oneshot::Sender<Vec<Fill>>),
     /// Why something is as it is.
     Explain(Subject, oneshot::Sender<Result<Explanation, DatapathError>>),
+    /// The same of single addresses of one cluster; each costs little, but ask for few.
+    Addresses(ClusterName, Vec<IpAddr>, oneshot::Sender<Result<Vec<AddressPart>, DatapathError>>),
     /// What is in a table of [`TABLES`].
     Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
     /// Which remote clusters there are, and their nodes.
@@ -86,6 +90,10 @@ pub struct Overview {
     pub left_out: LeftOut,
     /// What was found in the tables that is not as it should be; none if nobody looks.
     pub drift: Option<Drift>,
+    /// How long batches of records took from their arrival until what follows from them was installed.
+    pub batches: Histogram,
+    /// Entries written or removed, by table.
+    pub writes: BTreeMap<&'static str, u64>,
     /// Since the start.
     pub uptime: Duration,
 }
@@ -119,7 +127,9 @@ pub struct DigestView {
     /// Differences found so far, by stage.
     pub mismatches: [u64; Stage::ALL.len()],
     /// Times from source event to kernel.
-    pub propagation: Histogram,
+    pub propagation: Option<Histogram>,
+    /// Lists that came to their end.
+    pub lists: u64,
 }
 
 impl Engine {
@@ -129,6 +139,7 @@ impl Engine {
             Query::Overview(reply) => drop(reply.send(self.overview())),
             Query::Fills(reply) => drop(reply.send(fills(&self.tables))),
             Query::Explain(subject, reply) => drop(reply.send(self.explain(&subject))),
+            Query::Addresses(name, ips, reply) => drop(reply.send(self.explain_addresses(&name, &ips))),
             Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
             Query::Remotes(reply) => drop(reply.send(self.core.remotes())),
         }
@@ -160,6 +171,8 @@ impl Engine {
                 .collect(),
             left_out: self.core.mesh().left_out(),
             drift: self.core.drift().cloned(),
+            batches: self.batches.clone(),
+            writes: self.core.writes().clone(),
             uptime: self.started.elapsed(),
         }
     }
@@ -184,7 +197,8 @@ impl Engine {
                         held: digest.sum(self.core.mesh().digest(id, *kind)),
                         stated: compare.newest_statement(),
                         mismatches: Stage::ALL.map(|stage| compare.mismatches(stage)),
-                        propagation: digest.propagation().histogram().clone(),
+                        propagation: Some(digest.propagation().histogram().clone()),
+                        lists: digest.lists(),
                     }
                 },
             ),
@@ -311,7 +325,7 @@ fn address_columns(key: &IpKey) -> Row {
     vec![("cluster", key.cluster.to_string()), ("address", shown(wire_key::address(key.family, key.ip)))]
 }
 
-fn ipcache_row(key: IpKey, value: abi::IpValue) -> Row {
+pub(super) fn ipcache_row(key: IpKey, value: abi::IpValue) -> Row {
     let mut row = address_columns(&key);
     row.push(("identity", value.identity.to_string()));
     row.push(("tunnel_endpoint", std::net::Ipv4Addr::from(value.node_ip).to_string()));
@@ -327,7 +341,7 @@ fn prefix_row(key: abi::PrefixKey, value: abi::PrefixValue) -> Row {
     ]
 }
 
-fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
+pub(super) fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
     let mac = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
     let via_stack = value.flags & abi::ENDPOINT_VIA_STACK != 0;
     let mut row = address_columns(&key);

@@ -19,6 +19,8 @@ pub(super) struct Endpoints {
     links: Links,
     installed: HashMap<IpAddr, EndpointValue>,
     dirty: HashSet<IpAddr>,
+    /// Pods came or went, or their links may be others.
+    moved: bool,
 }
 
 impl Endpoints {
@@ -67,6 +69,12 @@ impl Endpoints {
     pub(super) fn set_links(&mut self, links: Links) {
         self.links = links;
         self.dirty.extend(&self.local);
+        self.moved = true;
+    }
+
+    /// Whether pods or their links may be others than when this was asked last.
+    pub(super) fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.moved)
     }
 
     /// Pods of this node.
@@ -83,11 +91,7 @@ impl Endpoints {
         let mut changes = Vec::new();
         for ip in std::mem::take(&mut self.dirty) {
             let is_local = own.address(&ip).is_some_and(|value| self.is_here(&value));
-            if is_local {
-                self.local.insert(ip);
-            } else {
-                self.local.remove(&ip);
-            }
+            self.moved |= if is_local { self.local.insert(ip) } else { self.local.remove(&ip) };
             let before = self.installed.get(&ip).copied();
             let after = self.value(ip, own, before);
             if before != after {

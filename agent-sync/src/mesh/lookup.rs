@@ -1,6 +1,7 @@
 //! Answers about single things, for those who ask why.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::{ClusterId, NamespacedName};
 use clustermesh_kvstore::record::LocalService;
@@ -8,6 +9,22 @@ use ebpf_global_svc::abi::{IpValue, ServiceKey};
 use ipnet::IpNet;
 
 use super::{Mesh, RemoteService};
+
+/// Backends of one cluster in a service, by family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Behind its IPv4 frontends.
+    pub v4: usize,
+    /// Behind its IPv6 frontends.
+    pub v6: usize,
+}
+
+impl InUse {
+    /// Of both families.
+    pub fn total(self) -> usize {
+        self.v4 + self.v6
+    }
+}
 
 impl Mesh {
     /// The own cluster's service.
@@ -20,15 +37,16 @@ impl Mesh {
         self.clusters.get(&cluster.get())?.services.get(name)
     }
 
-    /// Backends of a cluster that stand behind the service's frontends.
-    pub fn backends_of(&self, name: &NamespacedName, cluster: ClusterId) -> usize {
+    /// Backends of a cluster that stand behind any of the service's frontends.
+    pub fn backends_of(&self, name: &NamespacedName, cluster: ClusterId) -> InUse {
         let keys = self.frontends_of(name);
         let plans = keys.iter().filter_map(|key| self.services.plan(key));
-        plans
-            .flat_map(|plan| plan.groups.iter().filter(|group| group.cluster == cluster.get()))
-            .map(|group| group.backends.len())
-            .max()
-            .unwrap_or(0)
+        let groups = plans.flat_map(|plan| plan.groups.iter().filter(|group| group.cluster == cluster.get()));
+        // One that serves several ports is one.
+        let ips: BTreeSet<IpAddr> =
+            groups.flat_map(|group| &group.backends).map(|backend| backend.ip).collect();
+        let v4 = ips.iter().filter(|ip| ip.is_ipv4()).count();
+        InUse { v4, v6: ips.len() - v4 }
     }
 
     /// Keys of the service's frontends.
@@ -40,6 +58,12 @@ impl Mesh {
     /// What a cluster says of an address.
     pub fn address(&self, cluster: ClusterId, ip: IpAddr) -> Option<IpValue> {
         self.clusters.get(&cluster.get())?.address(&ip)
+    }
+
+    /// The node of a cluster whose tunnels end at an address.
+    pub fn node_at(&self, cluster: ClusterId, tunnel_ip: Ipv4Addr) -> Option<&str> {
+        let nodes = self.clusters.get(&cluster.get())?.nodes.iter();
+        nodes.filter(|(_, node)| node.tunnel_ip() == Some(tunnel_ip)).map(|(name, _)| name.as_str()).min()
     }
 
     /// Whether the address is not used as its cluster says, for want of such a node or prefix.

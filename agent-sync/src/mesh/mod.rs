@@ -13,8 +13,10 @@ mod addresses;
 mod endpoint;
 mod fact;
 mod lookup;
+mod moves;
 mod placement;
 mod records;
+mod routes;
 mod service;
 mod topology;
 mod wanted;
@@ -25,7 +27,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use clustermesh_kvstore::cluster::ClusterId;
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
-use ipnet::IpNet;
 
 use crate::desired::{Changes, Restored};
 use crate::wire_key;
@@ -36,7 +37,10 @@ use service::Services;
 use topology::Topology;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
+pub use lookup::InUse;
+pub use moves::Work;
 pub use placement::PlacementRules;
+pub use routes::{RouteChanges, Routes};
 pub use service::LeftOut;
 pub use topology::Conflict;
 
@@ -57,15 +61,7 @@ pub struct Mesh {
     changed_states: BTreeSet<u16>,
     /// Removals of entries that make no sense on this node, restored from before.
     foreign: Changes,
-}
-
-/// Routes that processes on this node need to reach pods of other nodes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Routes {
-    /// Pod prefixes that other nodes carry.
-    pub prefixes: BTreeSet<IpNet>,
-    /// This node's addresses inside the mesh, by preference.
-    pub sources: Vec<IpAddr>,
+    work: Work,
 }
 
 /// Sizes, for status and metrics.
@@ -106,6 +102,7 @@ impl Mesh {
             states: BTreeMap::new(),
             changed_states: BTreeSet::new(),
             foreign: Changes { endpoint: foreign_endpoints, ..Changes::default() },
+            work: Work::default(),
         };
         mesh.clusters.insert(own, Records::default());
         for (key, value) in restored.ipcache {
@@ -331,17 +328,23 @@ impl Mesh {
     pub fn compute(&mut self) -> Changes {
         let mut changes = std::mem::take(&mut self.foreign);
         self.compute_topology(&mut changes);
+        changes.routes = self.compute_routes(&changes);
         self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
         if let Some(own) = self.clusters.get(&self.own) {
             changes.endpoint.extend(self.endpoints.compute(own));
         }
-        let may_serve = |cluster, ip| self.placement.may_serve(&self.topology, cluster, ip);
-        changes.service.extend(self.services.compute(&self.clusters, may_serve));
+        let standing = |cluster, ip| self.placement.standing(&self.topology, cluster, ip);
+        changes.service.extend(self.services.compute(&self.clusters, standing));
         let states = std::mem::take(&mut self.changed_states).into_iter();
         changes.cluster.extend(states.map(|cluster| (cluster.into(), self.states.get(&cluster).copied())));
         changes
+    }
+
+    /// Whether pods of this node or their links may be others than when this was asked last.
+    pub fn take_pods_moved(&mut self) -> bool {
+        self.endpoints.take_moved()
     }
 
     /// Pods of this node.
@@ -370,16 +373,6 @@ impl Mesh {
         let ips = records.into_iter().flat_map(|records| records.nodes.iter());
         ips.filter_map(|(_, node)| node.tunnel_ip())
             .filter(move |ip| self.topology.address_holder((*ip).into()) == Some(cluster.get()))
-    }
-
-    /// Routes that this node needs for its own processes; none while its own node record, and with it
-    /// what is elsewhere, is unknown.
-    pub fn routes(&self) -> Option<Routes> {
-        let here = self.own_node()?;
-        let node_ip = here.tunnel_ip()?.octets();
-        let elsewhere = self.topology.prefixes().filter(|(_, _, carrier)| *carrier != node_ip);
-        let prefixes = elsewhere.map(|(net, _, _)| net).collect();
-        Some(Routes { prefixes, sources: here.mesh_ips.clone() })
     }
 
     /// Whether the list of `kind` of `cluster` is complete.
@@ -412,7 +405,8 @@ impl Mesh {
 
     /// Whether [`Self::conflicts`] may be others than when this was asked last.
     pub fn take_conflicts_decided(&mut self) -> bool {
-        self.topology.take_decided()
+        // Both have to be asked.
+        self.topology.take_decided() | self.services.take_decided()
     }
 
     /// Addresses of `cluster` that are not installed as their records say, for want of such a node.
@@ -420,14 +414,25 @@ impl Mesh {
         self.placement.misplaced(cluster.get())
     }
 
-    /// Claims to addresses that another cluster holds.
+    /// Claims to addresses that another cluster holds: first those of nodes, then backends of services, of
+    /// which not all are named, and some may be named more than once.
     pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
-        self.topology.conflicts()
+        let backends = self.services.contested().map(|contested| Conflict {
+            cluster: contested.cluster,
+            claim: contested.ip.to_string(),
+            holder: contested.holder,
+        });
+        self.topology.conflicts().chain(backends)
     }
 
     /// Contributions to services that were left out.
     pub fn left_out(&self) -> LeftOut {
         self.services.left_out()
+    }
+
+    /// What had to be looked at again.
+    pub fn work(&self) -> Work {
+        self.work
     }
 
     /// Sizes.
@@ -470,66 +475,10 @@ impl Mesh {
 
     fn compute_topology(&mut self, changes: &mut Changes) {
         self.topology.resolve(self.own, changes);
-        if std::mem::take(&mut self.own_node_changed) {
+        if self.own_node_changed {
             let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
                 self.endpoints.set_node_ip(node_ip, own);
-            }
-        }
-    }
-
-    /// Looks again at what a change of topology may have moved: addresses that were not where they were
-    /// said to be, those of clusters that lost something, and backends whose address found another holder.
-    fn place_again(&mut self, changes: &Changes) {
-        if changes.prefix.is_empty() && changes.node.is_empty() {
-            return;
-        }
-        let lost = self.topology.take_lost();
-        let mut again: Vec<(u16, IpAddr)> = Vec::new();
-        for (key, value) in &changes.node {
-            if let (Some(value), Some(IpAddr::V4(ip))) = (value, wire_key::address(key.family, key.ip)) {
-                let ips = self.placement.awaiting_node(value.cluster, ip.octets());
-                // A pod in its host's network.
-                if self.placement.is_misplaced(value.cluster, ip.into()) {
-                    again.push((value.cluster, ip.into()));
-                }
-                again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
-            }
-        }
-        for (key, value) in &changes.prefix {
-            if let (Some(value), Some(net)) = (value, wire_key::prefix(key)) {
-                let ips = self.placement.awaiting_prefix(value.cluster, net);
-                again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
-            }
-        }
-        for (cluster, ip) in again {
-            let value = self.clusters.get(&cluster).and_then(|records| records.ips.get(&ip));
-            self.address_changed(cluster, ip, value);
-        }
-        for cluster in lost {
-            if cluster != self.own {
-                self.place_all(cluster);
-            }
-        }
-        let nets: Vec<IpNet> = changes.prefix.iter().filter_map(|(key, _)| wire_key::prefix(key)).collect();
-        let hosts = changes.node.iter().filter_map(|(key, _)| wire_key::address(key.family, key.ip));
-        let mut nets = IpNet::aggregate(&nets.into_iter().chain(hosts.map(IpNet::from)).collect());
-        nets.sort_unstable_by_key(IpNet::network);
-        self.services.holders_changed(|ip| {
-            // Aggregated, so they are disjoint: only the last one that starts at or before can hold it.
-            let after = nets.partition_point(|net| net.network() <= ip);
-            after.checked_sub(1).is_some_and(|index| nets[index].contains(&ip))
-        });
-    }
-
-    /// Looks again at all addresses of a cluster.
-    fn place_all(&mut self, cluster: u16) {
-        let Some(records) = self.clusters.get(&cluster) else { return };
-        for (ip, value) in records.ips.iter() {
-            let was_misplaced = self.placement.is_misplaced(cluster, ip);
-            let placed = self.placement.place(&self.topology, cluster, ip, value);
-            if was_misplaced || placed != Some(value) {
-                self.ipcache.insert(wire_key::ip_key(cluster, ip), placed);
             }
         }
     }

@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
 
+use super::service::Standing;
 use super::topology::Topology;
 
 /// No node: the pod's prefix decides.
@@ -110,10 +111,11 @@ impl Placement {
     }
 
     /// Whether a backend may be used: nobody else holds its address.
-    pub(super) fn may_serve(&self, topology: &Topology, cluster: u16, ip: IpAddr) -> bool {
+    pub(super) fn standing(&self, topology: &Topology, cluster: u16, ip: IpAddr) -> Standing {
         match topology.holder(ip) {
-            Some(holder) => holder == cluster,
-            None => !self.at_own_nodes(cluster),
+            Some(holder) if holder != cluster => Standing::HeldBy(holder),
+            None if self.at_own_nodes(cluster) => Standing::Unwanted,
+            _ => Standing::May,
         }
     }
 
@@ -136,7 +138,8 @@ impl Placement {
         Some(IpValue { node_ip: NOWHERE, ..value })
     }
 
-    fn at_own_nodes(&self, cluster: u16) -> bool {
+    /// Whether pods and backends of a cluster must lie in prefixes of its nodes.
+    pub(super) fn at_own_nodes(&self, cluster: u16) -> bool {
         self.rules.get(&cluster).is_some_and(|rules| rules.at_own_nodes)
     }
 }

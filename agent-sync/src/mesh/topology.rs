@@ -35,8 +35,8 @@ pub(super) struct Topology {
     restored: BTreeMap<u16, (Vec<IpNet>, Vec<IpAddr>)>,
     /// Claims were decided since this was asked last, perhaps against somebody.
     decided: bool,
-    /// Clusters that hold something no more.
-    lost: BTreeSet<u16>,
+    /// What clusters hold no more.
+    lost: BTreeSet<(u16, Lost)>,
     dirty_prefixes: BTreeSet<IpNet>,
     dirty_addresses: BTreeSet<IpAddr>,
 }
@@ -50,6 +50,13 @@ type Claimant = (u16, Option<Box<str>>);
 struct Holder {
     cluster: u16,
     node_ip: [u8; 4],
+}
+
+/// What a cluster held until now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Lost {
+    Prefix(IpNet),
+    Address(IpAddr),
 }
 
 /// A claim that was refused because another cluster holds the address.
@@ -161,8 +168,8 @@ impl Topology {
         std::mem::take(&mut self.decided)
     }
 
-    /// Clusters that lost a prefix or an address since this was asked last.
-    pub(super) fn take_lost(&mut self) -> BTreeSet<u16> {
+    /// What clusters lost since this was asked last.
+    pub(super) fn take_lost(&mut self) -> BTreeSet<(u16, Lost)> {
         std::mem::take(&mut self.lost)
     }
 
@@ -272,7 +279,7 @@ impl Topology {
         for (net, holder) in before {
             let now = self.prefixes.get(&net);
             if now.is_none_or(|now| now.cluster != holder.cluster) {
-                self.lost.insert(holder.cluster);
+                self.lost.insert((holder.cluster, Lost::Prefix(net)));
             }
             if now.is_none() {
                 changes.prefix.push((wire_key::prefix_key(net), None));
@@ -292,7 +299,7 @@ impl Topology {
         let preferred = [Some(own), before].into_iter().flatten().find(|cluster| claimants.contains(cluster));
         let holder = preferred.or_else(|| claimants.first().copied());
         if holder != before {
-            self.lost.extend(before);
+            self.lost.extend(before.map(|cluster| (cluster, Lost::Address(ip))));
             match holder {
                 Some(holder) => self.addresses.insert(ip, holder),
                 None => self.addresses.remove(&ip),

@@ -4,11 +4,13 @@
 //! this node routes to, again whenever the kernel says that a link, route or neighbour changed. Only
 //! routes with our own protocol number ([`ROUTE_PROTOCOL`]) are ever removed.
 
+mod board;
 mod keep;
 mod overlay;
 mod pods;
 mod routes;
 
+pub use board::RouteBoard;
 pub use keep::keep_routes;
 pub use overlay::OverlaySpec;
 pub use pods::{PodLink, PodLinks};

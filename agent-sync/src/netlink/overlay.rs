@@ -46,6 +46,29 @@ impl Netlink {
         Ok(index)
     }
 
+    /// The overlay device if there is one; nothing is changed.
+    ///
+    /// # Errors
+    /// [`NetlinkError::ForeignDevice`] if the name is taken by something else, or what the kernel refused.
+    pub async fn find_overlay(&self, name: &str, port: u16) -> Result<Option<u32>, NetlinkError> {
+        match self.link_by_name(name).await? {
+            None => Ok(None),
+            Some(link) if is_overlay(&link, port) => Ok(Some(link.header.index)),
+            Some(_) => Err(NetlinkError::ForeignDevice { name: name.to_owned(), port }),
+        }
+    }
+
+    /// Removes a device that [`Self::find_overlay`] has found. One that is gone is fine.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn remove_overlay(&self, index: u32) -> Result<(), NetlinkError> {
+        match self.handle.link().del(index).execute().await {
+            Err(e) if errno(&e) == Some(libc_errno::ENODEV) => Ok(()),
+            other => other.map_err(request("cannot remove the VXLAN device")),
+        }
+    }
+
     async fn create_overlay(&self, spec: &OverlaySpec) -> Result<(), NetlinkError> {
         // Without a VNI: in external mode it comes with each packet, and the kernel refuses a fixed one.
         let message = LinkMessageBuilder::<LinkVxlan>::new(&spec.name)

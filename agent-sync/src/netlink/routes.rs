@@ -52,6 +52,42 @@ impl Netlink {
         Ok(())
     }
 
+    /// Makes the route to one prefix; none: removes it.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub async fn set_route(
+        &self,
+        overlay: u32,
+        prefix: IpNet,
+        via: Option<RouteVia>,
+    ) -> Result<(), NetlinkError> {
+        match via {
+            Some(via) => self.add_route(overlay, prefix, via).await,
+            None => self.delete_route(message(overlay, prefix, RouteVia::default())).await,
+        }
+    }
+
+    /// Destinations of the routes of protocol [`ROUTE_PROTOCOL`].
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn owned_routes(&self) -> Result<Vec<IpNet>, NetlinkError> {
+        let routes = self.own_routes().await?;
+        Ok(routes.iter().filter_map(parse).map(|(prefix, ..)| prefix).collect())
+    }
+
+    /// Removes the routes of protocol [`ROUTE_PROTOCOL`].
+    ///
+    /// # Errors
+    /// The first request that the kernel refused.
+    pub async fn remove_routes(&self) -> Result<(), NetlinkError> {
+        for message in self.own_routes().await? {
+            self.delete_route(message).await?;
+        }
+        Ok(())
+    }
+
     async fn own_routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut own = Vec::new();
         for message in self.main_table().await? {
@@ -88,34 +124,38 @@ impl Netlink {
     }
 
     async fn add_route(&self, overlay: u32, prefix: IpNet, via: RouteVia) -> Result<(), NetlinkError> {
-        let message = match prefix {
-            IpNet::V4(net) => {
-                let mut b = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-                    .destination_prefix(net.network(), net.prefix_len());
-                if let Some(IpAddr::V4(source)) = via.source {
-                    b = b.pref_source(source);
-                }
-                b.output_interface(overlay)
-                    .scope(RouteScope::Link)
-                    .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-                    .build()
-            }
-            IpNet::V6(net) => {
-                let mut b = RouteMessageBuilder::<std::net::Ipv6Addr>::new()
-                    .destination_prefix(net.network(), net.prefix_len());
-                if let Some(IpAddr::V6(source)) = via.source {
-                    b = b.pref_source(source);
-                }
-                b.output_interface(overlay).protocol(RouteProtocol::Other(ROUTE_PROTOCOL)).build()
-            }
-        };
         self.handle
             .route()
-            .add(message)
+            .add(message(overlay, prefix, via))
             .replace()
             .execute()
             .await
             .map_err(request(format!("cannot route {prefix} over the overlay")))
+    }
+}
+
+/// A route of ours.
+fn message(overlay: u32, prefix: IpNet, via: RouteVia) -> RouteMessage {
+    match prefix {
+        IpNet::V4(net) => {
+            let mut b = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+                .destination_prefix(net.network(), net.prefix_len());
+            if let Some(IpAddr::V4(source)) = via.source {
+                b = b.pref_source(source);
+            }
+            b.output_interface(overlay)
+                .scope(RouteScope::Link)
+                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+                .build()
+        }
+        IpNet::V6(net) => {
+            let mut b = RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+                .destination_prefix(net.network(), net.prefix_len());
+            if let Some(IpAddr::V6(source)) = via.source {
+                b = b.pref_source(source);
+            }
+            b.output_interface(overlay).protocol(RouteProtocol::Other(ROUTE_PROTOCOL)).build()
+        }
     }
 }
 

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::digest::Ticket;
 use clustermesh_kvstore::import_policy::Rules;
-use clustermesh_kvstore::key::{Kind, cluster_config_key, digest_prefix};
+use clustermesh_kvstore::key::{Kind, cluster_config_key, data_prefix, digest_prefix};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 use tracing::{info, warn};
 
@@ -67,6 +68,15 @@ pub enum Effect {
     Tell(Input),
     /// Start the reflector of a kind, in place of the one that may be running.
     Follow(Kind, ReflectorSpec),
+    /// Sum all records of a kind beside its reflector.
+    Count {
+        /// The kind.
+        kind: Kind,
+        /// For the result.
+        ticket: Ticket,
+        /// Of the records.
+        prefix: String,
+    },
     /// Stop the reflectors of all kinds; nothing that they said may be passed on any more.
     Unfollow,
     /// The engine knows that nothing of the cluster stands under this ID any more: others may have it.
@@ -146,6 +156,14 @@ impl Core {
     pub fn relist(&self, kind: Kind, out: &mut Vec<Effect>) {
         if let Some(accepted) = self.accepted {
             out.push(Effect::Follow(kind, self.spec(accepted, kind)));
+        }
+    }
+
+    /// A kind that is followed is to be summed.
+    pub fn count(&self, kind: Kind, ticket: Ticket, out: &mut Vec<Effect>) {
+        if let Some(accepted) = self.accepted {
+            let prefix = data_prefix(kind, &self.name, accepted.layout);
+            out.push(Effect::Count { kind, ticket, prefix });
         }
     }
 
@@ -235,7 +253,11 @@ impl Core {
     pub fn digest_specs(&self, accepted: Accepted) -> Vec<ReflectorSpec> {
         let folders: BTreeSet<_> =
             self.kinds().iter().map(|kind| digest_prefix(*kind, &self.name, accepted.layout)).collect();
-        folders.into_iter().map(|folder| ReflectorSpec::new(folder, None)).collect()
+        // Of the keys that a remote cluster puts there, however many, only those of the kinds are kept. The own
+        // cluster has several folders, whose lists begin and end apart.
+        let prune = if folders.len() == 1 { Prune::Consumer } else { Prune::Reflector };
+        let spec = |folder| ReflectorSpec { prune, ..ReflectorSpec::new(folder, None) };
+        folders.into_iter().map(spec).collect()
     }
 
     fn refuse(&mut self, now: Instant, value: Vec<u8>, error: String, ids: &Ids, out: &mut Vec<Effect>) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::digest::Ticket;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
 use clustermesh_kvstore::key::{HEARTBEAT, Kind, Layout};
@@ -22,7 +23,7 @@ use tracing::warn;
 
 use super::core::{Core, Effect};
 use super::ids::{self, Ids};
-use super::{OwnCluster, PeerState, PeerView};
+use super::{OwnCluster, PeerState, PeerView, Wish};
 use crate::engine::Input;
 
 /// Events of one kind's reflector.
@@ -55,7 +56,16 @@ pub(super) struct Follower {
     /// Ends the present reflector of each kind.
     running: BTreeMap<Kind, AbortHandle>,
     digests: SelectAll<ReceiverStream<ReflectorEvent>>,
-    relist: mpsc::Receiver<Kind>,
+    wishes: mpsc::Receiver<(Kind, Wish)>,
+    /// Kinds to be summed, one after the other.
+    counts: mpsc::Sender<Count>,
+}
+
+/// A kind that is to be summed.
+struct Count {
+    kind: Kind,
+    ticket: Ticket,
+    prefix: String,
 }
 
 impl Follower {
@@ -70,9 +80,12 @@ impl Follower {
     ) -> (Self, PeerView) {
         let (connection, status) = Connection::spawn(etcd, ConnectionOptions::default());
         let (state, view) = watch::channel(PeerState::default());
-        let (wish, relist) = mpsc::channel(Kind::ALL.len());
+        let (wish, wishes) = mpsc::channel(2 * Kind::ALL.len());
         let view =
-            PeerView { state: view, etcd: connection.clone(), connection: status.clone(), relist: wish };
+            PeerView { state: view, etcd: connection.clone(), connection: status.clone(), wishes: wish };
+        let (counts, counted) = mpsc::channel(Kind::ALL.len());
+        let counter = count(name.clone(), connection.clone(), counted, engine.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(counter));
         let core = Core::new(own, name.clone());
         let follower = Self {
             name,
@@ -88,7 +101,8 @@ impl Follower {
             listed: BTreeSet::new(),
             running: BTreeMap::new(),
             digests: SelectAll::new(),
-            relist,
+            wishes,
+            counts,
         };
         (follower, view)
     }
@@ -121,7 +135,10 @@ impl Follower {
                 Some(event) = self.digests.next(), if !self.digests.is_empty() => {
                     effects.push(Effect::Tell(Input::Digest { name: self.name.clone(), event }));
                 }
-                Some(kind) = self.relist.recv() => self.core.relist(kind, &mut effects),
+                Some((kind, wish)) = self.wishes.recv() => match wish {
+                    Wish::Relist => self.core.relist(kind, &mut effects),
+                    Wish::Census(ticket) => self.core.count(kind, ticket, &mut effects),
+                },
                 config = configs.recv() => match config {
                     Some(event) => self.core.config(now(), event, &mut ids::lock(&self.ids), &mut effects),
                     None => return,
@@ -191,6 +208,11 @@ impl Follower {
                     before.abort();
                 }
             }
+            Effect::Count { kind, ticket, prefix } => {
+                // There is room for all kinds; more is asked for only after a list, and the next list
+                // makes those before void.
+                let _ = self.counts.try_send(Count { kind, ticket, prefix });
+            }
             Effect::Unfollow => {
                 self.records.clear();
                 self.running.clear();
@@ -225,6 +247,22 @@ impl Follower {
             }
             state.last_error = Some((error, Instant::now()));
         });
+    }
+}
+
+/// Sums what it is asked for until nobody asks any more.
+async fn count(
+    name: ClusterName,
+    etcd: Connection,
+    mut asked: mpsc::Receiver<Count>,
+    engine: mpsc::Sender<Input>,
+) {
+    while let Some(Count { kind, ticket, prefix }) = asked.recv().await {
+        let (revision, digest) = etcd.census(&prefix).await;
+        let counted = Input::Counted { name: name.clone(), kind, ticket, revision, sum: digest.sum };
+        if engine.send(counted).await.is_err() {
+            return;
+        }
     }
 }
 

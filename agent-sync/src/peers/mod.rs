@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::config_dir::ConfigChange;
+use clustermesh_kvstore::digest::Ticket;
 use clustermesh_kvstore::etcd::EtcdSource;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
 use clustermesh_kvstore::key::Kind;
@@ -65,8 +66,17 @@ pub struct PeerView {
     pub etcd: Connection,
     /// State of its connection.
     pub connection: watch::Receiver<ConnectionStatus>,
-    /// Kinds that are to be listed again.
-    relist: mpsc::Sender<Kind>,
+    /// Kinds that are to be read again.
+    wishes: mpsc::Sender<(Kind, Wish)>,
+}
+
+/// How a kind is to be read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// By a new reflector. What is held of it stays until the list says otherwise.
+    Relist,
+    /// Beside its reflector, only to be summed.
+    Census(Ticket),
 }
 
 /// Views of all configured clusters, the own one among them. Cheap to clone.
@@ -79,11 +89,11 @@ impl Directory {
         self.lock().clone()
     }
 
-    /// Has a kind of a cluster listed again. What is held of it stays until the list says otherwise.
-    pub fn relist(&self, name: &ClusterName, kind: Kind) {
+    /// Has a kind of a cluster read again.
+    pub fn wish(&self, name: &ClusterName, kind: Kind, wish: Wish) {
         if let Some(view) = self.lock().get(name) {
-            // A wish that finds no room will come again.
-            let _ = view.relist.try_send(kind);
+            // One that finds no room, which is made for all kinds, is that of a follower that hangs.
+            let _ = view.wishes.try_send((kind, wish));
         }
     }
 

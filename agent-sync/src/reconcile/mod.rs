@@ -15,6 +15,7 @@ mod plain;
 mod services;
 mod write;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
@@ -43,6 +44,7 @@ pub struct Reconciler {
     failures: u32,
     retry_at: Option<Instant>,
     last_error: Option<String>,
+    writes: BTreeMap<&'static str, u64>,
 }
 
 impl Reconciler {
@@ -87,22 +89,25 @@ impl Reconciler {
             self.services.retry();
             self.cluster.retry();
         }
-        let mut errors = write::Errors::default();
+        let mut round = write::Round::default();
         // One write ends calls to a dead cluster; it need not wait for anything.
-        self.cluster.upsert(&mut *tables.cluster, &mut errors);
-        self.ipcache.upsert(&mut *tables.ipcache, &mut errors);
-        self.node.upsert(&mut *tables.node, &mut errors);
-        self.prefix.upsert(&mut *tables.prefix, &mut errors);
-        self.endpoint.upsert(&mut *tables.endpoint, &mut errors);
-        self.services.write(now, tables, &mut errors);
-        self.endpoint.remove(&mut *tables.endpoint, &mut errors);
-        self.prefix.remove(&mut *tables.prefix, &mut errors);
-        self.node.remove(&mut *tables.node, &mut errors);
-        self.ipcache.remove(&mut *tables.ipcache, &mut errors);
+        self.cluster.upsert(&mut *tables.cluster, &mut round);
+        self.ipcache.upsert(&mut *tables.ipcache, &mut round);
+        self.node.upsert(&mut *tables.node, &mut round);
+        self.prefix.upsert(&mut *tables.prefix, &mut round);
+        self.endpoint.upsert(&mut *tables.endpoint, &mut round);
+        self.services.write(now, tables, &mut round);
+        self.endpoint.remove(&mut *tables.endpoint, &mut round);
+        self.prefix.remove(&mut *tables.prefix, &mut round);
+        self.node.remove(&mut *tables.node, &mut round);
+        self.ipcache.remove(&mut *tables.ipcache, &mut round);
         // A cluster returns when everything of it is as desired.
-        self.cluster.remove(&mut *tables.cluster, &mut errors);
-        self.services.sweep(now, tables, &mut errors);
-        self.schedule_retry(now, errors);
+        self.cluster.remove(&mut *tables.cluster, &mut round);
+        self.services.sweep(now, tables, &mut round);
+        for (table, writes) in &round.writes {
+            *self.writes.entry(table).or_default() += writes;
+        }
+        self.schedule_retry(now, round);
     }
 
     /// When [`run`](Self::run) has to be called again even if nothing changes.
@@ -125,8 +130,13 @@ impl Reconciler {
         self.last_error.as_deref()
     }
 
-    fn schedule_retry(&mut self, now: Instant, errors: write::Errors) {
-        if let Some(error) = errors.last {
+    /// Entries written or removed since the start, by table; retries count again.
+    pub fn writes(&self) -> &BTreeMap<&'static str, u64> {
+        &self.writes
+    }
+
+    fn schedule_retry(&mut self, now: Instant, round: write::Round) {
+        if let Some(error) = round.error {
             self.last_error = Some(error);
         }
         if self.pending() == 0 {

@@ -9,7 +9,7 @@ use std::hash::Hash;
 use ebpf_global_svc::table::Table;
 
 use super::drift::Want;
-use super::write::{Errors, remove_each, upsert_each};
+use super::write::{Round, remove_each, upsert_each};
 
 /// Changes of one table that are not installed yet.
 #[derive(Debug)]
@@ -39,19 +39,19 @@ impl<K: Copy + Eq + Hash, V: Copy> Plain<K, V> {
         }
     }
 
-    pub(super) fn upsert(&mut self, table: &mut dyn Table<K, V>, errors: &mut Errors) {
+    pub(super) fn upsert(&mut self, table: &mut dyn Table<K, V>, round: &mut Round) {
         let entries: Vec<(K, V)> =
             self.fresh.iter().filter_map(|(key, value)| value.map(|value| (*key, value))).collect();
-        let written = upsert_each(table, &entries, errors);
+        let written = upsert_each(table, &entries, round);
         for ((key, value), written) in entries.into_iter().zip(written) {
             self.settle(key, Some(value), written);
         }
     }
 
-    pub(super) fn remove(&mut self, table: &mut dyn Table<K, V>, errors: &mut Errors) {
+    pub(super) fn remove(&mut self, table: &mut dyn Table<K, V>, round: &mut Round) {
         let keys: Vec<K> =
             self.fresh.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| *key).collect();
-        let written = remove_each(table, &keys, errors);
+        let written = remove_each(table, &keys, round);
         for (key, written) in keys.into_iter().zip(written) {
             self.settle(key, None, written);
         }

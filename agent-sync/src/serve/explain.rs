@@ -6,7 +6,7 @@ use clustermesh_agent_api::v1;
 use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::etcd::KeyValue;
 use clustermesh_kvstore::import_policy::{PeerPolicy, admit};
-use clustermesh_kvstore::key::{Layout, data_prefix};
+use clustermesh_kvstore::key::{Kind, Layout, data_prefix};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -23,6 +23,10 @@ const SHOWN: usize = 4096;
 
 impl Source {
     pub(super) async fn explain(&self, request: v1::ExplainRequest) -> Result<v1::ExplainResponse, Status> {
+        if request.kind == "endpoint" {
+            let pod = namespaced(&request.name).map_err(Status::invalid_argument)?;
+            return self.explain_endpoint(request, pod).await;
+        }
         let subject = subject(&request).map_err(Status::invalid_argument)?;
         let (reply, answer) = oneshot::channel();
         self.queries.send(Query::Explain(subject.clone(), reply)).await.map_err(|_| Gone)?;
@@ -77,19 +81,9 @@ impl Source {
             let rules = self.policy.borrow().file.rules_for(name);
             let rules = if is_own { Default::default() } else { rules };
             let peer = PeerPolicy { name: name.clone(), id, max: self.max(), is_own, rules };
-            if let Err(refusal) = admit(kind, &suffix, &found.value, &peer) {
-                refused = true;
-                why.push(format!("refused by the import policy: {refusal}"));
-            } else if !part.held {
-                why.push("it is in etcd, but not taken in yet, or over the quota".into());
-            }
+            refused = judge(&peer, kind, &suffix, &found.value, part.held, &mut why);
         }
-        let outcome = match (refused, part.chosen, part.held) {
-            (_, true, _) => "chosen",
-            (true, ..) => "refused",
-            (_, _, true) => "not-chosen",
-            (_, _, false) => "absent",
-        };
+        let outcome = outcome(refused, part.chosen, part.held);
         let value =
             found.as_ref().map(|found| String::from_utf8_lossy(&found.value).chars().take(SHOWN).collect());
         v1::ExplainedPart {
@@ -102,11 +96,45 @@ impl Source {
             value: value.unwrap_or_default(),
             connected,
             synced: part.synced,
+            addresses: Vec::new(),
         }
     }
 }
 
-async fn read(view: &PeerView, key: &str) -> Result<Option<KeyValue>, String> {
+/// What became of a record, in a word.
+pub(super) fn outcome(refused: bool, chosen: bool, held: bool) -> &'static str {
+    match (refused, chosen, held) {
+        (_, true, _) => "chosen",
+        (true, ..) => "refused",
+        (_, _, true) => "not-chosen",
+        (_, _, false) => "absent",
+    }
+}
+
+/// Whether the import policy refuses a record as it stands in etcd, with what there is to say of that.
+pub(super) fn judge(
+    peer: &PeerPolicy,
+    kind: Kind,
+    suffix: &str,
+    value: &[u8],
+    held: bool,
+    why: &mut Vec<String>,
+) -> bool {
+    match admit(kind, suffix, value, peer) {
+        Err(refusal) => {
+            why.push(format!("refused by the import policy: {refusal}"));
+            true
+        }
+        Ok(_) => {
+            if !held {
+                why.push("it is in etcd, but not taken in yet, or over the quota".into());
+            }
+            false
+        }
+    }
+}
+
+pub(super) async fn read(view: &PeerView, key: &str) -> Result<Option<KeyValue>, String> {
     let reading = async {
         let session = view.etcd.session().await;
         session.get(key).await.map_err(|error| error.to_string())
@@ -117,17 +145,21 @@ async fn read(view: &PeerView, key: &str) -> Result<Option<KeyValue>, String> {
 fn subject(request: &v1::ExplainRequest) -> Result<Subject, String> {
     let name = request.name.as_str();
     match request.kind.as_str() {
-        "service" => match name.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-                Ok(Subject::Service(NamespacedName { namespace: namespace.into(), name: name.into() }))
-            }
-            _ => Err(format!("{name:?} is no service: write namespace/name")),
-        },
+        "service" => namespaced(name).map(Subject::Service),
         "ip" => name.parse().map(Subject::Ip).map_err(|_| format!("{name:?} is no address")),
         "identity" => {
             let id = name.parse().map_err(|_| format!("{name:?} is no identity: write its number"))?;
             Ok(Subject::Identity(Identity(id)))
         }
-        other => Err(format!("there is nothing of kind {other:?}: write service, ip or identity")),
+        other => Err(format!("there is nothing of kind {other:?}: write service, endpoint, ip or identity")),
+    }
+}
+
+fn namespaced(name: &str) -> Result<NamespacedName, String> {
+    match name.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok(NamespacedName { namespace: namespace.into(), name: name.into() })
+        }
+        _ => Err(format!("{name:?} is no name of a service or pod: write namespace/name")),
     }
 }

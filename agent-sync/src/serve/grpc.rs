@@ -87,6 +87,13 @@ impl Agent for Service {
         Ok(Response::new(self.source.explain(request.into_inner()).await?))
     }
 
+    async fn check_policy(
+        &self,
+        request: Request<v1::CheckPolicyRequest>,
+    ) -> Result<Response<v1::CheckPolicyResponse>, Status> {
+        Ok(Response::new(self.source.check_policy(request.into_inner()).await?))
+    }
+
     async fn probe_peer(
         &self,
         request: Request<v1::ProbePeerRequest>,

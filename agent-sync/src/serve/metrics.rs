@@ -1,10 +1,12 @@
 //! Prometheus' view, made from the status at each scrape.
 
 mod digests;
+mod work;
 
 use std::collections::BTreeMap;
 
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
+use jiff::Timestamp;
 use prometheus_client::encoding::text::encode as encode_text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -25,9 +27,11 @@ pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error>
     let mut registry = Registry::with_prefix("clustermesh");
     agent(status, &mut registry);
     clusters(status, &mut registry);
+    certificates(status, Timestamp::now(), &mut registry);
     refusals(status, &mut registry);
     health(status, &mut registry);
     digests::register(status, &mut registry);
+    work::register(status, &mut registry);
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)
@@ -73,6 +77,8 @@ fn clusters(status: &StatusResponse, registry: &mut Registry) {
     let reconnects = gauge("cluster_reconnects", "Sessions after the first one");
     let synced = gauge("cluster_synced", "The list of a kind is complete");
     let records = gauge("cluster_records", "Records held");
+    let lists = Counters::default();
+    registry.register("cluster_lists", "How often all records of a kind were listed", lists.clone());
     set(&remotes, Labels::new(), status.remotes.len() as u64);
     for peer in status.own.iter().chain(&status.remotes) {
         let labels = || vec![("target_cluster", peer.name.clone())];
@@ -80,7 +86,17 @@ fn clusters(status: &StatusResponse, registry: &mut Registry) {
         set(&ready, labels(), peer.ready.into());
         set(&silence, labels(), peer.last_event_age_ms / 1000);
         set(&reconnects, labels(), peer.reconnects);
-        set_kinds(peer, &synced, &records);
+        set_kinds(peer, &synced, &records, &lists);
+    }
+}
+
+/// Negative once it has ended.
+fn certificates(status: &StatusResponse, now: Timestamp, registry: &mut Registry) {
+    let left =
+        gauge(registry, "certificate_expiry_seconds", "Time until the client certificate for the etcd ends");
+    for peer in status.own.iter().chain(&status.remotes).filter(|peer| peer.certificate_expires != 0) {
+        let labels = vec![("target_cluster", peer.name.clone())];
+        left.get_or_create(&labels).set(peer.certificate_expires - now.as_second());
     }
 }
 
@@ -101,11 +117,12 @@ fn health(status: &StatusResponse, registry: &mut Registry) {
     }
 }
 
-fn set_kinds(peer: &Peer, synced: &Gauges, records: &Gauges) {
+fn set_kinds(peer: &Peer, synced: &Gauges, records: &Gauges, lists: &Counters) {
     for kind in &peer.kinds {
         let labels = || vec![("target_cluster", peer.name.clone()), ("kind", kind.kind.clone())];
         set(synced, labels(), kind.synced.into());
         set(records, labels(), kind.records);
+        lists.get_or_create(&labels()).inc_by(kind.lists);
     }
 }
 
@@ -160,5 +177,22 @@ mod tests {
         let line = r#"clustermesh_import_refused_total{cluster="beta",kind="ip",reason="bad_json"} 3"#;
         assert!(text.lines().any(|l| l.starts_with(line)), "{text}");
         assert!(text.contains("clustermesh_remote_clusters{} 1"), "{text}");
+    }
+    #[test]
+    fn certificates_count_down_by_cluster() {
+        let peer =
+            |name: &str, ends| Peer { name: name.into(), certificate_expires: ends, ..Peer::default() };
+        let status = StatusResponse {
+            own: Some(peer("alpha", 1_000_300)),
+            remotes: vec![peer("beta", 999_990), peer("plain", 0)],
+            ..StatusResponse::default()
+        };
+        let mut registry = Registry::default();
+        certificates(&status, Timestamp::from_second(1_000_000).unwrap(), &mut registry);
+        let mut text = String::new();
+        encode_text(&mut text, &registry).unwrap();
+        assert!(text.contains(r#"certificate_expiry_seconds{target_cluster="alpha"} 300"#), "{text}");
+        assert!(text.contains(r#"certificate_expiry_seconds{target_cluster="beta"} -10"#), "{text}");
+        assert!(!text.contains("plain"), "{text}");
     }
 }

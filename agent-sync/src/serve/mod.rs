@@ -1,11 +1,15 @@
 //! Answers about the agent: gRPC on a unix socket for the CLI, HTTP for probes and Prometheus.
 //!
-//! Edge. Reads only: the engine's overview, the peers' views, tables as they are installed.
+//! Edge. Reads only: the engine's overview, the peers' views, tables as they are installed, and etcds where
+//! somebody asks for what the engine does not keep ([`listing`]).
 
+mod endpoint;
 mod explain;
 mod grpc;
 mod http;
+mod listing;
 mod metrics;
+mod policy;
 mod probe;
 mod status;
 
@@ -22,6 +26,7 @@ use crate::peers::{Directory, OwnCluster};
 
 pub use grpc::serve as serve_grpc;
 pub use http::serve as serve_http;
+pub use listing::Desk;
 
 /// Where all answers come from. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -40,6 +45,8 @@ pub struct Source {
     pub policy: watch::Receiver<CurrentPolicy>,
     /// Their health.
     pub board: Board,
+    /// Where lists of etcds are asked for.
+    pub desk: Desk,
 }
 
 /// Why nothing is served.

@@ -7,8 +7,8 @@ use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::import_policy::{RefusedKey, Tally};
 
 use super::{Gone, Source};
-use crate::digest::{BUCKETS, Histogram, quantile};
 use crate::engine::{DigestView, Fill, KindView, Overview};
+use crate::histogram::Histogram;
 use crate::liveness::Standing;
 use crate::mesh::Conflict;
 use crate::peers::PeerView;
@@ -49,6 +49,7 @@ impl Source {
             clusters_left_out: overview.left_out.clusters,
             import_policy_error: self.policy.borrow().error.clone().unwrap_or_default(),
             kernel_drift: overview.drift.as_ref().map(kernel_drift),
+            work: Some(work(&overview)),
         })
     }
 }
@@ -129,6 +130,7 @@ fn peer(name: &ClusterName, view: &PeerView, overview: &Overview, with_refused: 
         endpoints: connection.endpoints.clone(),
         cached: state.cached,
         liveness: None,
+        certificate_expires: connection.certificate_expires.map_or(0, jiff::Timestamp::as_second),
     }
 }
 
@@ -158,7 +160,8 @@ fn kind(view: &KindView, with_refused: bool) -> v1::KindStatus {
         misplaced: view.misplaced as u64,
         newest_refused: view.refused.newest().filter(|_| with_refused).map(refused_key).collect(),
         digest: Some(digest(&view.digest)),
-        propagation: propagation(&view.digest.propagation),
+        propagation: view.digest.propagation.as_ref().and_then(propagation),
+        lists: view.digest.lists,
     }
 }
 
@@ -178,12 +181,23 @@ fn digest(view: &DigestView) -> v1::Digest {
 fn propagation(histogram: &Histogram) -> Option<v1::Propagation> {
     Some(v1::Propagation {
         count: histogram.count(),
-        sum_seconds: histogram.sum,
-        p50_seconds: quantile(&histogram.buckets, 0.5)?,
-        p99_seconds: quantile(&histogram.buckets, 0.99)?,
-        buckets: histogram.buckets.to_vec(),
-        bounds_seconds: BUCKETS.to_vec(),
+        sum_seconds: histogram.sum(),
+        p50_seconds: histogram.quantile(0.5)?,
+        p99_seconds: histogram.quantile(0.99)?,
+        buckets: histogram.buckets().to_vec(),
+        bounds_seconds: histogram.bounds().to_vec(),
     })
+}
+
+fn work(overview: &Overview) -> v1::Work {
+    let batches = &overview.batches;
+    v1::Work {
+        batches: batches.count(),
+        batch_seconds: batches.sum(),
+        batch_buckets: batches.buckets().to_vec(),
+        batch_bounds_seconds: batches.bounds().to_vec(),
+        table_writes: overview.writes.iter().map(|(table, writes)| ((*table).into(), *writes)).collect(),
+    }
 }
 
 fn refused_key(key: &RefusedKey) -> v1::RefusedKey {

@@ -114,6 +114,7 @@ fn local(pods: &[u16]) -> Fact {
         cluster_id: 1,
         global: true,
         shared: true,
+        private: false,
         affinity: Affinity::None,
         headless: false,
         frontends: [(Ipv4Addr::new(10, 96, 0, 1).into(), ports(80))].into(),

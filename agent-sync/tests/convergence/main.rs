@@ -6,6 +6,7 @@ mod costs;
 mod kernel;
 mod model;
 mod schedule;
+mod work;
 
 use schedule::World;
 

@@ -466,6 +466,7 @@ impl World {
             cluster_id: OWN.into(),
             global: self.rng.random_bool(0.8),
             shared: true,
+            private: false,
             affinity: *[Affinity::None, Affinity::Local, Affinity::Remote].choose(&mut self.rng).unwrap(),
             headless: false,
             frontends,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clustermesh_agent_api::v1::{KindStatus, StatusResponse};
+use clustermesh_agent_api::v1::{CheckPolicyRequest, CheckedCluster, KindStatus, StatusResponse};
 use tokio::time::{Instant, sleep};
 
 use crate::support::{Agent, Cluster, eventually};
@@ -137,7 +137,8 @@ async fn the_first_holder_of_a_prefix_keeps_it_until_it_lets_go() {
             .iter()
             .map(|c| (c.cluster.as_str(), c.claim.as_str(), c.holder.as_str()))
             .collect();
-        shown == [("gamma", "10.2.0.0/24", "beta")] && status.backend_conflicts == 2
+        let claims = ["10.2.0.0/24", "10.2.0.7", "10.2.0.8"];
+        shown == claims.map(|claim| ("gamma", claim, "beta")) && status.backend_conflicts == 2
     })
     .await;
     assert!(!agent.groups().await.contains_key("3"));
@@ -147,5 +148,58 @@ async fn the_first_holder_of_a_prefix_keeps_it_until_it_lets_go() {
     assert!(agent.status().await.conflicts.is_empty());
     let holder = agent.dump("prefix").await.into_iter().find(|row| row["prefix"] == "10.2.0.0/24");
     assert_eq!(holder.unwrap()["cluster"], "3");
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_policy_is_tried_without_being_in_force() {
+    let (alpha, beta) = tokio::join!(Cluster::start("alpha", 1), Cluster::start("beta", 2));
+    alpha.publish_all().await;
+    beta.publish_all().await;
+    let agent = Agent::start(&alpha).await;
+    agent.allow("clusters: {beta: {services: {deny: ['shop/*']}}}");
+    agent.connect(&beta);
+    eventually("beta is known", async || {
+        let status = agent.status().await;
+        status.remotes.first().is_some_and(|beta| beta.ready && beta.kinds.iter().any(|k| k.refused == 1))
+    })
+    .await;
+    let check = async |policy: &str, clusters: &[&str]| {
+        let clusters = clusters.iter().map(|name| (*name).to_owned()).collect();
+        agent.client().await.check_policy(CheckPolicyRequest { policy: policy.into(), clusters }).await
+    };
+    let changes = |cluster: &CheckedCluster| -> Vec<(String, String, String, u64)> {
+        let kinds = cluster.kinds.iter();
+        kinds
+            .flat_map(|kind| kind.changes.iter().map(move |change| (kind, change)))
+            .map(|(kind, c)| (kind.kind.clone(), c.change.clone(), c.reason.clone(), c.count))
+            .collect()
+    };
+    let is = |kind: &str, change: &str, reason: &str, count| {
+        (kind.to_owned(), change.to_owned(), reason.to_owned(), count)
+    };
+    let told = check("clusters: {beta: {pod-cidrs: [10.2.0.1/32, 10.2.0.0/24], quotas: {ip: 1}}}", &[]).await;
+    let told = told.unwrap().into_inner();
+    let [beta_told] = &told.clusters[..] else { panic!("{told:?}") };
+    assert_eq!(
+        changes(beta_told),
+        [is("ip", "refused", "quota_exceeded", 1), is("services", "admitted", "service_not_allowed", 1)]
+    );
+    let ip = beta_told.kinds.iter().find(|kind| kind.kind == "ip").unwrap();
+    assert_eq!((ip.records, ip.let_in, ip.would_let_in), (2, 2, 1));
+    assert_eq!(ip.changes[0].samples[0].key, "10.2.0.2");
+    // It was not in force for a moment.
+    let status = agent.status().await;
+    assert_eq!((kind(&status, "ip").refused, kind(&status, "services").refused), (0, 1));
+    assert_eq!(agent.dump("ipcache").await.len(), 4);
+
+    let error = check("clusters: {beta: {pods: any}}", &[]).await.unwrap_err();
+    assert!(error.message().contains("line 1"), "{error}");
+    let error = check("", &["gamma"]).await.unwrap_err();
+    assert!(error.message().contains("no remote cluster of alpha"), "{error}");
+    drop(beta);
+    eventually("beta is away", async || !agent.status().await.remotes[0].connected).await;
+    let told = check("", &["beta"]).await.unwrap().into_inner();
+    assert_eq!(told.clusters[0].error, "its etcd is not connected");
     agent.stop().await;
 }

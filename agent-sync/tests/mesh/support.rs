@@ -200,6 +200,7 @@ impl Cluster {
             cluster_id: self.id,
             global: true,
             shared: true,
+            private: false,
             affinity: Affinity::None,
             headless: false,
             frontends: [("10.96.0.10".parse().unwrap(), ports(80))].into(),
@@ -239,6 +240,7 @@ impl Agent {
         let options = Options {
             sizes: MapSizes::default(),
             scan_interval: None,
+            relist_interval: Some(Duration::from_secs(1)),
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),
             node_ip: None,

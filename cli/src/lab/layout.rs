@@ -82,6 +82,11 @@ impl Layout {
         self.cluster(cluster).join("clustermesh")
     }
 
+    /// Status socket of the cluster's kvstoremesh.
+    pub(crate) fn kvstoremesh_socket(&self, cluster: &str) -> PathBuf {
+        self.cluster(cluster).join("kvstoremesh.sock")
+    }
+
     /// Config directory of the cluster's kvstoremesh.
     pub(crate) fn kvstoremesh_config(&self, cluster: &str) -> PathBuf {
         self.cluster(cluster).join("kvstoremesh")

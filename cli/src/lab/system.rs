@@ -304,6 +304,8 @@ impl<'a> SystemProcess<'a> {
             "2s".to_owned(),
             "--http-addr".to_owned(),
             format!("0.0.0.0:{KVSTOREMESH_PORT}"),
+            "--status-socket".to_owned(),
+            self.layout.kvstoremesh_socket(cluster).display().to_string(),
         ]);
         Ok(argv)
     }
@@ -387,7 +389,7 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
     let local = EtcdConfig::load(&layout.etcd_config(name, "agent"))?;
     let kvstoremesh = cluster
         .kvstoremesh
-        .then(|| json!({"clustermeshConfig": layout.kvstoremesh_config(name), "etcd": local}));
+        .then(|| json!({"clustermeshConfig": layout.kvstoremesh_config(name), "etcd": local, "socket": layout.kvstoremesh_socket(name)}));
     let mut context = json!({
         "cluster": {"name": name, "id": cluster.id.get()},
         "etcd": {

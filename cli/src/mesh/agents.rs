@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clustermesh_agent_api::Client;
 use clustermesh_agent_api::v1::{
-    DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ProbePeerRequest, ProbePeerResponse,
-    StatusRequest, StatusResponse,
+    CheckPolicyRequest, CheckPolicyResponse, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse,
+    ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
 };
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
@@ -21,6 +21,8 @@ const PROBE: Duration = Duration::from_secs(10);
 /// How long an exporter may take to let in a cluster that its users file lists since a moment.
 const ADMISSION: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_millis(50);
+/// Lists of all clusters' records, of which an agent reads several at a time.
+const LISTS: Duration = Duration::from_secs(120);
 /// A table may have a million rows.
 const DUMP: Duration = Duration::from_secs(60);
 
@@ -62,8 +64,23 @@ pub(crate) async fn probe(
 /// Why something is as it is, as `agent` sees it.
 pub(crate) async fn explain(agent: &Agent, kind: &str, name: &str) -> Result<ExplainResponse, String> {
     let mut client = client(agent).await?;
-    // It reads the etcds of other clusters, each with a limit of its own.
-    within(PROBE, client.explain(ExplainRequest { kind: kind.into(), name: name.into() })).await
+    // It reads the etcds of other clusters, each with a limit of its own; a pod is searched for in lists.
+    within(
+        if kind == "endpoint" { LISTS } else { PROBE },
+        client.explain(ExplainRequest { kind: kind.into(), name: name.into() }),
+    )
+    .await
+}
+
+/// What the policy of this text would do to what remote clusters tell `agent`; `clusters` empty: of all.
+pub(crate) async fn check_policy(
+    agent: &Agent,
+    policy: &str,
+    clusters: &[String],
+) -> Result<CheckPolicyResponse, String> {
+    let mut client = client(agent).await?;
+    let request = CheckPolicyRequest { policy: policy.into(), clusters: clusters.to_vec() };
+    within(LISTS, client.check_policy(request)).await
 }
 
 /// All rows of one table of `agent`.

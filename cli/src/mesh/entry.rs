@@ -300,6 +300,7 @@ mod tests {
     use std::cell::Cell;
     use std::collections::BTreeMap;
 
+    use clustermesh_kvstore::etcd::TlsVersion;
     use proptest::prelude::*;
 
     use super::*;
@@ -354,6 +355,7 @@ mod tests {
                 key_file: file("remote.key"),
                 username: None,
                 password: None,
+                tls_min_version: TlsVersion::default(),
             },
             remote: None,
             users: None,

@@ -1,10 +1,10 @@
-//! `clustermesh explain`: why a service, an address or an identity is as it is.
+//! `clustermesh explain`: why a service, a pod, an address or an identity is as it is.
 
 use std::fmt::Write as _;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use clustermesh_agent_api::v1::{DumpTableRow, ExplainResponse, ExplainedPart};
+use clustermesh_agent_api::v1::{DumpTableRow, ExplainResponse, ExplainedAddress, ExplainedPart};
 
 use super::terminal::{Style, Tone, one_line, print};
 use super::{Output, agents};
@@ -15,6 +15,7 @@ use crate::error::usage;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   clustermesh explain service shop/orders --context alpha
+  clustermesh explain endpoint shop/orders-1 --context alpha
   clustermesh explain ip 10.2.0.7 --context alpha
   clustermesh explain identity 131373 --context alpha -o json")]
 pub(crate) struct ExplainArgs {
@@ -39,8 +40,10 @@ pub(crate) struct ExplainArgs {
 enum Kind {
     /// A service, as namespace/name.
     Service,
+    /// A pod, as namespace/name: its addresses are searched for in the etcds of all clusters.
+    #[value(alias = "pod")]
+    Endpoint,
     /// The address of a pod or node.
-    #[value(alias = "endpoint")]
     Ip,
     /// A security identity.
     Identity,
@@ -50,6 +53,7 @@ impl Kind {
     fn as_str(self) -> &'static str {
         match self {
             Self::Service => "service",
+            Self::Endpoint => "endpoint",
             Self::Ip => "ip",
             Self::Identity => "identity",
         }
@@ -122,16 +126,11 @@ fn render(cluster: &str, node: &str, view: &ExplainResponse, style: Style) -> St
 }
 
 fn render_part(out: &mut String, part: &ExplainedPart, style: Style) {
-    let tone = match part.outcome.as_str() {
-        "chosen" => Tone::Good,
-        "refused" => Tone::Bad,
-        _ => Tone::Doubtful,
-    };
     let name = match part.cluster_id {
         0 => part.cluster.clone(),
         id => format!("{} (ID {id})", part.cluster),
     };
-    let _ = write!(out, "  {}: {}", one_line(&name), style.paint(tone, &one_line(&part.outcome)));
+    let _ = write!(out, "  {}: {}", one_line(&name), painted(&part.outcome, style));
     if part.revision > 0 {
         let _ = write!(out, ", revision {} of {}", part.revision, one_line(&part.key));
     }
@@ -139,6 +138,37 @@ fn render_part(out: &mut String, part: &ExplainedPart, style: Style) {
     for sentence in &part.why {
         let _ = writeln!(out, "    - {}", one_line(sentence));
     }
+    for address in &part.addresses {
+        render_address(out, address, style);
+    }
+}
+
+fn render_address(out: &mut String, address: &ExplainedAddress, style: Style) {
+    let ExplainedAddress { outcome, key, revision, identity, node, node_ip, .. } = address;
+    let ip = one_line(&address.address);
+    let _ = writeln!(out, "    {ip}: {}, revision {revision} of {}", painted(outcome, style), one_line(key));
+    let node = match (node.as_str(), node_ip.as_str()) {
+        ("", "") => "none".to_owned(),
+        ("", ip) => format!("{}, which the cluster does not have", one_line(ip)),
+        (name, ip) => format!("{} ({})", one_line(name), one_line(ip)),
+    };
+    let _ = writeln!(out, "      node: {node}");
+    if *identity > 0 {
+        let labels: Vec<_> = address.labels.iter().map(|label| one_line(label)).collect();
+        let _ = writeln!(out, "      identity {identity}: {}", labels.join(" "));
+    }
+    for sentence in &address.why {
+        let _ = writeln!(out, "      - {}", one_line(sentence));
+    }
+}
+
+fn painted(outcome: &str, style: Style) -> String {
+    let tone = match outcome {
+        "chosen" => Tone::Good,
+        "refused" => Tone::Bad,
+        _ => Tone::Doubtful,
+    };
+    style.paint(tone, &one_line(outcome))
 }
 
 fn columns(row: &DumpTableRow) -> String {

@@ -16,7 +16,9 @@ mod connect;
 mod disconnect;
 pub(crate) mod entry;
 mod explain;
+mod mirror;
 mod plan;
+mod policy;
 mod status;
 mod terminal;
 mod users;
@@ -29,6 +31,7 @@ pub(crate) enum Command {
     Disconnect(disconnect::DisconnectArgs),
     Status(status::StatusArgs),
     Explain(explain::ExplainArgs),
+    Policy(policy::PolicyArgs),
     Bpf(bpf::BpfArgs),
 }
 
@@ -43,6 +46,7 @@ impl Command {
             Self::Disconnect(args) => args.run().await,
             Self::Status(args) => args.run().await,
             Self::Explain(args) => args.run().await,
+            Self::Policy(args) => args.run().await,
             Self::Bpf(args) => args.run().await,
         }
     }

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 
 use clustermesh_agent_api::v1::agent_server::{Agent, AgentServer};
 use clustermesh_agent_api::v1::{
-    Column, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ExplainedPart, KindStatus,
-    LocalCounts, Peer, ProbePeerRequest, ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse,
-    TableFill,
+    CheckPolicyRequest, CheckPolicyResponse, CheckedChange, CheckedCluster, CheckedKind, CheckedRecord,
+    Column, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ExplainedAddress, ExplainedPart,
+    KindStatus, LocalCounts, Peer, ProbePeerRequest, ProbePeerResponse, RefusedKey, StatusRequest,
+    StatusResponse, TableFill,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -265,11 +266,70 @@ impl Agent for FakeAgent {
             revision: 7,
             ..Default::default()
         };
+        if kind == "endpoint" {
+            let address = ExplainedAddress {
+                address: "10.2.0.1".into(),
+                outcome: "refused".into(),
+                why: vec!["outside_pod_cidrs".into()],
+                key: "cilium/state/ip/v1/default/10.2.0.1".into(),
+                revision: 9,
+                identity: 131_373,
+                labels: vec!["k8s:app=orders".into()],
+                node_ip: "192.0.2.9".into(),
+                ..Default::default()
+            };
+            let beta = ExplainedPart {
+                cluster: "beta".into(),
+                outcome: "refused".into(),
+                addresses: vec![address],
+                ..Default::default()
+            };
+            return Ok(Response::new(ExplainResponse {
+                kind,
+                name,
+                clusters: vec![beta],
+                ..Default::default()
+            }));
+        }
         let clusters = vec![
             part("alpha", "chosen", "global true"),
             part("beta", "not-chosen", "not used: it is not shared"),
         ];
         Ok(Response::new(ExplainResponse { kind, name, clusters, ..Default::default() }))
+    }
+
+    async fn check_policy(
+        &self,
+        request: Request<CheckPolicyRequest>,
+    ) -> Result<Response<CheckPolicyResponse>, Status> {
+        let CheckPolicyRequest { policy, clusters } = request.into_inner();
+        assert!(policy.contains("pod-cidrs"), "the agent gets the text: {policy}");
+        let change = |change: &str, reason: &str, count| CheckedChange {
+            change: change.into(),
+            reason: reason.into(),
+            count,
+            samples: vec![CheckedRecord { key: "10.9.0.1".into(), detail: "10.9.0.1 is not in it".into() }],
+        };
+        let kind = CheckedKind {
+            kind: "ip".into(),
+            records: 9,
+            let_in: 8,
+            would_let_in: 7,
+            changes: vec![
+                change("refused", "outside_pod_cidrs", 2),
+                change("admitted", "namespace_not_allowed", 1),
+                CheckedChange { samples: Vec::new(), ..change("still-refused", "bad_json", 1) },
+            ],
+        };
+        let beta = CheckedCluster { cluster: "beta".into(), kinds: vec![kind], ..Default::default() };
+        let gamma = CheckedCluster {
+            cluster: "gamma".into(),
+            error: "its etcd is not connected".into(),
+            ..Default::default()
+        };
+        let mut answer = vec![beta, gamma];
+        answer.retain(|cluster| clusters.is_empty() || clusters.contains(&cluster.cluster));
+        Ok(Response::new(CheckPolicyResponse { clusters: answer }))
     }
 
     async fn probe_peer(

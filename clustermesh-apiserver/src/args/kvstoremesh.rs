@@ -55,9 +55,16 @@ pub struct KvstoremeshArgs {
     /// Withdraw the services of a cluster that cannot be reached for this long; 0s: never.
     #[arg(long, alias = "cache-ttl", default_value = "0s", value_parser = duration, value_name = "TIME")]
     pub clustermesh_cache_ttl: Duration,
-    /// Serve /metrics, /healthz and /readyz here.
+    /// How often all records of a kind are looked at, of clusters that state no digests (Cilium); what differs
+    /// from what is mirrored is listed again. 0s: never.
+    #[arg(long, default_value = "1h", value_parser = duration, value_name = "TIME")]
+    pub relist_interval: Duration,
+    /// Serve /metrics, /healthz, /readyz and /status here.
     #[arg(long, value_name = "ADDR:PORT")]
     pub http_addr: Option<SocketAddr>,
+    /// Unix socket on which `clustermesh status` is answered: the same pages.
+    #[arg(long, value_name = "PATH")]
+    pub status_socket: Option<PathBuf>,
     /// Form of the logs on standard error; RUST_LOG says how much of them.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,
@@ -82,6 +89,11 @@ impl KvstoremeshArgs {
     /// How long a cluster may be away before its services are withdrawn.
     pub fn cache_ttl(&self) -> Option<Duration> {
         Some(self.clustermesh_cache_ttl).filter(|ttl| !ttl.is_zero())
+    }
+
+    /// From one look at all records to the next.
+    pub fn relist_interval(&self) -> Option<Duration> {
+        Some(self.relist_interval).filter(|interval| !interval.is_zero())
     }
 }
 

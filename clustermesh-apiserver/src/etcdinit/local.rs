@@ -9,7 +9,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions};
+use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, TlsVersion};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -117,6 +117,7 @@ impl LocalEtcd {
             key_file: None,
             username: None,
             password: None,
+            tls_min_version: TlsVersion::default(),
         };
         loop {
             // The caller has a deadline for all of it.

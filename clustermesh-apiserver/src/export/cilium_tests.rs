@@ -172,7 +172,8 @@ fn a_namespace_may_keep_to_itself() {
         assert!(left.iter().all(|(key, _)| key.starts_with("clustermesh/local/")), "{left:?}");
         assert_eq!(left.len(), 3);
         let service = "clustermesh/local/services/v1/alpha/shop/web";
-        assert!(value(&exporter, service).unwrap().contains(r#""global":false"#));
+        let service = value(&exporter, service).unwrap();
+        assert!(service.contains(r#""global":false"#) && service.contains(r#""private":true"#), "{service}");
         let public = open.iter().find(|(key, _)| key == IP).unwrap();
         assert_eq!(value(&exporter, LOCAL_IP).unwrap().as_bytes(), public.1);
 

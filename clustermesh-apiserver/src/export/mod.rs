@@ -18,6 +18,7 @@ mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, NamespacedName};
@@ -49,8 +50,8 @@ pub struct Cluster {
 pub struct KeyChange {
     /// The whole key.
     pub key: String,
-    /// The value.
-    pub value: Option<Vec<u8>>,
+    /// The value; the exporter keeps it too.
+    pub value: Option<Arc<[u8]>>,
 }
 
 /// Computes keys from objects, incrementally.
@@ -70,7 +71,7 @@ pub struct Exporter {
     claims: BTreeMap<IpAddr, BTreeSet<Claim>>,
     /// The same of Cilium's endpoints.
     owners: Owners,
-    published: BTreeMap<Kind, BTreeMap<String, Vec<u8>>>,
+    published: BTreeMap<Kind, BTreeMap<String, Arc<[u8]>>>,
     /// Keys that stand elsewhere now, and when they go; see [`MOVE`].
     moved: BTreeMap<(Kind, String), Instant>,
     prefixes: BTreeMap<Kind, String>,
@@ -192,7 +193,7 @@ impl Exporter {
     pub fn published(&self) -> impl Iterator<Item = (String, &[u8])> {
         self.published.iter().flat_map(|(kind, keys)| {
             let prefix = &self.prefixes[kind];
-            keys.iter().map(move |(suffix, value)| (format!("{prefix}{suffix}"), value.as_slice()))
+            keys.iter().map(move |(suffix, value)| (format!("{prefix}{suffix}"), &**value))
         })
     }
 
@@ -384,8 +385,9 @@ impl Exporter {
         let key = || format!("{}{suffix}", self.prefixes[&kind]);
         if value.len() > MAX_VALUE {
             self.problems.push(Problem::TooLarge { key: key(), size: value.len() });
-        } else if published.get(suffix) != Some(&value) {
-            out.upserts.push(KeyChange { key: key(), value: Some(value.clone()) });
+        } else if published.get(suffix).is_none_or(|known| **known != *value) {
+            let value: Arc<[u8]> = value.into();
+            out.upserts.push(KeyChange { key: key(), value: Some(Arc::clone(&value)) });
             published.insert(suffix.to_owned(), value);
         }
     }

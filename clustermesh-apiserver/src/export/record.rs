@@ -170,6 +170,7 @@ pub(super) fn local_service(
         cluster_id: cluster.id.get().into(),
         global: global && service.global,
         shared: global && service.shared,
+        private: !global,
         affinity: service.affinity,
         headless: service.headless,
         frontends: frontends(service),

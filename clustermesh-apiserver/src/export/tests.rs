@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
@@ -201,7 +202,7 @@ proptest! {
         let now = Instant::now();
         let mut exporter = exporter();
         let mut facts = BTreeMap::<ObjectKey, Object>::new();
-        let mut etcd = BTreeMap::<String, Vec<u8>>::new();
+        let mut etcd = BTreeMap::<String, Arc<[u8]>>::new();
         for steps in steps.chunks(batch) {
             let mut changes = Vec::new();
             for (object, delete) in steps {
@@ -220,8 +221,8 @@ proptest! {
                 }
             }
         }
-        let published: BTreeMap<String, Vec<u8>> =
-            exporter.published().map(|(key, value)| (key, value.to_vec())).collect();
+        let published: BTreeMap<String, Arc<[u8]>> =
+            exporter.published().map(|(key, value)| (key, value.into())).collect();
         prop_assert_eq!(&etcd, &published);
 
         let mut fresh = self::exporter();

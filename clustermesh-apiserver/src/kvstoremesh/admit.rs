@@ -77,6 +77,11 @@ impl Gate {
             .flat_map(|(kind, ledger)| ledger.by_reason().map(|(reason, tally)| (*kind, reason, tally)))
     }
 
+    /// The newest refused keys, by kind.
+    pub fn ledgers(&self) -> &BTreeMap<Kind, Ledger> {
+        &self.ledgers
+    }
+
     fn admit(&mut self, peer: &PeerPolicy, record: &Record<'_>) -> Result<Option<Refusal>, Refusal> {
         let Record { kind, suffix, value } = *record;
         check_key(kind, suffix)?;

@@ -7,19 +7,20 @@
 //! nothing and deletes nothing, also if the cluster cannot be reached then. Only what the operator's rules
 //! do not allow any more goes at once; so a change of the rules is a restart of the cluster's mirror.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::accept::{Accepted, ConfigError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
-use clustermesh_kvstore::digest::{DigestRecord, Timed};
-use clustermesh_kvstore::import_policy::{PeerPolicy, Reason, Rules, Tally};
+use clustermesh_kvstore::digest::{self, DigestRecord, Stage, Ticket, Timed, record_hash};
+use clustermesh_kvstore::import_policy::{Ledger, PeerPolicy, Reason, Rules, Tally};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix, digest_prefix};
 use clustermesh_kvstore::record::{ClusterConfig, RecordError};
 use clustermesh_kvstore::reflector::{Prune, ReflectorEvent, ReflectorSpec};
 
 use super::admit::{Gate, Record, Verdict};
+use super::copies::Copies;
 
 /// What is mirrored, in the order in which it is removed.
 pub const KINDS: [Kind; 5] = [Kind::Nodes, Kind::Services, Kind::ServiceExports, Kind::Identities, Kind::Ip];
@@ -37,6 +38,8 @@ pub struct Mesh {
     pub max: MaxConnectedClusters,
     /// How long a cluster may be away before its services are withdrawn; none: for ever.
     pub cache_ttl: Option<Duration>,
+    /// From one census of a kind of which a cluster states nothing to the next; none: never.
+    pub census: Option<Duration>,
 }
 
 /// What is to be done, in this order.
@@ -48,6 +51,15 @@ pub enum Effect {
     Leave(Kind),
     /// Follow the cluster's statements of its digests, instead of those before.
     FollowDigests(ReflectorSpec),
+    /// Sum all records of a kind beside its reflector.
+    Count {
+        /// The kind.
+        kind: Kind,
+        /// For the result.
+        ticket: Ticket,
+        /// Of the records, in the cluster's etcd.
+        prefix: String,
+    },
     /// The desired value of a key; none: it is to be gone.
     Set {
         /// In the local etcd.
@@ -69,6 +81,17 @@ pub enum Effect {
         /// In the local etcd.
         prefix: String,
     },
+}
+
+/// How what is wanted of a kind compares with what the cluster has.
+#[derive(Clone, Copy, Debug)]
+pub struct Compared {
+    /// The kind.
+    pub kind: Kind,
+    /// The same, or not.
+    pub verdict: digest::Verdict,
+    /// Differences found so far, by where they arose.
+    pub mismatches: [(Stage, u64); 2],
 }
 
 /// A config that cannot be mirrored.
@@ -113,7 +136,14 @@ pub struct Mirror {
     away: Option<Instant>,
     revocations: u64,
     revoked: bool,
+    /// When copies were compared last.
+    looked: Instant,
+    /// Something may come of comparing them again.
+    unsettled: bool,
 }
+
+/// Pause between two comparisons.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// How the records are read; another answer needs other reflectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,22 +152,14 @@ struct Followed {
     exports: bool,
 }
 
-/// The wanted records of a kind.
-#[derive(Debug)]
-struct Copies {
-    prefix: String,
-    /// By what follows the prefix: whether the present list has told of it, or what followed.
-    told: HashMap<Box<str>, bool>,
-    /// The present list is complete.
-    listed: bool,
-}
-
 impl Mirror {
     /// A mirror of which nothing is known, of a cluster that is not reached yet.
     pub fn new(name: ClusterName, mesh: Mesh, rules: Arc<Rules>, now: Instant) -> Self {
         let copies = |kind| {
             let prefix = data_prefix(kind, &name, Layout::Cache);
-            (kind, Copies { prefix, told: HashMap::new(), listed: false })
+            // The kinds of a cluster do not come all at once.
+            let spread = f64::from((record_hash(&prefix, b"") % 1000) as u16) / 2000.0;
+            (kind, Copies::new(prefix, mesh.census.map(|interval| interval.mul_f64(0.75 + spread))))
         };
         Self {
             kinds: KINDS.map(copies).into(),
@@ -150,6 +172,8 @@ impl Mirror {
             away: Some(now),
             revocations: 0,
             revoked: false,
+            looked: now,
+            unsettled: false,
         }
     }
 
@@ -194,7 +218,9 @@ impl Mirror {
         if self.followed.replace(followed) != Some(followed) {
             // All kinds that are mirrored have theirs in one folder.
             let digests = digest_prefix(Kind::Nodes, &self.name, followed.accepted.layout);
-            out.push(Effect::FollowDigests(ReflectorSpec::new(digests, None)));
+            // Of the keys that stand there, however many, only those of the kinds are kept.
+            let spec = ReflectorSpec { prune: Prune::Consumer, ..ReflectorSpec::new(digests, None) };
+            out.push(Effect::FollowDigests(spec));
             for kind in KINDS {
                 self.follow(kind, out);
             }
@@ -220,6 +246,7 @@ impl Mirror {
 
     /// What the reflector of a kind tells.
     pub fn event(&mut self, kind: Kind, event: ReflectorEvent, out: &mut Vec<Effect>) {
+        self.unsettled = true;
         match event {
             ReflectorEvent::Upsert { suffix, value, revision } => {
                 self.put(kind, &suffix, value, Some(revision), out);
@@ -227,7 +254,7 @@ impl Mirror {
             ReflectorEvent::Delete { suffix, revision } => {
                 self.gate.forget(kind, &suffix);
                 if let Some(copies) = self.kinds.get_mut(&kind) {
-                    copies.remove(&suffix, Some(revision), out);
+                    copies.remove(&suffix, revision, out);
                 }
             }
             ReflectorEvent::Relisting => {
@@ -235,38 +262,72 @@ impl Mirror {
                     copies.begin();
                 }
             }
-            ReflectorEvent::Synced { .. } => {
+            ReflectorEvent::Synced { revision } => {
                 if let Some(copies) = self.kinds.get_mut(&kind) {
                     copies.complete(out);
+                    copies.synced(revision);
                 }
             }
-            // The reflector itself finds out what a list lacks.
-            ReflectorEvent::Progress { .. } | ReflectorEvent::Lost { .. } => {}
+            ReflectorEvent::Lost { .. } => {
+                if let Some(copies) = self.kinds.get_mut(&kind) {
+                    copies.compare.lost();
+                }
+            }
+            ReflectorEvent::Progress { .. } => {}
         }
     }
 
-    /// What the reflector of the cluster's digests tells. What is no digest is passed by: nothing but times
-    /// hangs on it.
-    pub fn stated(&self, event: &ReflectorEvent, out: &mut Vec<Effect>) {
-        let ReflectorEvent::Upsert { suffix, value, .. } = event else { return };
-        let copies = self.kinds.iter().find(|(kind, _)| kind.as_str() == suffix).map(|(_, copies)| copies);
-        if let (Some(copies), Ok(record)) = (copies, DigestRecord::decode(value))
-            && !record.recent.is_empty()
-        {
+    /// What the reflector of the cluster's digests tells. What is no digest states nothing.
+    pub fn stated(&mut self, event: &ReflectorEvent, out: &mut Vec<Effect>) {
+        let (suffix, record) = match event {
+            ReflectorEvent::Upsert { suffix, value, .. } => (suffix, DigestRecord::decode(value).ok()),
+            ReflectorEvent::Delete { suffix, .. } => (suffix, None),
+            // What still stands there is told again.
+            ReflectorEvent::Relisting => {
+                self.unsettled = true;
+                return self.kinds.values_mut().for_each(|copies| copies.compare_with(None));
+            }
+            _ => return,
+        };
+        let copies = self.kinds.iter_mut().find(|(kind, _)| kind.as_str() == suffix);
+        let Some((_, copies)) = copies else { return };
+        self.unsettled = true;
+        copies.compare_with(record.as_ref());
+        if let Some(record) = record.filter(|record| !record.recent.is_empty()) {
             out.push(Effect::Stated { prefix: copies.prefix.clone(), recent: record.recent });
+        }
+    }
+
+    /// A census of a kind has found `sum` at `revision`.
+    pub fn counted(&mut self, kind: Kind, ticket: Ticket, revision: i64, sum: u64) {
+        if let Some(copies) = self.kinds.get_mut(&kind) {
+            self.unsettled = true;
+            copies.compare.counted(ticket, revision, sum);
         }
     }
 
     /// When to call [`Self::tick`].
     pub fn deadline(&self) -> Option<Instant> {
-        if self.revoked { None } else { Some(self.away? + self.mesh.cache_ttl?) }
+        let look = self.unsettled.then_some(self.looked + LOOK);
+        let census = self.kinds.values().filter_map(|copies| copies.compare.census_deadline()).min();
+        [self.revocation(), look, census].into_iter().flatten().min()
     }
 
     /// Looks at the time.
     pub fn tick(&mut self, now: Instant, out: &mut Vec<Effect>) {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return;
+        if self.revocation().is_some_and(|at| at <= now) {
+            self.revoke(out);
         }
+        if self.looked + LOOK <= now {
+            self.look(now, out);
+        }
+    }
+
+    fn revocation(&self) -> Option<Instant> {
+        if self.revoked { None } else { Some(self.away? + self.mesh.cache_ttl?) }
+    }
+
+    fn revoke(&mut self, out: &mut Vec<Effect>) {
         self.revoked = true;
         self.revocations += 1;
         for kind in REVOKED {
@@ -277,9 +338,29 @@ impl Mirror {
         }
     }
 
+    /// Compares what is wanted of each kind with what the cluster has. What differs is listed again; nothing
+    /// goes before that list's end.
+    fn look(&mut self, now: Instant, out: &mut Vec<Effect>) {
+        self.looked = now;
+        self.unsettled = false;
+        for kind in KINDS {
+            let Some(copies) = self.kinds.get_mut(&kind) else { continue };
+            let looked = copies.look(now);
+            self.unsettled |= !copies.compare.is_settled();
+            if let (Some(ticket), Some(followed)) = (looked.census, self.followed) {
+                let prefix = data_prefix(kind, &self.name, followed.accepted.layout);
+                out.push(Effect::Count { kind, ticket, prefix });
+            }
+            if looked.relist {
+                tracing::warn!(cluster = %self.name, %kind, "what is mirrored differs from what the cluster has; listing it again");
+                self.follow(kind, out);
+            }
+        }
+    }
+
     /// All records of the cluster have been told since the start.
     pub fn is_synced(&self) -> bool {
-        self.kinds.values().all(|copies| copies.listed)
+        self.kinds.values().all(Copies::is_listed)
     }
 
     /// The cluster's ID, once it is accepted.
@@ -289,7 +370,21 @@ impl Mirror {
 
     /// Records by kind.
     pub fn counts(&self) -> [(Kind, usize); KINDS.len()] {
-        KINDS.map(|kind| (kind, self.kinds.get(&kind).map_or(0, |copies| copies.told.len())))
+        KINDS.map(|kind| (kind, self.kinds.get(&kind).map_or(0, |copies| copies.len())))
+    }
+
+    /// How each kind compares with what the cluster has, and how many differences were found so far.
+    pub fn compared(&self) -> impl Iterator<Item = Compared> + '_ {
+        self.kinds.iter().map(|(kind, Copies { compare, .. })| Compared {
+            kind: *kind,
+            verdict: compare.verdict(),
+            mismatches: Stage::ALL.map(|stage| (stage, compare.mismatches(stage))),
+        })
+    }
+
+    /// What was refused lately, by kind.
+    pub fn ledgers(&self) -> &BTreeMap<Kind, Ledger> {
+        self.gate.ledgers()
     }
 
     /// How many records were refused, or only audited, by kind and reason.
@@ -336,55 +431,12 @@ impl Mirror {
         out: &mut Vec<Effect>,
     ) {
         let (Some(peer), Some(copies)) = (&self.peer, self.kinds.get_mut(&kind)) else { return };
-        let beside = (!copies.told.contains_key(suffix)).then_some(copies.told.len());
+        let beside = (!copies.contains(suffix)).then_some(copies.len());
+        let hash = record_hash(suffix, &value);
         match self.gate.judge(peer, &Record { kind, suffix, value: &value }, beside) {
-            Verdict::Take => {}
-            Verdict::Keep => return,
-            Verdict::Drop => return copies.remove(suffix, revision, out),
-        }
-        let told = revision.is_some();
-        match copies.told.get_mut(suffix) {
-            Some(known) => *known = told,
-            None => drop(copies.told.insert(suffix.into(), told)),
-        }
-        // What a list tells did not just happen.
-        let origin = revision.filter(|_| copies.listed);
-        out.push(Effect::Set { key: [&copies.prefix, suffix].concat(), value: Some(value), origin });
-    }
-}
-
-impl Copies {
-    /// All records are told anew.
-    fn begin(&mut self) {
-        self.listed = false;
-        self.told.values_mut().for_each(|told| *told = false);
-    }
-
-    /// The cluster has told all it has: whatever else is wanted has vanished meanwhile.
-    fn complete(&mut self, out: &mut Vec<Effect>) {
-        if std::mem::replace(&mut self.listed, true) {
-            return;
-        }
-        let prefix = &self.prefix;
-        self.told.retain(|suffix, told| {
-            if !*told {
-                out.push(Effect::Set { key: [prefix, &**suffix].concat(), value: None, origin: None });
-            }
-            *told
-        });
-        out.push(Effect::Done { prefix: prefix.clone() });
-    }
-
-    fn remove(&mut self, suffix: &str, revision: Option<i64>, out: &mut Vec<Effect>) {
-        if self.told.remove(suffix).is_some() {
-            let origin = revision.filter(|_| self.listed);
-            out.push(Effect::Set { key: [&self.prefix, suffix].concat(), value: None, origin });
-        }
-    }
-
-    fn clear(&mut self, out: &mut Vec<Effect>) {
-        for (suffix, _) in self.told.drain() {
-            out.push(Effect::Set { key: [&self.prefix, &*suffix].concat(), value: None, origin: None });
+            Verdict::Take => copies.take(suffix, value, hash, revision, out),
+            Verdict::Keep => copies.keep(suffix, hash, revision),
+            Verdict::Drop => copies.drop(suffix, hash, revision, out),
         }
     }
 }
@@ -397,7 +449,7 @@ mod tests {
 
     fn a_mirror() -> Mirror {
         let max = MaxConnectedClusters::C255;
-        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl: None };
+        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl: None, census: None };
         Mirror::new("beta".parse().unwrap(), mesh, Arc::default(), Instant::now())
     }
 
@@ -434,7 +486,7 @@ mod tests {
 
     #[test]
     fn times_are_passed_on_for_the_mirrored_prefix() {
-        let mirror = a_mirror();
+        let mut mirror = a_mirror();
         let recent = vec![Timed { revision: 7, at: SourceTime(11) }];
         let record = DigestRecord { digest: Digest::default(), revision: 7, recent: recent.clone() };
         let mut effects = Vec::new();
@@ -448,5 +500,102 @@ mod tests {
         }
         let prefix = "cilium/cache/ip/v1/beta/".to_owned();
         assert_eq!(effects, [Effect::Stated { prefix, recent }]);
+    }
+    fn a_node(name: &str) -> Vec<u8> {
+        format!(r#"{{"Name":"{name}","Cluster":"beta","ClusterID":2}}"#).into_bytes()
+    }
+
+    /// It has told of one node, and what followed up to revision 6.
+    fn a_mirror_of_one_node(census: Option<Duration>) -> (Mirror, Instant) {
+        let (max, now) = (MaxConnectedClusters::C255, Instant::now());
+        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl: None, census };
+        let mut mirror = Mirror::new("beta".parse().unwrap(), mesh, Arc::default(), now);
+        let mut effects = Vec::new();
+        let config = ClusterConfig { id: 2, ..ClusterConfig::default() };
+        mirror.config(&config.encode(), &mut effects).unwrap();
+        mirror.event(Kind::Nodes, ReflectorEvent::Relisting, &mut effects);
+        mirror.event(Kind::Nodes, upsert("n1", a_node("n1"), 5), &mut effects);
+        mirror.event(Kind::Nodes, ReflectorEvent::Synced { revision: 6 }, &mut effects);
+        (mirror, now)
+    }
+
+    fn sum(names: &[&str]) -> Digest {
+        let records: Vec<_> = names.iter().map(|name| (*name, a_node(name))).collect();
+        records.iter().map(|(name, value)| (*name, value.as_slice())).collect()
+    }
+
+    /// Lets time pass up to `until`; what came of it.
+    fn pass(mirror: &mut Mirror, from: Instant, until: Duration) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let mut now = from;
+        while now < from + until {
+            now += Duration::from_millis(250);
+            mirror.tick(now, &mut effects);
+        }
+        effects
+    }
+
+    fn of_nodes(mirror: &Mirror) -> (digest::Verdict, [u64; 2]) {
+        let nodes = mirror.compared().find(|of| of.kind == Kind::Nodes).unwrap();
+        (nodes.verdict, nodes.mismatches.map(|(_, count)| count))
+    }
+
+    fn is_list_of_nodes(effect: &Effect) -> bool {
+        matches!(effect, Effect::Follow(Kind::Nodes, _))
+    }
+
+    #[test]
+    fn what_differs_from_what_is_stated_is_listed_again_and_goes_at_the_end() {
+        let (mut mirror, now) = a_mirror_of_one_node(None);
+        let mut effects = Vec::new();
+        let statement = |names: &[&str], revision| {
+            let record = DigestRecord { digest: sum(names), revision, recent: Vec::new() };
+            upsert("nodes", record.encode(), revision)
+        };
+        mirror.stated(&statement(&["n1"], 6), &mut effects);
+        pass(&mut mirror, now, Duration::from_secs(5));
+        assert_eq!(of_nodes(&mirror).0, digest::Verdict::InSync);
+        // In another etcd it may stand no more.
+        mirror.stated(&ReflectorEvent::Relisting, &mut effects);
+        let now = now + Duration::from_secs(5);
+        pass(&mut mirror, now, Duration::from_secs(5));
+        let now = now + Duration::from_secs(5);
+        assert_eq!(of_nodes(&mirror).0, digest::Verdict::Unknown);
+        mirror.stated(&statement(&["n1"], 6), &mut effects);
+        assert_eq!(pass(&mut mirror, now, Duration::from_secs(60)), []);
+        assert_eq!(of_nodes(&mirror).0, digest::Verdict::InSync);
+        // n1 was replaced by n2, and nobody told.
+        let now = now + Duration::from_secs(60);
+        mirror.stated(&statement(&["n2"], 6), &mut effects);
+        let effects = pass(&mut mirror, now, Duration::from_secs(5));
+        assert!(effects.len() == 1 && is_list_of_nodes(&effects[0]), "{effects:?}");
+        let mut effects = Vec::new();
+        mirror.event(Kind::Nodes, ReflectorEvent::Relisting, &mut effects);
+        mirror.event(Kind::Nodes, upsert("n2", a_node("n2"), 7), &mut effects);
+        let gone = |effect: &Effect| matches!(effect, Effect::Set { value: None, .. });
+        assert!(!effects.iter().any(gone), "{effects:?}");
+        mirror.event(Kind::Nodes, ReflectorEvent::Synced { revision: 7 }, &mut effects);
+        assert_eq!(effects.iter().filter(|effect| gone(effect)).count(), 1);
+        pass(&mut mirror, now + Duration::from_secs(5), Duration::from_secs(1));
+        assert_eq!(of_nodes(&mirror), (digest::Verdict::InSync, [0, 1]));
+    }
+
+    #[test]
+    fn a_cluster_that_states_nothing_is_counted() {
+        let interval = Duration::from_secs(60);
+        let (mut mirror, mut now) = a_mirror_of_one_node(Some(interval));
+        for (found, listed) in [(sum(&["n1"]), false), (sum(&["n1", "n2"]), true)] {
+            let effects = pass(&mut mirror, now, interval * 2);
+            now += interval * 2;
+            let [Effect::Count { kind: Kind::Nodes, ticket, prefix }] = effects.as_slice() else {
+                panic!("{effects:?}")
+            };
+            assert_eq!(prefix, "cilium/state/nodes/v1/beta/");
+            mirror.counted(Kind::Nodes, *ticket, 6, found.sum);
+            let effects = pass(&mut mirror, now, Duration::from_secs(5));
+            now += Duration::from_secs(5);
+            assert_eq!(effects.iter().any(is_list_of_nodes), listed, "{effects:?}");
+            assert_eq!(of_nodes(&mirror).0 == digest::Verdict::InSync, !listed);
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::digest::Ticket;
 use clustermesh_kvstore::etcd::{KeyRange, SessionError};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
@@ -14,6 +15,7 @@ use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEve
 use futures::{Stream, StreamExt as _};
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::StreamMap;
 use tokio_stream::wrappers::ReceiverStream;
@@ -39,6 +41,10 @@ pub(super) struct Remote {
     publisher: Publisher,
     records: StreamMap<Kind, Events>,
     digests: Option<Events>,
+    /// Kinds to be summed, one after the other.
+    counts: mpsc::Sender<Count>,
+    counted: mpsc::Receiver<Counted>,
+    counter: Option<(mpsc::Receiver<Count>, mpsc::Sender<Counted>)>,
     status: Arc<RemoteStatus>,
 }
 
@@ -53,7 +59,20 @@ impl Remote {
         let publisher = Publisher::spawn(local.clone(), publisher_spec(&name));
         status.set_publisher(publisher.status());
         let mirror = Mirror::new(name.clone(), mesh, rules, now());
-        Self { name, mirror, local, publisher, records: StreamMap::new(), digests: None, status }
+        let (counts, asked) = mpsc::channel(KINDS.len());
+        let (count, counted) = mpsc::channel(KINDS.len());
+        Self {
+            name,
+            mirror,
+            local,
+            publisher,
+            records: StreamMap::new(),
+            digests: None,
+            counts,
+            counted,
+            counter: Some((asked, count)),
+            status,
+        }
     }
 
     /// Mirrors the etcd that `path` describes until `stop`.
@@ -70,6 +89,9 @@ impl Remote {
         let (source, mut connection) = Connection::spawn(path, ConnectionOptions::default());
         self.inherit().await;
         self.status.set_connection(connection.clone());
+        if let Some((asked, counted)) = self.counter.take() {
+            tokio::spawn(count(source.clone(), asked, counted));
+        }
         let mut configs = source.reflect(ReflectorSpec::new(cluster_config_key(&self.name), None));
         let mut has_config = false;
         let (mut events, mut effects) = (Vec::new(), Vec::new());
@@ -82,6 +104,9 @@ impl Remote {
                     }
                 }
                 Some(event) = next(&mut self.digests) => self.mirror.stated(&event, &mut effects),
+                Some(found) = self.counted.recv() => {
+                    self.mirror.counted(found.kind, found.ticket, found.revision, found.sum);
+                }
                 event = configs.recv() => match event {
                     Some(ReflectorEvent::Upsert { value, .. }) => {
                         has_config = true;
@@ -135,10 +160,15 @@ impl Remote {
                     };
                     self.digests = source.map(follow);
                 }
-                Effect::Set { key, value, origin: Some(revision) } => {
-                    self.publisher.set_from(key, value, Origin::Revision(revision));
+                Effect::Count { kind, ticket, prefix } => {
+                    // There is room for all kinds; more is asked for only after a list, and the next list
+                    // makes those before void.
+                    let _ = self.counts.try_send(Count { kind, ticket, prefix });
                 }
-                Effect::Set { key, value, origin: None } => self.publisher.set(key, value),
+                Effect::Set { key, value, origin: Some(revision) } => {
+                    self.publisher.set_from(key, value.map(Into::into), Origin::Revision(revision));
+                }
+                Effect::Set { key, value, origin: None } => self.publisher.set(key, value.map(Into::into)),
                 Effect::Stated { prefix, recent } => self.publisher.source_stated(&prefix, &recent),
                 Effect::Done { prefix } => self.publisher.initial_done(&prefix),
             }
@@ -190,6 +220,34 @@ impl Remote {
             self.carry_out(None, &mut effects);
         }
         Ok(())
+    }
+}
+
+/// A kind that is to be summed.
+struct Count {
+    kind: Kind,
+    ticket: Ticket,
+    prefix: String,
+}
+
+/// What was found.
+struct Counted {
+    kind: Kind,
+    ticket: Ticket,
+    revision: i64,
+    sum: u64,
+}
+
+/// Sums what it is asked for until nobody listens any more.
+async fn count(source: Connection, mut asked: mpsc::Receiver<Count>, found: mpsc::Sender<Counted>) {
+    while let Some(Count { kind, ticket, prefix }) = asked.recv().await {
+        let (revision, digest) = tokio::select! {
+            found = source.census(&prefix) => found,
+            () = found.closed() => return,
+        };
+        if found.send(Counted { kind, ticket, revision, sum: digest.sum }).await.is_err() {
+            return;
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionSt
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
@@ -47,6 +47,7 @@ pub struct Kvstoremesh {
     local: Connection,
     local_status: watch::Receiver<ConnectionStatus>,
     http: Option<TcpListener>,
+    socket: Option<(PathBuf, UnixListener)>,
     status: Arc<Status>,
 }
 
@@ -69,6 +70,13 @@ impl Kvstoremesh {
             }
             None => None,
         };
+        let socket = match &args.status_socket {
+            Some(path) => {
+                let failed = |error| StartError::Socket { path: path.clone(), error };
+                Some((path.clone(), http::bind_unix(path).map_err(failed)?))
+            }
+            None => None,
+        };
         let (initial, changes) = config_dir::watch(&args.clustermesh_config, &cluster.name).await?;
         let (local, local_status) = Connection::spawn(etcd_config, ConnectionOptions::default());
         let patience =
@@ -79,16 +87,27 @@ impl Kvstoremesh {
         });
         let readiness = Readiness::new(waited_for.collect(), patience, Instant::now().into_std());
         Ok(Self {
-            mesh: Mesh { own: cluster.id, max: args.max_connected_clusters, cache_ttl: args.cache_ttl() },
+            mesh: Mesh {
+                own: cluster.id,
+                max: args.max_connected_clusters,
+                cache_ttl: args.cache_ttl(),
+                census: args.relist_interval(),
+            },
+            status: Arc::new(Status::new(
+                cluster.name.clone(),
+                local_status.clone(),
+                policy.clone(),
+                readiness,
+            )),
             own: cluster.name,
             removal: (!args.disable_drain_on_disconnection).then_some(args.removal_grace),
             initial,
             changes,
             policy,
-            status: Arc::new(Status::new(local_status.clone(), readiness)),
             local,
             local_status,
             http,
+            socket,
         })
     }
 
@@ -108,6 +127,8 @@ impl Kvstoremesh {
     /// The HTTP server or the watch of the directory ended by itself.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), RunError> {
         let serving = http::serve(self.http.take(), self.status(), stop.clone());
+        let (path, socket) = self.socket.take().unzip();
+        let answering = http::serve_unix(socket, self.status(), stop.clone());
         let local_status = self.local_status.clone();
         let mirroring = async {
             tokio::select! {
@@ -115,12 +136,21 @@ impl Kvstoremesh {
                 () = stop.cancelled() => Ok(()),
             }
         };
-        tokio::select! {
-            result = async { tokio::try_join!(serving.map(|done| done.map_err(RunError::Http)), mirroring) } => {
+        let ended = tokio::select! {
+            result = async {
+                let served = serving.map(|done| done.map_err(RunError::Http));
+                let answered = answering.map(|done| done.map_err(RunError::Http));
+                tokio::try_join!(served, answered, mirroring)
+            } => {
                 result.map(drop)
             }
             () = log_connection(local_status) => Ok(()),
+        };
+        if let Some(path) = path {
+            // It may be gone already.
+            let _ = std::fs::remove_file(path);
         }
+        ended
     }
 
     async fn mirror(&mut self) -> Result<(), RunError> {
@@ -305,12 +335,23 @@ pub enum StartError {
         /// What the system said.
         error: io::Error,
     },
+    /// The command line's socket cannot be made.
+    #[error("cannot listen on {path}: {error}; correct --status-socket")]
+    Socket {
+        /// `--status-socket`.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
 }
 
 impl StartError {
     /// Whether flags or files are wrong, rather than the state of the host.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Listen { .. } | Self::ConfigDir(ConfigDirError::Watch { .. }))
+        !matches!(
+            self,
+            Self::Listen { .. } | Self::Socket { .. } | Self::ConfigDir(ConfigDirError::Watch { .. })
+        )
     }
 }
 

@@ -82,7 +82,7 @@ impl World {
         let mut rng = SmallRng::seed_from_u64(seed);
         let max = MaxConnectedClusters::C255;
         let cache_ttl = rng.random_bool(0.3).then_some(TTL);
-        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl };
+        let mesh = Mesh { own: ClusterId::new(1, max).unwrap(), max, cache_ttl, census: None };
         let name: ClusterName = "beta".parse().unwrap();
         let now = Instant::now();
         let rules = policy::rules(&mut rng);
@@ -279,7 +279,7 @@ impl World {
                 Effect::Leave(kind) => drop(self.reflectors.remove(&kind)),
                 Effect::Set { key, value: Some(value), .. } => drop(self.local.desired.insert(key, value)),
                 Effect::Set { key, value: None, .. } => drop(self.local.desired.remove(&key)),
-                Effect::FollowDigests(_) | Effect::Stated { .. } => {}
+                Effect::FollowDigests(_) | Effect::Stated { .. } | Effect::Count { .. } => {}
                 Effect::Done { prefix } => drop(self.local.done.insert(prefix)),
             }
         }

@@ -26,10 +26,7 @@ impl Pins {
             fs::create_dir_all(&folder).map_err(|source| failed("create", &folder, source))?;
         }
         let lock = File::open(root).map_err(|source| failed("open", root, source))?;
-        sys::lock(&lock, false).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock => DatapathError::InUse { root: root.to_owned() },
-            _ => failed("lock", root, source),
-        })?;
+        lock_root(&lock, root)?;
         Ok(Self { root: root.to_owned(), lock })
     }
 
@@ -59,6 +56,14 @@ impl Drop for Pins {
         }
         sys::unlock(&self.lock);
     }
+}
+
+/// Keeps everybody else out as long as `file`, the opened root, is open.
+pub(super) fn lock_root(file: &File, root: &Path) -> Result<(), DatapathError> {
+    sys::lock(file, false).map_err(|source| match source.kind() {
+        io::ErrorKind::WouldBlock => DatapathError::InUse { root: root.to_owned() },
+        _ => failed("lock", root, source),
+    })
 }
 
 /// Takes a pinned link off its hook and removes the pin. One that is gone is fine.
@@ -93,8 +98,12 @@ pub(super) fn remove_all(root: &Path) -> Result<(), DatapathError> {
         fs::remove_dir(&folder).map_err(|source| failed("remove", &folder, source))?;
     }
     match fs::remove_dir(root) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove", root, source)),
-        _ => Ok(()),
+        // A file system of its own, mounted there.
+        Err(source) if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy) => {
+            Ok(())
+        }
+        Err(source) => Err(failed("remove", root, source)),
+        Ok(()) => Ok(()),
     }
 }
 

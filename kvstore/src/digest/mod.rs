@@ -6,14 +6,22 @@
 //!
 //! * [`Digest`], [`record_hash`]: the sum, which neither depends on an order nor has to be recomputed.
 //! * [`DigestRecord`]: what stands in etcd.
+//! * [`Compare`], [`RefusedRecords`]: a reader's side, as plain code: what it was told, what is stated and the
+//!   time come in, a [`Verdict`] and the wish to list again come out.
 
+mod compare;
 mod record;
+mod refused;
+#[cfg(test)]
+mod simulation;
 
 use std::fmt;
 
 use twox_hash::XxHash3_64;
 
+pub use compare::{Compare, Stage, Ticket, Verdict};
 pub use record::{DigestRecord, MAX_RECENT, Timed};
+pub use refused::RefusedRecords;
 
 /// Keys and values up to this many bytes are hashed without an allocation: all but large services.
 const ON_STACK: usize = 512;

@@ -26,6 +26,27 @@ pub struct EtcdConfig {
     /// Password of that user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password: Option<String>,
+    /// What the server has to speak at least. Not one of Cilium's keys.
+    #[serde(default, skip_serializing_if = "TlsVersion::is_default")]
+    pub tls_min_version: TlsVersion,
+}
+
+/// A version of TLS, spelled as in etcd's `--tls-min-version`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TlsVersion {
+    /// What etcd 3.5.0 to 3.5.7 speak at most.
+    #[serde(rename = "TLS1.2")]
+    Tls12,
+    /// The default.
+    #[default]
+    #[serde(rename = "TLS1.3")]
+    Tls13,
+}
+
+impl TlsVersion {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl EtcdConfig {
@@ -182,7 +203,11 @@ mod tests {
         let config = EtcdConfig::parse(CILIUM).unwrap();
         assert_eq!(config.endpoints, ["https://alpha.mesh.example:2379"]);
         assert_eq!(config.key_file.as_deref(), Some(Path::new("/m/alpha.etcd-client.key")));
+        assert_eq!(config.tls_min_version, TlsVersion::Tls13);
+        assert!(!config.to_yaml().contains("tls-min"), "as Cilium has it");
         assert_eq!(EtcdConfig::parse(&config.to_yaml()).unwrap(), config);
+        let older = EtcdConfig { tls_min_version: TlsVersion::Tls12, ..config };
+        assert_eq!(EtcdConfig::parse(&older.to_yaml()).unwrap(), older);
     }
 
     #[test]
@@ -194,6 +219,7 @@ mod tests {
             ("endpoints: [\"https://a:1\"]\n", "need `trusted-ca-file`"),
             ("endpoints: [\"http://a:1\"]\ncert-file: x\n", "set both"),
             ("endpoints: [\n", "line 1"),
+            ("endpoints: [\"http://a:1\"]\ntls-min-version: TLS1.1\n", "TLS1.2"),
         ];
         for (text, expected) in wrong {
             let error = EtcdConfig::parse(text).unwrap_err().to_string();

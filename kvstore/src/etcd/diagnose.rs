@@ -120,7 +120,9 @@ fn explain_tls(error: &rustls::Error) -> String {
             | AlertDescription::AccessDenied => {
                 "the server does not accept our client certificate (or wants one): `cert-file` must be signed by its client CA"
             }
-            AlertDescription::ProtocolVersion => "the server does not speak TLS 1.3: update it",
+            AlertDescription::ProtocolVersion => {
+                "the server does not speak TLS 1.3 (etcd 3.5 does from 3.5.8 on): update it, or set `tls-min-version: TLS1.2`"
+            }
             _ => "the server broke off the handshake",
         },
         rustls::Error::InvalidMessage(_) => "the server does not speak TLS there: should it be http://?",

@@ -14,9 +14,13 @@ use tokio::time::timeout;
 use super::diagnose;
 use super::watch::WatchStream;
 use super::{Credentials, EtcdConfig, KeyRange, SessionError, tls};
+use crate::key::HEARTBEAT;
 
 /// The longest reply that is read. A page of 256 records of ordinary size is far below.
 const MAX_REPLY: usize = 64 << 20;
+
+/// What etcd says about what a user may not do.
+const PERMISSION_DENIED: &str = "permission denied";
 
 /// Deadlines of a session.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +57,7 @@ struct Shared {
     endpoint: String,
     cluster_id: u64,
     revision: i64,
+    version: Option<String>,
     call_timeout: Duration,
     /// Why the session ended, once it did.
     end: watch::Sender<Option<SessionError>>,
@@ -101,17 +106,6 @@ pub enum WriteOp {
     },
 }
 
-/// What an etcd says about itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// Its version.
-    pub version: String,
-    /// Its revision.
-    pub revision: i64,
-    /// Size of its data in bytes.
-    pub db_size: i64,
-}
-
 impl Session {
     /// [`Self::open`] with the certificates as they are now.
     ///
@@ -155,22 +149,22 @@ impl Session {
         let dial = async {
             let channel = tls::channel(endpoint, tls.clone(), options).await?;
             let mut client = Client::from_channel(Channel::Tonic(channel), Some(connect)).await?;
-            let status = client.status().await?;
-            Ok::<_, EtcdError>((client, status))
+            let (header, version) = greet(&mut client).await?;
+            Ok::<_, EtcdError>((client, header, version))
         };
         let failure = match timeout(options.connect_timeout, dial).await {
-            Ok(Ok((client, status))) => {
-                let header = status.header();
+            Ok(Ok((client, header, version))) => {
                 let shared = Shared {
                     endpoint: endpoint.to_owned(),
-                    cluster_id: header.map_or(0, ResponseHeader::cluster_id),
-                    revision: header.map_or(0, ResponseHeader::revision),
+                    cluster_id: header.cluster_id(),
+                    revision: header.revision(),
+                    version,
                     call_timeout: options.call_timeout,
                     end: watch::Sender::new(None),
                 };
                 return Ok(Self { client, shared: Arc::new(shared) });
             }
-            Ok(Err(error)) => classify("connect", error),
+            Ok(Err(error)) => classify(HEARTBEAT, error),
             Err(_) => SessionError::Timeout { what: "connect".into(), after: options.connect_timeout },
         };
         if !matches!(failure, SessionError::Lost(_) | SessionError::Timeout { .. }) {
@@ -193,6 +187,12 @@ impl Session {
     /// etcd's revision when the session began.
     pub fn revision(&self) -> i64 {
         self.shared.revision
+    }
+
+    /// etcd's version, if it tells: 3.5.28 to 3.5.30 and 3.6 up to May 2026 tell only users with the role
+    /// `root` (etcd-io/etcd#21663).
+    pub fn version(&self) -> Option<&str> {
+        self.shared.version.as_deref()
     }
 
     /// The endpoint that this session is with.
@@ -293,12 +293,16 @@ impl Session {
         self.call("a lease's renewal", client.keep_alive(id), |_| None).await.map(drop)
     }
 
-    /// Asks etcd how it is.
-    pub async fn status(&self) -> Result<Status, SessionError> {
-        let mut client = self.client.maintenance_client();
-        let reply = self.call("its status", client.status(), |reply| reply.header().cloned()).await?;
-        let revision = reply.header().map_or(0, ResponseHeader::revision);
-        Ok(Status { version: reply.version().to_owned(), revision, db_size: reply.db_size() })
+    /// Finds out whether etcd answers and has a quorum. Its status would not tell: a member that has lost the
+    /// others still gives that.
+    pub async fn ping(&self) -> Result<(), SessionError> {
+        let mut client = self.client.kv_client();
+        let pong = client.get(HEARTBEAT, Some(GetOptions::new().with_keys_only()));
+        match self.call(HEARTBEAT, pong, |reply| reply.header().cloned()).await {
+            // It judges rights only once it knows that it is up to date.
+            Err(SessionError::PermissionDenied { .. }) => Ok(()),
+            other => other.map(drop),
+        }
     }
 
     /// Compares the ID in a reply with the pinned one.
@@ -374,6 +378,29 @@ impl From<WriteOp> for TxnOp {
     }
 }
 
+/// The first words with an etcd: which one it is, at which revision, and its version if it tells.
+///
+/// Asked for is the one key that every role of a mesh may read. etcd's status is no substitute: some refuse
+/// it to all but root, whatever the method of authentication.
+async fn greet(client: &mut Client) -> Result<(ResponseHeader, Option<String>), EtcdError> {
+    let heartbeat = client.get(HEARTBEAT, Some(GetOptions::new().with_keys_only())).await;
+    let status = client.status().await;
+    let version = status.as_ref().ok().map(|status| status.version().to_owned());
+    let header = match heartbeat {
+        Ok(reply) => reply.header().cloned(),
+        // Another role than a mesh's.
+        Err(denied) if is_denied(&denied) => status.map_err(|_| denied)?.header().cloned(),
+        Err(error) => return Err(error),
+    };
+    header.map(|header| (header, version)).ok_or_else(|| {
+        EtcdError::GRpcStatus(tonic::Status::data_loss("the reply has no header: that is not an etcd"))
+    })
+}
+
+fn is_denied(error: &EtcdError) -> bool {
+    matches!(error, EtcdError::GRpcStatus(status) if status.message().contains(PERMISSION_DENIED))
+}
+
 fn classify(what: &str, error: EtcdError) -> SessionError {
     let status = match error {
         EtcdError::GRpcStatus(status) => status,
@@ -385,7 +412,7 @@ fn classify(what: &str, error: EtcdError) -> SessionError {
     };
     let message = status.message().to_owned();
     // By its text where etcd has no code of its own; texts are those of etcd's rpctypes.
-    if message.contains("permission denied") {
+    if message.contains(PERMISSION_DENIED) {
         SessionError::PermissionDenied { what: what.to_owned() }
     } else if message.contains("required revision has been compacted") {
         SessionError::Compacted { revision: 0 }

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use super::{EtcdConfig, SessionError, SessionOptions};
+use super::{EtcdConfig, SessionError, SessionOptions, TlsVersion};
 
 /// The configuration of an etcd with the contents of the files that it names, as they were at one moment.
 #[derive(Clone, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Credentials {
         Timestamp::from_second(ends).ok()
     }
 
-    /// TLS 1.3 only, with the provider that the whole program uses.
+    /// TLS 1.3, or 1.2 too where the configuration says so; with the provider that the whole program uses.
     pub(super) fn tls(&self) -> Result<ClientConfig, SessionError> {
         let mut roots = rustls::RootCertStore::empty();
         if let (Some(path), Some(ca)) = (&self.config.trusted_ca_file, &self.ca) {
@@ -62,10 +62,14 @@ impl Credentials {
             }
         }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let versions: &[_] = match self.config.tls_min_version {
+            TlsVersion::Tls13 => &[&rustls::version::TLS13],
+            TlsVersion::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
+        };
         let builder = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            // The provider is the one that was compiled in for this version.
-            .expect("aws-lc supports TLS 1.3")
+            .with_protocol_versions(versions)
+            // The provider is the one that was compiled in for these versions.
+            .expect("aws-lc supports TLS 1.2 and 1.3")
             .with_root_certificates(roots);
         let own = self.config.cert_file.as_ref().zip(self.cert.as_ref());
         let mut tls = match own.zip(self.config.key_file.as_ref().zip(self.key.as_ref())) {

@@ -36,7 +36,8 @@ impl PeerPolicy {
 
     pub(super) fn check_ip(&self, record: &IpRecord) -> Result<(), Refusal> {
         check_address(record.prefix.addr())?;
-        if record.prefix.prefix_len() != record.prefix.max_prefix_len() {
+        // One of full length, too: it would be a second key for the same address.
+        if !record.host {
             return refuse(Reason::NotAnAddress, format!("{} is a prefix, not a pod", record.prefix));
         }
         if let Some(host) = record.host_ip {

@@ -12,7 +12,7 @@
 //! What a cluster's entry says replaces what `default` says under the same key; of `quotas`, kind by kind.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ use std::{fs, io};
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde_saphyr::Spanned;
 
 use super::pattern::{NameFilter, Pattern};
 use super::rules::{Mode, PodCidrs, Rules};
@@ -39,9 +41,15 @@ pub struct PolicyFile {
 
 /// A file that is no policy. The operator's to correct.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}{reason}", path.as_ref().map(|path| format!("{}: ", path.display())).unwrap_or_default())]
+#[error(
+    "{}{}{reason}",
+    path.as_ref().map(|path| format!("{}: ", path.display())).unwrap_or_default(),
+    line.map(|line| format!("line {line}: ")).unwrap_or_default()
+)]
 pub struct PolicyFileError {
     path: Option<PathBuf>,
+    /// None where `reason` says it, or if it cannot be told.
+    line: Option<u64>,
     reason: String,
 }
 
@@ -51,9 +59,10 @@ impl PolicyFile {
     /// # Errors
     /// It cannot be read, or is no policy; the text has the path and, where there is one, the line.
     pub fn load(path: &Path) -> Result<Self, PolicyFileError> {
-        let at = |reason| PolicyFileError { path: Some(path.into()), reason };
-        let text = read(path).map_err(|error| at(format!("cannot be read: {error}")))?;
-        Self::parse(&text).map_err(|error| at(error.reason))
+        let at = |error| PolicyFileError { path: Some(path.into()), ..error };
+        let text =
+            read(path).map_err(|error| at(PolicyFileError::new(format!("cannot be read: {error}"))))?;
+        Self::parse(&text).map_err(at)
     }
 
     /// Reads the text of such a file.
@@ -61,16 +70,19 @@ impl PolicyFile {
     /// # Errors
     /// It is no policy.
     pub fn parse(text: &str) -> Result<Self, PolicyFileError> {
-        let file: Option<Written> = serde_saphyr::from_str(text)
-            .map_err(|error| PolicyFileError::new(with_hint(&error.without_snippet().to_string())))?;
-        let Written { default, clusters } = file.unwrap_or_default();
+        let Written { default, clusters } = Written::read(text)?;
         let mut rules = Rules::default();
         default.unwrap_or_default().apply(&mut rules).map_err(|error| error.under("default"))?;
         let clusters = clusters.into_iter().flatten().map(|(name, entry)| {
             let at = format!("clusters.{name}");
-            let name = name.parse().map_err(|error| PolicyFileError::new(format!("{at}: {error}")))?;
+            let line = entry.as_ref().and_then(line_of);
+            let name = name.parse().map_err(|error| PolicyFileError {
+                line,
+                ..PolicyFileError::new(format!("{at}: {error}"))
+            })?;
             let mut rules = rules.clone();
-            entry.unwrap_or_default().apply(&mut rules).map_err(|error| error.under(&at))?;
+            let entry = entry.map(|entry| entry.value).unwrap_or_default();
+            entry.apply(&mut rules).map_err(|error| error.under(&at))?;
             Ok((name, Arc::new(rules)))
         });
         let clusters = clusters.collect::<Result<_, PolicyFileError>>()?;
@@ -92,8 +104,22 @@ impl PolicyFile {
 }
 
 impl PolicyFileError {
+    /// On which line the mistake is, from 1; none if [`Self::reason`] says it, or if it cannot be told.
+    pub fn line(&self) -> Option<u64> {
+        self.line
+    }
+
+    /// What is wrong, without file and line.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
     fn new(reason: String) -> Self {
-        Self { path: None, reason }
+        Self { path: None, line: None, reason }
+    }
+
+    fn at<T>(self, place: &Spanned<T>) -> Self {
+        Self { line: line_of(place), ..self }
     }
 
     fn under(self, place: &str) -> Self {
@@ -109,33 +135,32 @@ fn read(path: &Path) -> io::Result<String> {
     fs::read_to_string(path)
 }
 
+/// The file as its author wrote it.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
-    default: Option<Entry>,
-    clusters: Option<BTreeMap<String, Option<Entry>>>,
+pub(super) struct Written {
+    pub(super) default: Option<Entry>,
+    pub(super) clusters: Option<BTreeMap<String, Option<Spanned<Entry>>>>,
 }
 
 /// One cluster's part. What is not there is as before.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Entry {
+pub(super) struct Entry {
     mode: Option<Mode>,
-    pod_cidrs: Option<WordOrList>,
-    node_cidrs: Option<WordOrList>,
-    refuse_identities: Option<Vec<NameOrNumber>>,
-    namespaces: Option<Names>,
-    services: Option<Names>,
-    quotas: Option<BTreeMap<String, usize>>,
-    max_record_bytes: Option<usize>,
+    pub(super) pod_cidrs: Option<Spanned<WordOrList>>,
+    pub(super) node_cidrs: Option<Spanned<WordOrList>>,
+    refuse_identities: Option<Vec<Spanned<NameOrNumber>>>,
+    pub(super) namespaces: Option<Names>,
+    pub(super) services: Option<Names>,
+    quotas: Option<BTreeMap<String, Spanned<usize>>>,
+    max_record_bytes: Option<Spanned<usize>>,
     max_backends: Option<usize>,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "CIDRs are a list, or a word such as any")]
-enum WordOrList {
+pub(super) enum WordOrList {
     Word(String),
-    List(Vec<String>),
+    List(Vec<Spanned<String>>),
 }
 
 #[derive(Deserialize)]
@@ -147,10 +172,50 @@ enum NameOrNumber {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Names {
-    allow: Option<Vec<String>>,
+pub(super) struct Names {
+    pub(super) allow: Option<Vec<Spanned<String>>>,
     #[serde(default)]
-    deny: Vec<String>,
+    pub(super) deny: Vec<Spanned<String>>,
+}
+
+impl Written {
+    pub(super) fn read(text: &str) -> Result<Self, PolicyFileError> {
+        if text.len() as u64 > MAX_FILE {
+            let length = text.len();
+            return Err(PolicyFileError::new(format!("it has {length} bytes; at most {MAX_FILE} are read")));
+        }
+        let file: Option<Self> = serde_saphyr::from_str(text).map_err(|error| {
+            let line = error.location().map(|place| place.line()).filter(|line| *line > 0);
+            let text = error.without_snippet().to_string();
+            let place = line.and_then(|line| text.rfind(&format!(" at line {line}, column ")));
+            PolicyFileError { path: None, line, reason: with_hint(&text[..place.unwrap_or(text.len())]) }
+        })?;
+        Ok(file.unwrap_or_default())
+    }
+}
+
+impl<'de> Deserialize<'de> for WordOrList {
+    /// By hand: serde's own choice between forms forgets on which lines the items stand.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = WordOrList;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("CIDRs as a list, or a word such as any")
+            }
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<WordOrList, E> {
+                Ok(WordOrList::Word(word.to_owned()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<WordOrList, A::Error> {
+                let mut list = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    list.push(item);
+                }
+                Ok(WordOrList::List(list))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 impl Entry {
@@ -160,26 +225,35 @@ impl Entry {
         }
         match self.pod_cidrs {
             None => {}
-            Some(WordOrList::List(cidrs)) => rules.pod_cidrs = PodCidrs::Listed(nets("pod-cidrs", &cidrs)?),
-            Some(WordOrList::Word(word)) => {
-                rules.pod_cidrs = match word.as_str() {
-                    "any" => PodCidrs::Any,
-                    "nodes" => PodCidrs::Nodes,
-                    other => return Err(bad("pod-cidrs", other, "write any, nodes, or a list of CIDRs")),
+            Some(written) => {
+                rules.pod_cidrs = match &written.value {
+                    WordOrList::List(cidrs) => PodCidrs::Listed(nets("pod-cidrs", cidrs)?),
+                    WordOrList::Word(word) => match word.as_str() {
+                        "any" => PodCidrs::Any,
+                        "nodes" => PodCidrs::Nodes,
+                        other => {
+                            let error = bad("pod-cidrs", other, "write any, nodes, or a list of CIDRs");
+                            return Err(error.at(&written));
+                        }
+                    },
                 }
             }
         }
         match self.node_cidrs {
             None => {}
-            Some(WordOrList::List(cidrs)) => rules.node_cidrs = Some(nets("node-cidrs", &cidrs)?),
-            Some(WordOrList::Word(word)) if word == "any" => rules.node_cidrs = None,
-            Some(WordOrList::Word(word)) => {
-                return Err(bad("node-cidrs", &word, "write any, or a list of CIDRs"));
+            Some(written) => {
+                rules.node_cidrs = match &written.value {
+                    WordOrList::List(cidrs) => Some(nets("node-cidrs", cidrs)?),
+                    WordOrList::Word(word) if word == "any" => None,
+                    WordOrList::Word(word) => {
+                        return Err(bad("node-cidrs", word, "write any, or a list of CIDRs").at(&written));
+                    }
+                }
             }
         }
         if let Some(identities) = self.refuse_identities {
             rules.refused_identities =
-                identities.into_iter().map(NameOrNumber::reserved).collect::<Result<_, _>>()?;
+                identities.iter().map(NameOrNumber::reserved).collect::<Result<_, _>>()?;
         }
         if let Some(names) = self.namespaces {
             rules.namespaces = names.filter("namespaces", |_| Ok(()))?;
@@ -194,14 +268,15 @@ impl Entry {
             let kinds = Kind::ALL.into_iter().filter(|kind| !kind.is_private());
             let kind = kinds.clone().find(|kind| kind.as_str() == name).ok_or_else(|| {
                 let known: Vec<_> = kinds.map(Kind::as_str).collect();
-                bad("quotas", &name, &did_you_mean(&name, &known))
+                bad("quotas", &name, &did_you_mean(&name, &known)).at(&records)
             })?;
-            rules.quotas.set(kind, records);
+            rules.quotas.set(kind, records.value);
         }
-        if let Some(bytes) = self.max_record_bytes {
+        if let Some(written) = self.max_record_bytes {
+            let bytes = written.value;
             if bytes > MAX_VALUE {
                 let hint = format!("values beyond {MAX_VALUE} bytes are never read");
-                return Err(bad("max-record-bytes", bytes, &hint));
+                return Err(bad("max-record-bytes", bytes, &hint).at(&written));
             }
             rules.max_record_bytes = bytes;
         }
@@ -213,14 +288,14 @@ impl Entry {
 }
 
 impl NameOrNumber {
-    fn reserved(self) -> Result<u32, PolicyFileError> {
+    fn reserved(written: &Spanned<Self>) -> Result<u32, PolicyFileError> {
         const KEY: &str = "refuse-identities";
-        match self {
-            Self::Number(id) if id > 0 && Identity(id).is_reserved() => Ok(id),
-            Self::Number(id) => Err(bad(KEY, id, "reserved identities are 1 to 255")),
-            Self::Name(name) => Identity::of_reserved_name(&name).map(|id| id.0).ok_or_else(|| {
+        match &written.value {
+            Self::Number(id) if *id > 0 && Identity(*id).is_reserved() => Ok(*id),
+            Self::Number(id) => Err(bad(KEY, id, "reserved identities are 1 to 255").at(written)),
+            Self::Name(name) => Identity::of_reserved_name(name).map(|id| id.0).ok_or_else(|| {
                 let known: Vec<_> = (1..256).map_while(|id| Identity(id).reserved_name()).collect();
-                bad(KEY, &name, &did_you_mean(&name, &known))
+                bad(KEY, name, &did_you_mean(name, &known)).at(written)
             }),
         }
     }
@@ -232,26 +307,35 @@ impl Names {
         key: &str,
         check: impl Fn(&str) -> Result<(), &'static str>,
     ) -> Result<NameFilter, PolicyFileError> {
-        let patterns = |names: Vec<String>| {
-            let parse = |name: String| {
-                check(&name).map_err(|hint| bad(key, &name, hint))?;
-                Pattern::from_str(&name).map_err(|error| PolicyFileError::new(format!("{key}: {error}")))
+        let patterns = |names: Vec<Spanned<String>>| {
+            let parse = |written: &Spanned<String>| {
+                let name = &written.value;
+                check(name).map_err(|hint| bad(key, name, hint).at(written))?;
+                Pattern::from_str(name)
+                    .map_err(|error| PolicyFileError::new(format!("{key}: {error}")).at(written))
             };
-            names.into_iter().map(parse).collect::<Result<Vec<_>, _>>()
+            names.iter().map(parse).collect::<Result<Vec<_>, _>>()
         };
         Ok(NameFilter { allow: self.allow.map(patterns).transpose()?, deny: patterns(self.deny)? })
     }
 }
 
-fn nets(key: &str, cidrs: &[String]) -> Result<Vec<IpNet>, PolicyFileError> {
-    let parse = |cidr: &String| {
-        let net: IpNet = cidr.parse().map_err(|_| bad(key, cidr, "write a CIDR such as 10.2.0.0/16"))?;
+fn nets(key: &str, cidrs: &[Spanned<String>]) -> Result<Vec<IpNet>, PolicyFileError> {
+    let parse = |written: &Spanned<String>| {
+        let cidr = &written.value;
+        let net: IpNet =
+            cidr.parse().map_err(|_| bad(key, cidr, "write a CIDR such as 10.2.0.0/16").at(written))?;
         if net.trunc() != net {
-            return Err(bad(key, cidr, &format!("write {} if that is meant", net.trunc())));
+            return Err(bad(key, cidr, &format!("write {} if that is meant", net.trunc())).at(written));
         }
         Ok(net)
     };
     cidrs.iter().map(parse).collect()
+}
+
+/// The line on which something is written; none if the parser cannot tell.
+pub(super) fn line_of<T>(written: &Spanned<T>) -> Option<u64> {
+    Some(written.referenced.line()).filter(|line| *line > 0)
 }
 
 fn bad(key: &str, value: impl Display, hint: &str) -> PolicyFileError {
@@ -260,14 +344,13 @@ fn bad(key: &str, value: impl Display, hint: &str) -> PolicyFileError {
 
 /// serde's text about an unknown key, with the key that was probably meant in place of all there are.
 fn with_hint(error: &str) -> String {
-    let parts = error.split_once(", expected ").and_then(|(start, rest)| {
-        let (known, place) = rest.split_once(" at line ")?;
-        Some((start, start.split('`').nth(1)?, known, place))
-    });
-    let Some((start, unknown, known, place)) = parts else { return error.to_owned() };
+    let parts = error
+        .split_once(", expected ")
+        .and_then(|(start, known)| Some((start, start.split('`').nth(1)?, known)));
+    let Some((start, unknown, known)) = parts else { return error.to_owned() };
     let known = known.trim_start_matches("one of ").split(|c: char| !(c.is_ascii_lowercase() || c == '-'));
     let known: Vec<_> = known.filter(|word| !word.is_empty() && *word != "or").collect();
-    format!("{start} at line {place}; {}", did_you_mean(unknown, &known))
+    format!("{start}; {}", did_you_mean(unknown, &known))
 }
 
 fn did_you_mean(word: &str, known: &[&str]) -> String {
@@ -337,6 +420,26 @@ clusters:
             assert_eq!(audited.rules_for(&name.parse().unwrap()).mode, Mode::Audit);
         }
         assert_eq!(audited.rules_for(&"gamma".parse().unwrap()).quotas, gamma.quotas);
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_lines() {
+        for (text, line) in [
+            ("clusters:\n  beta:\n    pod-cidrs:\n    - 10.2.0.0/16\n    - 10.3.0.1/16\n", 5),
+            ("clusters:\n  beta:\n    node-cidrs: all\n", 3),
+            ("clusters:\n  beta:\n    quotas:\n      nodes: 1\n      node: 2\n", 5),
+            ("default:\n  refuse-identities:\n  - host\n  - hosst\n", 4),
+            ("clusters:\n  beta:\n    services:\n      deny:\n      - shop/x\n      - orders\n", 6),
+            ("default:\n  max-record-bytes: 99999999\n", 2),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with(&format!("line {line}: ")), "{text}: {error}");
+        }
+        assert!(error("default:\n  mode: enforce\n  pods: 1\n").starts_with("line 3: "));
+        let syntax = error("default:\n  mode: [enforce\n");
+        assert!(syntax.starts_with("line "), "{syntax}");
+        let long = format!("# {}", "x".repeat(2 << 20));
+        assert!(error(&long).contains("at most 1048576 are read"));
     }
 
     #[test]

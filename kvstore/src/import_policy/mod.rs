@@ -10,9 +10,11 @@
 //! Checks that need more than the record (who holds an address, whether a node of that address is known)
 //! belong to whoever has that state, since they have to be made again whenever it changes.
 //!
-//! [`file`] reads the operator's file, [`reload`] follows it; [`ledger`] counts what was refused.
+//! [`file`] reads the operator's file, [`contradiction`] finds what in it cannot be meant, [`reload`] follows
+//! it; [`ledger`] counts what was refused.
 
 mod basics;
+mod contradiction;
 mod file;
 mod ledger;
 mod pattern;
@@ -23,6 +25,7 @@ mod rules;
 use std::borrow::Cow;
 use std::sync::Arc;
 
+pub use contradiction::Contradiction;
 pub use file::{PolicyFile, PolicyFileError};
 pub use ledger::{Ledger, RefusedKey, Tally};
 pub use pattern::{NameFilter, Pattern};

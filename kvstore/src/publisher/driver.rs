@@ -38,9 +38,12 @@ struct Inbox {
     news: Notify,
 }
 
+/// What a key is to be, and why.
+type Wish = (Option<Arc<[u8]>>, Option<Origin>);
+
 #[derive(Debug, Default)]
 struct Wishes {
-    values: BTreeMap<String, (Option<Vec<u8>>, Option<Origin>)>,
+    values: BTreeMap<String, Wish>,
     /// By prefix: what the etcds that are mirrored have stated.
     source: BTreeMap<String, Vec<Timed>>,
     /// Prefixes that are complete; they count after the values.
@@ -58,16 +61,16 @@ impl Publisher {
         Self { inbox, status, stop, task: Some(tokio::spawn(task)) }
     }
 
-    /// Sets the desired value of a key; `None`: it is to be gone. A key under none of the owned
+    /// Sets the desired value of a key, which is shared, not copied; `None`: it is to be gone. A key under none of the owned
     /// prefixes is the caller's mistake; it is logged.
-    pub fn set(&self, key: String, value: Option<Vec<u8>>) {
+    pub fn set(&self, key: String, value: Option<Arc<[u8]>>) {
         self.inbox.lock().values.insert(key, (value, None));
         self.inbox.news.notify_one();
     }
 
     /// [`Self::set`], because of `origin`: if the key's prefix has a digest, readers learn from it how long
     /// the change took.
-    pub fn set_from(&self, key: String, value: Option<Vec<u8>>, origin: Origin) {
+    pub fn set_from(&self, key: String, value: Option<Arc<[u8]>>, origin: Origin) {
         self.inbox.lock().values.insert(key, (value, Some(origin)));
         self.inbox.news.notify_one();
     }

@@ -22,6 +22,8 @@ pub struct LocalService {
     pub global: bool,
     /// Backends of this cluster may be used by others.
     pub shared: bool,
+    /// Other clusters know nothing of its namespace, whatever the service says of itself.
+    pub private: bool,
     /// Whose backends are preferred.
     pub affinity: Affinity,
     /// Without cluster IP.
@@ -85,6 +87,7 @@ impl Record for LocalService {
             cluster_id: wire.cluster_id,
             global: wire.global,
             shared: wire.shared,
+            private: wire.private,
             affinity: wire.affinity,
             headless: wire.headless,
             frontends: net::by_address("frontends", wire.frontends, decode_ports)?,
@@ -104,6 +107,7 @@ impl Record for LocalService {
             cluster_id: self.cluster_id,
             global: self.global,
             shared: self.shared,
+            private: self.private,
             affinity: self.affinity,
             headless: self.headless,
             frontends: net::by_text(&self.frontends, encode_ports),
@@ -146,6 +150,8 @@ struct Wire {
     cluster_id: u32,
     global: bool,
     shared: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    private: bool,
     #[serde(default)]
     affinity: Affinity,
     #[serde(default)]

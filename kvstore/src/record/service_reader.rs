@@ -52,11 +52,16 @@ struct Member {
 
 impl Default for ServiceReader {
     fn default() -> Self {
-        Self { large: LARGE, known: HashMap::new(), bytes: 0 }
+        Self::keeping_from(LARGE)
     }
 }
 
 impl ServiceReader {
+    /// One that decodes values of less than `large` bytes as a whole.
+    pub fn keeping_from(large: usize) -> Self {
+        Self { large, known: HashMap::new(), bytes: 0 }
+    }
+
     /// As [`Service::decode`].
     ///
     /// # Errors
@@ -430,7 +435,7 @@ mod tests {
         let (mut read, mut edited) = (0, 0);
         for seed in 0..1_000 {
             let mut rng = StdRng::seed_from_u64(seed);
-            let mut reader = ServiceReader { large: 0, ..ServiceReader::default() };
+            let mut reader = ServiceReader::keeping_from(0);
             let count = rng.random_range(0..12);
             let backends: Vec<String> = (0..count).map(|_| backend(&mut rng)).collect();
             let mut good = record(&backends.join(",")).into_bytes();

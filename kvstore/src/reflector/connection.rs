@@ -297,6 +297,7 @@ impl Task {
             // The first one is not counted.
             status.reconnects += u64::from(status.etcd_cluster_id.is_some());
             status.etcd_cluster_id = Some(session.cluster_id());
+            status.etcd_version = session.version().map(str::to_owned);
             status.last_event = Instant::now();
         });
         let generation = self.heard.generations().since(highest, session.cluster_id(), session.revision());
@@ -334,12 +335,10 @@ impl Task {
 
     /// Finds out whether the session still works, also if nothing else uses it; a session that fails ends.
     async fn probe(&self, session: &Session) {
-        if let Ok(status) = session.status().await {
+        if session.ping().await.is_ok() {
             self.status.send_if_modified(|known| {
                 known.last_event = Instant::now();
-                let news = known.etcd_version.as_ref() != Some(&status.version);
-                known.etcd_version = Some(status.version);
-                news
+                false
             });
         }
         // An early return here would be a pause cut short; the caller comes back for the next probe.

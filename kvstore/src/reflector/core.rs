@@ -346,7 +346,7 @@ impl Core {
                 let ticket = self.new_ticket();
                 // Just read from this key: `canary` is set in this phase.
                 let range = KeyRange::Key(self.canary.clone().unwrap_or_default());
-                out.push(Effect::Watch { ticket, range, revision: revision + 1 });
+                out.push(Effect::Watch { ticket, range, revision: next(revision) });
             }
         }
     }
@@ -377,7 +377,8 @@ impl Core {
     fn page(&mut self, page: crate::etcd::Page, out: &mut Vec<Effect>) {
         let Phase::List { pinned, after } = &mut self.phase else { return };
         if *pinned == 0 {
-            *pinned = page.revision;
+            // None is 0 or less, which would mean "now" when asked for.
+            *pinned = page.revision.max(1);
             if self.known.is_none() {
                 out.push(Effect::Emit(Change::Relisting));
             }
@@ -419,7 +420,7 @@ impl Core {
         self.phase = Phase::Follow;
         self.asked = None;
         let ticket = self.new_ticket();
-        out.push(Effect::Watch { ticket, range: self.range.clone(), revision: self.revision + 1 });
+        out.push(Effect::Watch { ticket, range: self.range.clone(), revision: next(self.revision) });
     }
 
     fn watched(&mut self, now: Instant, message: WatchMessage, out: &mut Vec<Effect>) {
@@ -571,6 +572,11 @@ impl Core {
         self.ticket.0 += 1;
         self.ticket
     }
+}
+
+/// The revision behind one that etcd named, which may name any.
+fn next(revision: i64) -> i64 {
+    revision.max(0).saturating_add(1)
 }
 
 fn deleted(effect: &Effect) -> Option<&str> {

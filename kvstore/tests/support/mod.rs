@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions, WriteOp};
+use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions, TlsVersion, WriteOp};
 use clustermesh_kvstore::reflector::core::Timing;
 use clustermesh_kvstore::reflector::{ConnectionOptions, ReflectorEvent};
 use tempfile::TempDir;
@@ -126,6 +126,7 @@ impl Etcd {
             key_file: pki.map(|pki| pki.client.1.clone()),
             username: None,
             password: None,
+            tls_min_version: TlsVersion::default(),
         }
     }
 

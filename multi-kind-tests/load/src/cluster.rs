@@ -1,5 +1,7 @@
 //! What a cluster looks like in etcd: the values that Cilium's exporter writes, made up.
 
+use std::net::Ipv4Addr;
+
 use serde_json::{Map, Value, json};
 
 /// A made-up cluster.
@@ -82,6 +84,7 @@ impl Cluster {
     /// What the own agents know of the `n`th service.
     fn private_service(&self, n: u32) -> (String, String) {
         let name = format!("service-{n}");
+        let (address, port) = Self::frontend(n);
         let value = json!({
             "cluster": self.name,
             "namespace": "shop",
@@ -89,19 +92,19 @@ impl Cluster {
             "clusterId": self.id,
             "global": true,
             "shared": true,
-            "frontends": {format!("10.96.{}.{}", n / 256 % 256, n % 256): {"http": {"protocol": "TCP", "port": 80}}},
+            "frontends": {address.to_string(): {"http": {"protocol": "TCP", "port": port}}},
         });
         (format!("clustermesh/local/services/v1/{}/shop/{name}", self.name), value.to_string())
     }
 
-    /// An endpoint; `version` makes its value another one.
+    /// An endpoint; `version` makes its value another one, and its identity too.
     pub(crate) fn endpoint(&self, n: u32, version: u32) -> (String, String) {
-        let address = self.address(n);
+        let address = self.address(n).to_string();
         let value = json!({
             "IP": address,
             "Mask": null,
             "HostIP": self.node_address(n % self.nodes.max(1)),
-            "ID": self.identity_number(n % self.identities.max(1)),
+            "ID": self.identity_of(n, version),
             "Key": 0,
             "Metadata": "",
             "K8sNamespace": format!("namespace-{}", n % 20),
@@ -110,13 +113,28 @@ impl Cluster {
         (format!("cilium/state/ip/v1/default/{address}"), value.to_string())
     }
 
+    /// The identity of an endpoint. Ten versions in a row have different ones, and so have those of two runs.
+    pub(crate) fn identity_of(&self, n: u32, version: u32) -> u32 {
+        match version {
+            0 => self.identity_number(n % self.identities.max(1)),
+            // Such as have no record: agents do not ask for it.
+            _ => self.identity_number(self.identities % 100 + version / 1000 % 6500 * 10 + version % 10),
+        }
+    }
+
+    /// Where the own cluster has the frontend of its `n`th service.
+    pub(crate) fn frontend(n: u32) -> (Ipv4Addr, u16) {
+        let [.., high, low] = n.to_be_bytes();
+        (Ipv4Addr::new(10, 96, high, low), 80)
+    }
+
     /// A service; `version` takes another backend out.
     pub(crate) fn service(&self, name: &str, backends: u32, version: u32) -> (String, String) {
         let ports = json!({"http": {"Protocol": "TCP", "Port": 8080}});
         let skipped = version % backends.max(1);
         let backends: Map<String, Value> = (0..backends)
             .filter(|n| version == 0 || *n != skipped)
-            .map(|n| (self.address(n), ports.clone()))
+            .map(|n| (self.address(n).to_string(), ports.clone()))
             .collect();
         let value = json!({
             "cluster": self.name,
@@ -188,9 +206,8 @@ impl Cluster {
     }
 
     /// The address of an endpoint: different in all clusters.
-    fn address(&self, n: u32) -> String {
-        let n = (self.id << 18) + n;
-        format!("{}.{}.{}.{}", 11 + (n >> 24), n >> 16 & 255, n >> 8 & 255, n & 255)
+    pub(crate) fn address(&self, n: u32) -> Ipv4Addr {
+        Ipv4Addr::from(0x0b00_0000 + (self.id << 18) + n)
     }
 
     /// The underlay address of a node: different in all clusters that have 2048 nodes at most.

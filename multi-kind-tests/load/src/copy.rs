@@ -27,7 +27,7 @@ pub(crate) async fn list_all(args: &ListArgs) -> anyhow::Result<()> {
     let mut keys = 0_u64;
     for from in &args.from {
         let from = connect(from).await?;
-        list(&from, "cilium/", async |_, _| {
+        list(&from, "", async |_, _| {
             keys += 1;
             Ok(())
         })
@@ -48,7 +48,7 @@ pub(crate) async fn run(args: &CopyArgs) -> anyhow::Result<()> {
             keys += 1;
             batch.put(key, value).await
         };
-        list(&from, "cilium/", copy).await?;
+        list(&from, "", copy).await?;
     }
     batch.flush().await?;
     println!("{}", serde_json::json!({"keys": keys, "seconds": begin.elapsed().as_secs_f64()}));

@@ -47,18 +47,20 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Hands all keys under `prefix` to `take`, page by page.
+/// Hands all keys under `prefix`, or all there are if it is empty, to `take`, page by page.
 pub(crate) async fn list(
     client: &Client,
     prefix: &str,
     mut take: impl AsyncFnMut(Vec<u8>, Vec<u8>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let mut kv = client.kv_client().max_decoding_message_size(REPLY);
-    let mut end = prefix.as_bytes().to_vec();
-    if let Some(last) = end.last_mut() {
+    // etcd's smallest key, and its name for the end of all keys.
+    let mut start = if prefix.is_empty() { vec![0] } else { prefix.as_bytes().to_vec() };
+    let mut end = start.clone();
+    if let Some(last) = end.last_mut().filter(|_| !prefix.is_empty()) {
         *last += 1;
     }
-    let (mut start, mut revision) = (prefix.as_bytes().to_vec(), 0);
+    let mut revision = 0;
     loop {
         let options = GetOptions::new().with_range(end.clone()).with_limit(PAGE).with_revision(revision);
         let mut page = kv.get(start.clone(), Some(options)).await?;

@@ -1,7 +1,8 @@
 //! `mesh-load`: fills etcds with clusters, copies and changes them, and measures how long that takes.
 //!
-//! It knows nothing of the programs that it is a load for: it is a bare client, so that what it does
-//! itself (a copy, a relay) is what any program could do at best.
+//! It knows nothing of the programs that it is a load for but the layout of the kernel's maps, to see when
+//! a change has got there: it is a bare client, so that what it does itself (a copy, a relay) is what any
+//! program could do at best.
 #![forbid(unsafe_code)]
 
 mod cluster;
@@ -9,6 +10,7 @@ mod copy;
 mod etcd;
 mod fill;
 mod hops;
+mod kernel;
 mod wait;
 
 use std::process::ExitCode;
@@ -33,9 +35,9 @@ enum Command {
     List(copy::ListArgs),
     /// Wait until a prefix holds a number of keys.
     Wait(wait::WaitArgs),
-    /// Change one endpoint after the other at a rate, and wait for each change in another etcd.
+    /// Change one endpoint after the other at a rate; wait for each change in another etcd and in the kernel.
     Churn(hops::ChurnArgs),
-    /// Change one backend of a large service again and again, and wait for each change in another etcd.
+    /// Take a backend out of a large service and put it back, again and again; wait as for `churn`.
     Service(hops::ServiceArgs),
 }
 

@@ -94,7 +94,7 @@ impl Memory {
         match &told.input {
             Input::Configured(_) => drop(self.members.entry(place).or_default()),
             Input::AllConfigured => self.complete = true,
-            Input::Policy { .. } | Input::Digest { .. } => {}
+            Input::Policy { .. } | Input::Digest { .. } | Input::Counted { .. } => {}
             Input::Liveness { dead, .. } => {
                 if self.members.contains_key(&place) {
                     self.dead.insert(place, *dead);
@@ -481,7 +481,8 @@ impl Peer {
             Effect::Unfollow => self.link.reflectors.retain(|reflector| reflector.tag.is_none()),
             Effect::Accepted(_) => self.accepted = true,
             Effect::Dropped => self.accepted = false,
-            Effect::Tell(_) | Effect::GiveUp(_) | Effect::Error(_) => {}
+            // Digests have a simulation of their own.
+            Effect::Count { .. } | Effect::Tell(_) | Effect::GiveUp(_) | Effect::Error(_) => {}
         }
     }
 }

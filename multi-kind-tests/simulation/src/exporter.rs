@@ -62,7 +62,7 @@ impl ExporterProcess {
         let spec = spec(&place.name);
         let prefixes = spec.owned.iter().map(|owned| owned.prefix.clone()).collect();
         let mut publisher = Core::new(spec);
-        publisher.set(&key::cluster_config_key(&place.name), Some(config(id)), None);
+        publisher.set(&key::cluster_config_key(&place.name), Some(config(id).into()), None);
         let streams: Vec<_> = publisher.streams().map(|prefix| (prefix.to_owned(), 0)).collect();
         let mut link = Link::new(now);
         for (index, (prefix, _)) in streams.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! Who the far end thinks is calling: the identity in decapsulated traffic.
 
+use super::etcd;
 use super::steps::Stage;
 use crate::lab::Lab;
 use crate::scenario::IdentitySeen;
@@ -41,55 +42,13 @@ pub(super) fn seen_at_the_far_end(stage: &Stage<'_>, seen: &IdentitySeen) -> any
 fn allocated(stage: &Stage<'_>, lab: &Lab, cluster: &str, pod: &str) -> anyhow::Result<u64> {
     let (_, name) = pod.split_once('/').context("a pod is written CLUSTER/NAMESPACE/POD")?;
     let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
-    let text = etcd_values(stage, lab, cluster, "cilium/state/ip/v1/default/")?;
-    text.lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+    let records = etcd::read(stage, lab, cluster, "cilium/state/ip/v1/default/")?;
+    records
+        .iter()
+        .filter_map(|record| serde_json::from_slice::<Value>(&record.value).ok())
         .find(|record| record["K8sNamespace"] == namespace && record["K8sPodName"] == name)
         .and_then(|record| record["ID"].as_u64())
         .with_context(|| format!("{cluster}'s etcd has no address of {pod}"))
-}
-
-/// Values below a prefix of a cluster's own etcd, one per line.
-fn etcd_values(stage: &Stage<'_>, lab: &Lab, cluster: &str, prefix: &str) -> anyhow::Result<String> {
-    let config = lab.folder().join(cluster).join("etcd-admin.yaml");
-    let text =
-        std::fs::read_to_string(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    let config: EtcdConfig = serde_saphyr::from_str(&text).context("not an etcd configuration")?;
-    let node = first_node(lab, cluster)?;
-    let mut command = std::process::Command::new("nsenter");
-    command
-        .arg(format!("--net={}", lab.node_namespace(&format!("{cluster}/{node}")).display()))
-        .args(["--", "etcdctl", "--endpoints", &config.endpoints.join(",")])
-        .args(["--cacert", &config.trusted_ca_file, "--cert", &config.cert_file, "--key", &config.key_file])
-        .args(["get", "--prefix", "--print-value-only", prefix])
-        .env("ETCDCTL_API", "3");
-    stage.run(command, Duration::from_secs(10))?.success("etcdctl get")
-}
-
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct EtcdConfig {
-    endpoints: Vec<String>,
-    trusted_ca_file: String,
-    cert_file: String,
-    key_file: String,
-}
-
-fn first_node(lab: &Lab, cluster: &str) -> anyhow::Result<String> {
-    let text = std::fs::read_to_string(lab.folder().join(cluster).join("context.yaml"))?;
-    let context: Context = serde_saphyr::from_str(&text).context("not a context")?;
-    let agent = context.agents.into_iter().next().context("the cluster has no nodes")?;
-    Ok(agent.node)
-}
-
-#[derive(serde::Deserialize)]
-struct Context {
-    agents: Vec<AgentEntry>,
-}
-
-#[derive(serde::Deserialize)]
-struct AgentEntry {
-    node: String,
 }
 
 /// Packets per identity that the nodes of a cluster have decapsulated.

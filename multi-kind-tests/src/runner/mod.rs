@@ -7,10 +7,12 @@
 mod agents;
 mod background;
 mod chaos;
+mod etcd;
 mod identity;
 mod json;
 mod propagation;
 mod refusal;
+mod rotation;
 mod steps;
 mod tampering;
 

@@ -1,13 +1,14 @@
 //! One step at a time.
 
 use super::background::{RunningLoad, RunningStream};
+use super::rotation::Before;
 use super::{Options, json};
 use crate::evidence::CallReport;
 use crate::lab::{Lab, micros, ordered};
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready, Scale,
-    Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
+    Annotate, Apply, Call, Check, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready, Rotation,
+    Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +33,8 @@ pub(super) struct Stage<'a> {
     changed: u64,
     /// What that step was.
     change: String,
+    /// How everything was before the authority was replaced.
+    pub(super) before_rotation: Option<Before>,
 }
 
 /// What a step is called in reports.
@@ -56,6 +59,8 @@ pub(super) fn title(step: &Step) -> String {
             format!("start {} of {}{empty}", process.process, process.cluster)
         }
         Step::Restart(process) => format!("restart {} of {}", process.process, process.cluster),
+        Step::Freeze(process) => format!("freeze {} of {}", process.process, process.cluster),
+        Step::Thaw(process) => format!("thaw {} of {}", process.process, process.cluster),
         Step::Cut(node) => format!("cut {} off", node.node),
         Step::Heal(node) => format!("heal {}", node.node),
         Step::Call(_) => "call".into(),
@@ -74,6 +79,12 @@ pub(super) fn title(step: &Step) -> String {
         Step::Fails(fails) => format!("{} fails", fails.run.join(" ")),
         Step::IdentitySeen(seen) => format!("{} sees the identity of {}", seen.at, seen.pod),
         Step::Propagated(seen) => format!("{} has timed changes of {}", seen.at, seen.of),
+        Step::Rotate(rotation) => match rotation {
+            Rotation::Begin => "a second authority is trusted".into(),
+            Rotation::Reissue => "it signs all certificates".into(),
+            Rotation::Finish => "the first authority is forgotten".into(),
+        },
+        Step::Rotated(_) => "the old certificates are worth nothing, and nobody noticed".into(),
         Step::Tamper(tamper) => format!("somebody else writes to a table of {}", tamper.node),
     }
 }
@@ -88,6 +99,7 @@ impl<'a> Stage<'a> {
             streams: BTreeMap::new(),
             changed: 0,
             change: String::new(),
+            before_rotation: None,
         }
     }
 
@@ -126,10 +138,12 @@ impl<'a> Stage<'a> {
             Step::Apply(apply) => self.apply(apply),
             Step::Annotate(annotate) => self.annotate(annotate),
             Step::Scale(scale) => self.scale(scale),
-            Step::Kill(process) => self.process("kill", process),
-            Step::Stop(process) => self.process("stop", process),
-            Step::Start(process) => self.process("start", process),
-            Step::Restart(process) => self.process("restart", process),
+            Step::Kill(process) => self.process("kill", process, &[]),
+            Step::Stop(process) => self.process("stop", process, &[]),
+            Step::Start(process) => self.process("start", process, &[]),
+            Step::Restart(process) => self.process("restart", process, &[]),
+            Step::Freeze(process) => self.process("kill", process, &["--signal", "STOP"]),
+            Step::Thaw(process) => self.process("kill", process, &["--signal", "CONT"]),
             Step::Cut(node) => self.node("cut", node),
             Step::Heal(node) => self.node("heal", node),
             Step::Call(call) => self.call(call),
@@ -144,6 +158,8 @@ impl<'a> Stage<'a> {
             Step::Fails(fails) => super::refusal::fails_clearly(self, fails),
             Step::IdentitySeen(seen) => self.identity_seen(seen),
             Step::Propagated(seen) => super::propagation::timed(self, seen),
+            Step::Rotate(rotation) => super::rotation::carry_out(self, *rotation),
+            Step::Rotated(rotated) => super::rotation::unnoticed(self, rotated),
             Step::Tamper(tamper) => super::tampering::put_right(self, tamper),
         }
     }
@@ -239,10 +255,11 @@ impl<'a> Stage<'a> {
         Ok(None)
     }
 
-    fn process(&mut self, verb: &str, process: &ProcessRef) -> anyhow::Result<Option<String>> {
+    fn process(&mut self, verb: &str, process: &ProcessRef, how: &[&str]) -> anyhow::Result<Option<String>> {
         let lab = self.lab()?;
         let context = lab.context(&process.cluster);
         let mut arguments = vec!["lab", verb, &context, &process.process];
+        arguments.extend(how);
         if process.empty {
             arguments.push("--fresh");
         }
@@ -386,7 +403,9 @@ impl<'a> Stage<'a> {
 
     fn check(&mut self, check: &Check) -> anyhow::Result<Option<String>> {
         let lab = self.lab()?;
-        let arguments: Vec<String> = check.run.iter().map(|word| word.replace("{lab}", lab.name())).collect();
+        let folder = self.scenario.base.to_string_lossy();
+        let fill = |word: &String| word.replace("{lab}", lab.name()).replace("{scenario}", &folder);
+        let arguments: Vec<String> = check.run.iter().map(fill).collect();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let deadline = Instant::now() + check.within.0;
         self.options.interrupt.retry_until(deadline, PAUSE, || {
@@ -437,6 +456,7 @@ fn is_change(step: &Step) -> bool {
             | Step::Fails(_)
             | Step::IdentitySeen(_)
             | Step::Propagated(_)
+            | Step::Rotated(_)
     )
 }
 

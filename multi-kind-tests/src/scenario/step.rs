@@ -34,6 +34,10 @@ pub enum Step {
     Start(ProcessRef),
     /// `lab restart`.
     Restart(ProcessRef),
+    /// `lab kill --signal STOP`: it hangs, and whoever talks to it waits.
+    Freeze(ProcessRef),
+    /// `lab kill --signal CONT`: it goes on.
+    Thaw(ProcessRef),
     /// `lab cut`: a node, or a whole cluster, is cut off.
     Cut(NodeRef),
     /// `lab heal`.
@@ -65,6 +69,10 @@ pub enum Step {
     IdentitySeen(IdentitySeen),
     /// Agents have timed changes of another cluster, and hold what its exporter states.
     Propagated(Propagated),
+    /// A step of the replacement of the authority that has issued all certificates of the lab.
+    Rotate(Rotation),
+    /// After the last one: everything uses the new authority, and nobody noticed.
+    Rotated(Rotated),
     /// Entries of a node's kernel table change beside its agent, which notices and puts them right.
     Tamper(Tamper),
 }
@@ -269,7 +277,7 @@ pub struct Chaos {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Check {
-    /// Arguments of `clustermesh`; `{lab}` is the lab's name.
+    /// Arguments of `clustermesh`; `{lab}` is the lab's name, `{scenario}` the scenario's folder.
     pub run: Vec<String>,
     /// JSON pointer (RFC 6901) into the output; `` is all of it.
     #[serde(default)]
@@ -340,9 +348,40 @@ pub struct Propagated {
     /// Cluster whose changes they have seen.
     pub of: String,
     /// Kinds of records, and how many changes of each have been timed at least since the agents started.
+    #[serde(default)]
     pub at_least: std::collections::BTreeMap<String, u64>,
+    /// Kinds of which nothing has been timed.
+    #[serde(default)]
+    pub nothing_of: Vec<String>,
+    /// All but one in a hundred took no longer.
+    #[serde(default = "ten_seconds")]
+    pub no_longer_than: Span,
     /// Keep trying for so long.
     #[serde(default = "ten_seconds")]
+    pub within: Span,
+}
+
+/// `clustermesh ca rotate`; before and after `etcd` is started again where it has to be, and all files are
+/// handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rotation {
+    /// Both authorities are trusted.
+    Begin,
+    /// The new one has signed everything.
+    Reissue,
+    /// The old one is forgotten.
+    Finish,
+}
+
+/// The end of a rotation.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Rotated {
+    /// Keys with one of these in them have been changed meanwhile; all others are as they were.
+    pub but_for: Vec<String>,
+    /// Keep trying for so long.
+    #[serde(default = "half_a_minute")]
     pub within: Span,
 }
 

@@ -26,7 +26,7 @@ const fn package(name: &'static str, program: Option<&'static str>, why: &'stati
 /// All packages, in the order in which their reasons read best.
 pub(super) const PACKAGES: &[Package] = &[
     package("gcc", Some("gcc"), "links programs, compiles the C parts of the TLS library"),
-    package("g++", Some("g++"), "compiles bpf-linker's binding to LLVM"),
+    package("g++", Some("g++"), "compiles bpf-linker's binding to LLVM, and libFuzzer"),
     package("libc6-dev", None, "headers for the same"),
     package("make", Some("make"), "builds the TLS library"),
     package("cmake", Some("cmake"), "builds the TLS library"),

@@ -1,5 +1,6 @@
 //! Frontends of the own cluster and the backends behind them.
 
+mod places;
 mod plan;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -8,13 +9,16 @@ use std::net::IpAddr;
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::record::LocalService;
 use ebpf_global_svc::abi::ServiceKey;
+use ipnet::IpNet;
 
 use super::records::Records;
 use crate::desired::ServicePlan;
 use crate::wire_key;
-use plan::{Inputs, Remote, plan};
+use places::Places;
+use plan::{Inputs, Planned, Remote, plan};
 
 pub use plan::LeftOut;
+pub(super) use plan::{Contested, Standing};
 
 /// Plans of all frontends; recomputes those whose inputs changed.
 #[derive(Debug)]
@@ -27,6 +31,11 @@ pub(super) struct Services {
     /// Parts of restored plans that nobody has confirmed or replaced yet.
     restored: HashMap<ServiceKey, ServicePlan>,
     left_out: HashMap<ServiceKey, LeftOut>,
+    places: Places,
+    /// Of those that were left out, some whose address is another cluster's.
+    contested: BTreeMap<ServiceKey, Vec<Contested>>,
+    /// Those may be others than when this was asked last.
+    decided: bool,
     dirty: HashSet<ServiceKey>,
 }
 
@@ -41,8 +50,14 @@ impl Services {
             plans: mine.clone(),
             restored: mine,
             left_out: HashMap::new(),
+            places: Places::default(),
+            contested: BTreeMap::new(),
+            decided: false,
             dirty: HashSet::new(),
         };
+        for (key, plan) in &services.plans {
+            services.places.plan_changed(own, key, None, Some(plan));
+        }
         // Left by an agent of another cluster ID: no frontend of ours.
         services.dirty.extend(foreign.keys().copied());
         services.plans.extend(foreign);
@@ -79,15 +94,13 @@ impl Services {
         self.dirty.extend(self.plans.keys().copied());
     }
 
-    /// These addresses may have another holder than before: backends may have to go, and those that were
-    /// left out may come.
-    pub(super) fn holders_changed(&mut self, changed: impl Fn(IpAddr) -> bool) {
-        let touched = self.plans.iter().filter(|(_, plan)| {
-            let remote = plan.groups.iter().filter(|group| group.cluster != self.own);
-            remote.flat_map(|group| &group.backends).any(|backend| changed(backend.ip))
-        });
-        self.dirty.extend(touched.map(|(key, _)| *key));
-        self.dirty.extend(self.left_out.keys().copied());
+    /// Addresses inside `net` may have another holder than before: backends may have to go, and those that
+    /// were left out may come. Gives the number of frontends that are computed again.
+    pub(super) fn holders_changed(&mut self, net: IpNet) -> usize {
+        let touched = self.places.inside(net);
+        let count = touched.len();
+        self.dirty.extend(touched);
+        count
     }
 
     /// A cluster has told all its services: what it was restored with counts no more for frontends
@@ -123,11 +136,14 @@ impl Services {
     pub(super) fn compute(
         &mut self,
         clusters: &BTreeMap<u16, Records>,
-        may_serve: impl Fn(u16, IpAddr) -> bool,
+        standing: impl Fn(u16, IpAddr) -> Standing,
     ) -> Vec<(ServiceKey, Option<ServicePlan>)> {
         let mut changes = Vec::new();
         for key in std::mem::take(&mut self.dirty) {
-            let (after, left_out) = self.compute_one(&key, clusters, &may_serve);
+            let Planned { plan: after, left_out, contested, elsewhere } =
+                self.compute_one(&key, clusters, &standing);
+            self.places.left_out(&key, elsewhere.into_iter().collect());
+            self.note_contested(key, contested);
             if left_out == LeftOut::default() {
                 self.left_out.remove(&key);
             } else {
@@ -136,10 +152,11 @@ impl Services {
             if self.plans.get(&key) == after.as_ref() {
                 continue;
             }
-            match &after {
-                Some(plan) => drop(self.plans.insert(key, plan.clone())),
-                None => drop(self.plans.remove(&key)),
-            }
+            let before = match &after {
+                Some(plan) => self.plans.insert(key, plan.clone()),
+                None => self.plans.remove(&key),
+            };
+            self.places.plan_changed(self.own, &key, before.as_ref(), after.as_ref());
             changes.push((key, after));
         }
         self.drop_settled(clusters);
@@ -155,6 +172,17 @@ impl Services {
         self.plans.get(key)
     }
 
+    /// Backends that were left out since another cluster holds their address; not all of them, and one
+    /// for each frontend that wants it.
+    pub(super) fn contested(&self) -> impl Iterator<Item = Contested> {
+        self.contested.values().flatten().copied()
+    }
+
+    /// Whether [`Self::contested`] may be others than when this was asked last.
+    pub(super) fn take_decided(&mut self) -> bool {
+        std::mem::take(&mut self.decided)
+    }
+
     pub(super) fn left_out(&self) -> LeftOut {
         self.left_out.values().fold(LeftOut::default(), |sum, one| LeftOut {
             conflicts: sum.conflicts + one.conflicts,
@@ -166,15 +194,16 @@ impl Services {
         &self,
         key: &ServiceKey,
         clusters: &BTreeMap<u16, Records>,
-        may_serve: impl Fn(u16, IpAddr) -> bool,
-    ) -> (Option<ServicePlan>, LeftOut) {
+        standing: impl Fn(u16, IpAddr) -> Standing,
+    ) -> Planned {
         let own_records = clusters.get(&self.own);
         let owner = self.owners.get(key).and_then(BTreeSet::first);
         let own = owner.and_then(|name| own_records?.local_services.get(name));
         let Some(own) = own else {
             // Until the own cluster has told all its services, what was installed stays as it is.
             let synced = own_records.is_some_and(|records| records.local_services.synced);
-            return (self.restored.get(key).filter(|_| !synced).cloned(), LeftOut::default());
+            let plan = self.restored.get(key).filter(|_| !synced).cloned();
+            return Planned { plan, ..Planned::default() };
         };
         let mut remotes = BTreeMap::new();
         if own.global {
@@ -193,8 +222,15 @@ impl Services {
             }
         }
         let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key) };
-        let (plan, left_out) = plan(key, &inputs, may_serve);
-        (Some(plan), left_out)
+        plan(key, &inputs, standing)
+    }
+
+    fn note_contested(&mut self, key: ServiceKey, contested: Vec<Contested>) {
+        let before = match contested.is_empty() {
+            true => self.contested.remove(&key).unwrap_or_default(),
+            false => self.contested.insert(key, contested.clone()).unwrap_or_default(),
+        };
+        self.decided |= before != contested;
     }
 
     /// Forgets what was restored for frontends that are known by now and need no more of it.

@@ -39,21 +39,62 @@ pub struct LeftOut {
     pub clusters: u64,
 }
 
-/// Computes the frontend's plan. `may_serve` tells whether a cluster may have a backend of an address.
+/// Whose a backend's address is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::mesh) enum Standing {
+    /// The cluster may have a backend there.
+    May,
+    /// Another cluster holds it.
+    HeldBy(u16),
+    /// The operator does not want it there.
+    Unwanted,
+}
+
+/// A backend that was left out, since another cluster holds its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::mesh) struct Contested {
+    pub(in crate::mesh) cluster: u16,
+    pub(in crate::mesh) ip: IpAddr,
+    pub(in crate::mesh) holder: u16,
+}
+
+/// Contested backends of one frontend that are named.
+const NAMED: usize = 8;
+
+/// What became of a frontend.
+#[derive(Default)]
+pub(super) struct Planned {
+    /// None: it is not to be installed.
+    pub(super) plan: Option<ServicePlan>,
+    pub(super) left_out: LeftOut,
+    /// Some of those that were left out, in order.
+    pub(super) contested: Vec<Contested>,
+    /// Where all of those are that were left out for their address.
+    pub(super) elsewhere: Vec<IpAddr>,
+}
+
+/// Computes the frontend's plan. `standing` tells whether a cluster may have a backend of an address.
 ///
 /// A service may have thousands of backends and change often: everything here goes once through sorted
 /// lists.
 pub(super) fn plan(
     key: &ServiceKey,
     inputs: &Inputs<'_>,
-    may_serve: impl Fn(u16, IpAddr) -> bool,
-) -> (ServicePlan, LeftOut) {
+    standing: impl Fn(u16, IpAddr) -> Standing,
+) -> Planned {
     let mut left_out = LeftOut::default();
-    let mut candidates = inputs.collect(key, may_serve, &mut left_out);
-    inputs.settle_contested(&mut candidates, &mut left_out);
+    let (mut elsewhere, mut contested) = (Vec::new(), BTreeSet::new());
+    let mut candidates = inputs.collect(key, standing, &mut elsewhere, &mut contested);
+    left_out.conflicts = elsewhere.len() as u64;
+    inputs.settle_contested(&mut candidates, &mut left_out, &mut contested);
     let groups = inputs.groups(candidates);
     left_out.clusters = groups.len().saturating_sub(MAX_GROUPS) as u64;
-    (ServicePlan { groups: groups.into_iter().take(MAX_GROUPS).collect() }, left_out)
+    Planned {
+        plan: Some(ServicePlan { groups: groups.into_iter().take(MAX_GROUPS).collect() }),
+        left_out,
+        contested: contested.into_iter().take(NAMED).collect(),
+        elsewhere,
+    }
 }
 
 /// One cluster's backends, ascending, none twice.
@@ -67,8 +108,9 @@ impl Inputs<'_> {
     fn collect(
         &self,
         key: &ServiceKey,
-        may_serve: impl Fn(u16, IpAddr) -> bool,
-        left_out: &mut LeftOut,
+        standing: impl Fn(u16, IpAddr) -> Standing,
+        elsewhere: &mut Vec<IpAddr>,
+        contested: &mut BTreeSet<Contested>,
     ) -> Vec<Candidates> {
         let names = self.port_names(key);
         let fits = |ip: IpAddr| ip.is_ipv4() == (key.family == FAMILY_V4);
@@ -115,9 +157,18 @@ impl Inputs<'_> {
                     });
                 }
             }
-            let found = backends.len();
-            backends.retain(|backend| may_serve(cluster, backend.ip));
-            left_out.conflicts += (found - backends.len()) as u64;
+            backends.retain(|backend| {
+                let standing = standing(cluster, backend.ip);
+                if let Standing::HeldBy(holder) = standing
+                    && contested.len() < NAMED
+                {
+                    contested.insert(Contested { cluster, ip: backend.ip, holder });
+                }
+                if standing != Standing::May {
+                    elsewhere.push(backend.ip);
+                }
+                standing == Standing::May
+            });
             all.push(Candidates { cluster, backends });
         }
         all
@@ -137,7 +188,12 @@ impl Inputs<'_> {
     }
 
     /// Leaves each address to one cluster: the own one, else its holder so far, else the lowest.
-    fn settle_contested(&self, candidates: &mut [Candidates], left_out: &mut LeftOut) {
+    fn settle_contested(
+        &self,
+        candidates: &mut [Candidates],
+        left_out: &mut LeftOut,
+        contested: &mut BTreeSet<Contested>,
+    ) {
         if are_apart(candidates) {
             return;
         }
@@ -155,9 +211,12 @@ impl Inputs<'_> {
             let preferred =
                 if claims_it(self.own_cluster) { Some(self.own_cluster) } else { self.holder(ip) };
             let holder = preferred.filter(|cluster| claims_it(*cluster)).unwrap_or(claims[0].1);
-            lost.extend(
-                claims.iter().filter(|(_, cluster)| *cluster != holder).map(|(ip, cluster)| (*cluster, *ip)),
-            );
+            for (ip, cluster) in claims.iter().filter(|(_, cluster)| *cluster != holder) {
+                lost.insert((*cluster, *ip));
+                if contested.len() < NAMED {
+                    contested.insert(Contested { cluster: *cluster, ip: *ip, holder });
+                }
+            }
         }
         left_out.conflicts += lost.len() as u64;
         if !lost.is_empty() {

@@ -5,7 +5,7 @@ use ebpf_global_svc::{DatapathError, Tables};
 use tracing::warn;
 
 use super::super::Reconciler;
-use super::super::write::{Errors, remove_each, upsert_each};
+use super::super::write::{Round, remove_each, upsert_each};
 use super::{Drift, DriftKind, Want};
 use crate::mesh::Mesh;
 
@@ -28,7 +28,7 @@ pub struct Scan {
     began: Option<(Instant, u64)>,
     place: Place,
     drift: Drift,
-    errors: Errors,
+    round: Round,
 }
 
 /// Where a scan stands.
@@ -104,7 +104,7 @@ impl Scan {
         if found > 0 {
             warn!(found, "somebody else changed tables of the datapath; wrote the entries again");
         }
-        let error = self.errors.last.take();
+        let error = self.round.error.take();
         if let Some(error) = error.as_ref().filter(|error| self.drift.error.as_ref() != Some(error)) {
             warn!(%error, "cannot compare or repair all tables of the datapath");
         }
@@ -181,7 +181,7 @@ impl Scan {
                 looked
             }
             Err(error) => {
-                self.errors.record(&error);
+                self.round.record(&error);
                 self.place = Place { table: self.place.table + 1, ..Place::default() };
                 0
             }
@@ -193,8 +193,8 @@ impl Scan {
             writes.iter().filter_map(|(_, key, value)| value.map(|value| (*key, value))).collect();
         let foreign: Vec<K> =
             writes.iter().filter(|(_, _, value)| value.is_none()).map(|(_, key, _)| *key).collect();
-        upsert_each(table, &entries, &mut self.errors);
-        remove_each(table, &foreign, &mut self.errors);
+        upsert_each(table, &entries, &mut self.round);
+        remove_each(table, &foreign, &mut self.round);
         for (kind, ..) in writes {
             *self.drift.found.entry((table.name(), *kind)).or_default() += 1;
             self.drift.last = Some(now);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{ServiceKey, SlotKey};
 
-use super::super::write::{Errors, remove_each};
+use super::super::write::{Round, remove_each};
 use super::{Installed, NO_BACKEND, Services};
 
 const GRACE: Duration = Duration::from_millis(50);
@@ -74,7 +74,7 @@ impl Generation {
 
 impl Services {
     /// Deletes what has been unreachable for long enough.
-    pub(in crate::reconcile) fn sweep(&mut self, now: Instant, tables: &mut Tables, errors: &mut Errors) {
+    pub(in crate::reconcile) fn sweep(&mut self, now: Instant, tables: &mut Tables, round: &mut Round) {
         if self.garbage.sweep_at.is_none_or(|at| at > now) {
             return;
         }
@@ -84,16 +84,16 @@ impl Services {
         surplus.retain(|service| !self.garbage.young.surplus.contains(service));
         orphans.retain(|id| !self.garbage.young.orphans.contains(id));
         for service in surplus {
-            self.sweep_surplus(service, tables, errors);
+            self.sweep_surplus(service, tables, round);
         }
-        self.sweep_slots(slots, tables, errors);
-        self.sweep_orphans(orphans, tables, errors);
+        self.sweep_slots(slots, tables, round);
+        self.sweep_orphans(orphans, tables, round);
         self.garbage.old = std::mem::take(&mut self.garbage.young);
         self.garbage.add_orphans(self.backends.take_unreferenced());
         self.garbage.schedule(now);
     }
 
-    fn sweep_surplus(&mut self, service: ServiceKey, tables: &mut Tables, errors: &mut Errors) {
+    fn sweep_surplus(&mut self, service: ServiceKey, tables: &mut Tables, round: &mut Round) {
         let Some(installed) = self.installed.get_mut(&service) else { return };
         let mut keys = Vec::new();
         for cluster in installed.slots.keys() {
@@ -105,7 +105,7 @@ impl Services {
                 pad: 0,
             }));
         }
-        let removed = remove_each(&mut *tables.slot, &keys, errors);
+        let removed = remove_each(&mut *tables.slot, &keys, round);
         if removed.contains(&false) {
             self.garbage.young.surplus.insert(service);
         }
@@ -119,9 +119,9 @@ impl Services {
         installed.forget_last_slots();
     }
 
-    fn sweep_slots(&mut self, slots: Vec<(SlotKey, u32)>, tables: &mut Tables, errors: &mut Errors) {
+    fn sweep_slots(&mut self, slots: Vec<(SlotKey, u32)>, tables: &mut Tables, round: &mut Round) {
         let keys: Vec<SlotKey> = slots.iter().map(|(key, _)| *key).collect();
-        let removed = remove_each(&mut *tables.slot, &keys, errors);
+        let removed = remove_each(&mut *tables.slot, &keys, round);
         for ((key, backend), removed) in slots.into_iter().zip(removed) {
             if removed {
                 self.backends.release(backend);
@@ -131,10 +131,10 @@ impl Services {
         }
     }
 
-    fn sweep_orphans(&mut self, mut orphans: HashSet<u32>, tables: &mut Tables, errors: &mut Errors) {
+    fn sweep_orphans(&mut self, mut orphans: HashSet<u32>, tables: &mut Tables, round: &mut Round) {
         orphans.retain(|id| self.backends.is_orphan(*id));
         let ids: Vec<u32> = orphans.into_iter().collect();
-        let removed = remove_each(&mut *tables.backend, &ids, errors);
+        let removed = remove_each(&mut *tables.backend, &ids, round);
         for (id, removed) in ids.into_iter().zip(removed) {
             if removed {
                 self.backends.forget(id);

@@ -20,7 +20,7 @@ use std::time::Instant;
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{Group, MAX_GROUPS, ServiceKey, ServiceValue, SlotKey};
 
-use super::write::{Errors, remove_each, upsert_each};
+use super::write::{Round, remove_each, upsert_each};
 use crate::desired::{BackendKey, ServicePlan};
 use garbage::Garbage;
 
@@ -104,15 +104,15 @@ impl Services {
     }
 
     /// Brings all new plans into the tables. Plans of which a part failed stay pending.
-    pub(super) fn write(&mut self, now: Instant, tables: &mut Tables, errors: &mut Errors) {
+    pub(super) fn write(&mut self, now: Instant, tables: &mut Tables, round: &mut Round) {
         if self.fresh.is_empty() {
             return;
         }
         let (mut drafts, removals) = self.take_fresh();
-        self.write_backends(&mut drafts, tables, errors);
-        self.write_slots(&mut drafts, tables, errors);
-        self.write_values(drafts, tables, errors);
-        self.remove_values(removals, tables, errors);
+        self.write_backends(&mut drafts, tables, round);
+        self.write_slots(&mut drafts, tables, round);
+        self.write_values(drafts, tables, round);
+        self.remove_values(removals, tables, round);
         self.garbage.add_orphans(self.backends.take_unreferenced());
         self.garbage.schedule(now);
     }
@@ -140,7 +140,7 @@ impl Services {
         (drafts, removals)
     }
 
-    fn write_backends(&mut self, drafts: &mut [Draft], tables: &mut Tables, errors: &mut Errors) {
+    fn write_backends(&mut self, drafts: &mut [Draft], tables: &mut Tables, round: &mut Round) {
         let mut entries = Vec::new();
         for draft in drafts.iter_mut() {
             let installed = self.installed.get(&draft.key);
@@ -163,7 +163,7 @@ impl Services {
                 });
             }
         }
-        let written = upsert_each(&mut *tables.backend, &entries, errors);
+        let written = upsert_each(&mut *tables.backend, &entries, round);
         let failed: HashSet<u32> =
             entries.iter().zip(written).filter(|(_, written)| !written).map(|((id, _), _)| *id).collect();
         if !failed.is_empty() {
@@ -175,7 +175,7 @@ impl Services {
         }
     }
 
-    fn write_slots(&mut self, drafts: &mut [Draft], tables: &mut Tables, errors: &mut Errors) {
+    fn write_slots(&mut self, drafts: &mut [Draft], tables: &mut Tables, round: &mut Round) {
         let mut writes: Vec<(usize, SlotKey, u32)> = Vec::new();
         for (index, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| !draft.blocked) {
             let last_id = &mut self.last_service_id;
@@ -202,7 +202,7 @@ impl Services {
             }
         }
         let entries: Vec<(SlotKey, u32)> = writes.iter().map(|(_, key, backend)| (*key, *backend)).collect();
-        let written = upsert_each(&mut *tables.slot, &entries, errors);
+        let written = upsert_each(&mut *tables.slot, &entries, round);
         for ((index, key, backend), written) in writes.into_iter().zip(written) {
             let Some(installed) = self.installed.get_mut(&drafts[index].key) else { continue };
             self.backends.acquire(backend);
@@ -220,7 +220,7 @@ impl Services {
         }
     }
 
-    fn write_values(&mut self, drafts: Vec<Draft>, tables: &mut Tables, errors: &mut Errors) {
+    fn write_values(&mut self, drafts: Vec<Draft>, tables: &mut Tables, round: &mut Round) {
         let mut entries = Vec::new();
         let mut owners = Vec::new();
         for draft in drafts {
@@ -238,7 +238,7 @@ impl Services {
             entries.push((draft.key, service_value(installed.id, &draft.groups)));
             owners.push(draft);
         }
-        let written = upsert_each(&mut *tables.service, &entries, errors);
+        let written = upsert_each(&mut *tables.service, &entries, round);
         for (draft, written) in owners.into_iter().zip(written) {
             let Some(installed) = self.installed.get_mut(&draft.key) else { continue };
             if !written {
@@ -254,8 +254,8 @@ impl Services {
         }
     }
 
-    fn remove_values(&mut self, keys: Vec<ServiceKey>, tables: &mut Tables, errors: &mut Errors) {
-        let removed = remove_each(&mut *tables.service, &keys, errors);
+    fn remove_values(&mut self, keys: Vec<ServiceKey>, tables: &mut Tables, round: &mut Round) {
+        let removed = remove_each(&mut *tables.service, &keys, round);
         for (key, removed) in keys.into_iter().zip(removed) {
             if removed {
                 if let Some(installed) = self.installed.remove(&key) {

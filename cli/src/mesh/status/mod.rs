@@ -1,5 +1,6 @@
 //! `clustermesh status`: what all agents of one or more clusters say, summed up and one by one.
 
+mod mirror_text;
 mod report;
 mod text;
 
@@ -9,7 +10,7 @@ use futures::future::join_all;
 
 use super::terminal::{Style, print};
 use super::wait::{self, Pending};
-use super::{Output, Wait, agents};
+use super::{Output, Wait, agents, mirror};
 use crate::context::{self, Context};
 use report::{ClusterReport, Report};
 pub(crate) use report::{why_agent_not_ready, why_not_ready};
@@ -26,7 +27,7 @@ pub(crate) struct StatusArgs {
     /// repeated. Without it: all clusters of the running lab.
     #[arg(long)]
     context: Vec<String>,
-    /// Also list the keys of other clusters that the import policy refused lately.
+    /// Also list the keys of other clusters that the import policy refused lately, here and in the kvstoremesh.
     #[arg(long)]
     refused: bool,
     /// Wait until every agent is ready and connected to all clusters.
@@ -56,7 +57,12 @@ impl StatusArgs {
                 true => agents::statuses_with_refused(context).await,
                 false => agents::statuses(context).await,
             };
-            ClusterReport::new(context, statuses)
+            let socket = context.kvstoremesh.as_ref().and_then(|mirror| mirror.socket.as_deref());
+            let mirror = match socket {
+                Some(socket) => Some(mirror::ask(socket, self.refused).await),
+                None => None,
+            };
+            ClusterReport::new(context, statuses).with_mirror(mirror)
         }))
         .await;
         let report = Report { clusters };

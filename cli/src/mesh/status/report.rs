@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use crate::mesh::entry;
+use crate::mesh::mirror::Mirror;
 use crate::mesh::terminal::one_line;
 
 /// All clusters that were asked for.
@@ -27,6 +28,18 @@ pub(crate) struct ClusterReport {
     pub(crate) id: u32,
     pub(crate) connectivity: Connectivity,
     pub(crate) agents: Vec<AgentReport>,
+    /// What the mirror says that they follow; none if there is none, or it cannot be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kvstoremesh: Option<MirrorReport>,
+}
+
+/// A mirror's answer, or why there is none.
+#[derive(Debug, Serialize)]
+pub(crate) struct MirrorReport {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) status: Option<Mirror>,
 }
 
 /// One agent's answer, or why there is none.
@@ -91,10 +104,14 @@ impl fmt::Display for AgentError {
 }
 
 impl Report {
-    /// One line for each agent that could not be asked.
+    /// One line for each agent or mirror that could not be asked.
     pub(crate) fn unreachable(&self) -> Vec<String> {
         let agents = self.clusters.iter().flat_map(|c| c.agents.iter().map(move |a| (c, a)));
-        agents.filter_map(|(c, a)| Some(format!("{}/{}: {}", c.name, a.node, a.error.as_ref()?))).collect()
+        let agents =
+            agents.filter_map(|(c, a)| Some(format!("{}/{}: {}", c.name, a.node, a.error.as_ref()?)));
+        let mirrors =
+            self.clusters.iter().filter_map(|c| Some((&c.name, c.kvstoremesh.as_ref()?.error.as_ref()?)));
+        agents.chain(mirrors.map(|(name, error)| format!("{name}: {error}"))).collect()
     }
 }
 
@@ -118,7 +135,17 @@ impl ClusterReport {
             id: context.id,
             connectivity: Connectivity::of(&agents, entry::peers(context)),
             agents,
+            kvstoremesh: None,
         }
+    }
+
+    /// With what its mirror answered.
+    pub(crate) fn with_mirror(self, answer: Option<Result<Mirror, String>>) -> Self {
+        let report = |answer| match answer {
+            Ok(status) => MirrorReport { error: None, status: Some(status) },
+            Err(error) => MirrorReport { error: Some(error), status: None },
+        };
+        Self { kvstoremesh: answer.map(report), ..self }
     }
 }
 

@@ -12,21 +12,27 @@ use super::report::{AgentReport, ClusterReport, Connectivity, Report, why_not_re
 use crate::mesh::plan::Outcome;
 use crate::mesh::terminal::{Style, Tone, one_line};
 
+/// Conflicts that are shown of an agent, the newest first; `-o json` has more.
+const CONFLICTS: usize = 32;
+
 /// The whole report.
 pub(crate) fn render(report: &Report, style: Style) -> String {
     let clusters = report.clusters.iter().map(|cluster| Text { style, out: String::new() }.cluster(cluster));
     clusters.collect::<Vec<_>>().join("\n")
 }
 
-struct Text {
-    style: Style,
-    out: String,
+pub(super) struct Text {
+    pub(super) style: Style,
+    pub(super) out: String,
 }
 
 impl Text {
     fn cluster(mut self, cluster: &ClusterReport) -> String {
         self.line(0, format!("Cluster {} (ID {})", cluster.name, cluster.id));
         self.connectivity(&cluster.connectivity);
+        if let Some(mirror) = &cluster.kvstoremesh {
+            self.mirror(mirror);
+        }
         for agent in &cluster.agents {
             self.agent(agent);
         }
@@ -131,7 +137,9 @@ impl Text {
 
     /// What one cluster claims and another one holds: it is refused as long as both claim it.
     fn conflicts(&mut self, status: &StatusResponse) {
-        for conflict in &status.conflicts {
+        let mut newest: Vec<_> = status.conflicts.iter().collect();
+        newest.sort_by_key(|conflict| conflict.age_ms);
+        for conflict in newest.iter().take(CONFLICTS) {
             let Conflict { cluster_id, claim, holder_id, cluster, holder, age_ms } = conflict;
             let name = |name: &str, id: &u32| match name {
                 "" => format!("cluster {id}"),
@@ -144,6 +152,10 @@ impl Text {
                 name(holder, holder_id),
                 age(*age_ms)
             );
+            self.line(2, self.style.paint(Tone::Bad, &text));
+        }
+        if newest.len() > CONFLICTS {
+            let text = format!("conflict: and {} older ones", newest.len() - CONFLICTS);
             self.line(2, self.style.paint(Tone::Bad, &text));
         }
         if status.backend_conflicts > 0 {
@@ -269,11 +281,11 @@ impl Text {
         format!("{name} {entries}/{max_entries} ({})", self.style.paint(tone, &percent))
     }
 
-    fn word(&self, ready: bool) -> String {
+    pub(super) fn word(&self, ready: bool) -> String {
         if ready { self.style.paint(Tone::Good, "ready") } else { self.style.paint(Tone::Bad, "not ready") }
     }
 
-    fn line(&mut self, depth: usize, text: impl AsRef<str>) {
+    pub(super) fn line(&mut self, depth: usize, text: impl AsRef<str>) {
         let _ = writeln!(self.out, "{:1$}{2}", "", depth * 2, text.as_ref());
     }
 }
@@ -408,5 +420,16 @@ mod tests {
                 "conflict: 3 backends left out, their addresses are another cluster's"
             ]
         );
+        let mut text = Text { style: Style::Plain, out: String::new() };
+        let many = (1..=40).map(|n| Conflict {
+            claim: format!("10.1.0.{n}"),
+            age_ms: 1000 * n,
+            ..Conflict::default()
+        });
+        text.conflicts(&StatusResponse { conflicts: many.rev().collect(), ..StatusResponse::default() });
+        let lines: Vec<&str> = text.out.lines().map(str::trim).collect();
+        assert_eq!(lines.len(), 33);
+        assert!(lines[0].contains(" claims 10.1.0.1,"), "{lines:?}");
+        assert_eq!(lines[32], "conflict: and 8 older ones");
     }
 }

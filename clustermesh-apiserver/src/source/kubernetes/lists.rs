@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use clustermesh_kvstore::cluster::NamespacedName;
 
+use super::kinds::{CILIUM, KINDS};
 use crate::objects::{Change, Object, ObjectError, ObjectKey, ObjectKind};
 use crate::source::SourceEvent;
 
@@ -34,6 +35,9 @@ pub(super) struct Item {
 /// Nothing is told of any kind until all have been listed, so that nobody draws conclusions from half a
 /// cluster; likewise of a kind that appears later. Objects go when the server says so, or are missing
 /// in a list that is complete.
+///
+/// Where Cilium's objects are, they say all that pods could, and pods, the most and the largest of all
+/// objects, need not be read. That the last of Cilium's objects is gone is told together with the pods.
 #[derive(Default)]
 pub(super) struct Lists {
     kinds: BTreeMap<ObjectKind, Kind>,
@@ -83,10 +87,12 @@ impl Lists {
     /// What there is to tell now.
     pub(super) fn take(&mut self) -> Vec<SourceEvent> {
         let mut events = Vec::new();
-        let all_listed = ObjectKind::ALL.iter().all(|kind| self.kinds.get(kind).is_some_and(|k| k.listed));
-        if self.synced || all_listed {
-            let listed = self.kinds.values_mut().filter(|kind| kind.listed);
-            let changes: Vec<Change> = listed.flat_map(|kind| std::mem::take(&mut kind.changes)).collect();
+        let waits_for_pods = self.wants_pods() && !self.is_listed(ObjectKind::Pod);
+        let is_known = |kind| self.is_listed(kind) || (kind == ObjectKind::Pod && !waits_for_pods);
+        if self.synced || ObjectKind::ALL.into_iter().all(is_known) {
+            let may_tell = |kind| !waits_for_pods || !is_cilium(kind);
+            let told = self.kinds.iter_mut().filter(|(kind, state)| state.listed && may_tell(**kind));
+            let changes: Vec<Change> = told.flat_map(|(_, kind)| std::mem::take(&mut kind.changes)).collect();
             if !changes.is_empty() {
                 events.push(SourceEvent::Changes(changes));
             }
@@ -108,6 +114,16 @@ impl Lists {
             events.push(SourceEvent::Trouble(trouble));
         }
         events
+    }
+
+    /// Pods have to be read: it is known that there is no object of Cilium's.
+    pub(super) fn wants_pods(&self) -> bool {
+        let mut kinds = KINDS.iter().map(|resource| resource.kind).filter(|kind| is_cilium(*kind));
+        kinds.all(|kind| self.kinds.get(&kind).is_some_and(|kind| kind.listed && kind.known.is_empty()))
+    }
+
+    fn is_listed(&self, kind: ObjectKind) -> bool {
+        self.kinds.get(&kind).is_some_and(|kind| kind.listed)
     }
 
     /// An object that makes no sense any more keeps its last good state.
@@ -148,6 +164,11 @@ impl Lists {
         self.kinds.entry(kind).or_default()
     }
 }
+
+fn is_cilium(kind: ObjectKind) -> bool {
+    KINDS.iter().any(|resource| resource.kind == kind && resource.group == CILIUM)
+}
+
 #[cfg(test)]
 #[path = "lists_tests.rs"]
 mod tests;

@@ -45,6 +45,42 @@ fn nothing_is_told_until_all_is_known() {
     );
 }
 
+/// Pods are as good as known while Cilium's objects say what they could; the last of these goes together
+/// with the arrival of the pods.
+#[test]
+fn pods_stand_in_for_objects_of_cilium_that_go() {
+    let mut lists = Lists::default();
+    for kind in ObjectKind::ALL {
+        match kind {
+            ObjectKind::Pod => {}
+            ObjectKind::CiliumNode => {
+                lists.hear(kind, Heard::Begin);
+                lists.hear(kind, Heard::Object(item(1, 1)));
+                lists.hear(kind, Heard::End);
+            }
+            _ => lists.hear(kind, Heard::Absent),
+        }
+    }
+    assert!(!lists.wants_pods());
+    assert!(
+        matches!(&lists.take()[..], [SourceEvent::Changes(changes), SourceEvent::Synced] if changes.len() == 1)
+    );
+
+    lists.hear(ObjectKind::CiliumNode, Heard::Gone(name(1)));
+    lists.hear(ObjectKind::Namespace, Heard::Object(item(2, 1)));
+    assert!(lists.wants_pods());
+    let namespace = Change::Upsert(item(2, 1).object.unwrap());
+    assert_eq!(lists.take(), [SourceEvent::Changes(vec![namespace])]);
+    lists.hear(ObjectKind::Pod, Heard::Begin);
+    lists.hear(ObjectKind::Pod, Heard::Object(item(3, 1)));
+    assert_eq!(lists.take(), []);
+    lists.hear(ObjectKind::Pod, Heard::End);
+    let gone = Change::Delete(ObjectKey { kind: ObjectKind::CiliumNode, name: name(1) });
+    assert!(
+        matches!(&lists.take()[..], [SourceEvent::Changes(changes)] if changes.len() == 2 && changes.contains(&gone))
+    );
+}
+
 #[test]
 fn a_list_that_is_cut_short_deletes_nothing() {
     let mut lists = synced();

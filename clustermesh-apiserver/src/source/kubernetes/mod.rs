@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 pub use connect::{ConnectError, connect};
 pub use kinds::{KINDS, Resource};
+pub use read::{ReadError, read};
 
 use self::lists::{Heard, Lists};
 use super::SourceEvent;
@@ -32,12 +33,24 @@ pub const LOOK: Duration = Duration::from_secs(10);
 pub fn watch(client: Client, look: Duration) -> mpsc::Receiver<SourceEvent> {
     let (out, events) = mpsc::channel(16);
     let (tell, heard) = mpsc::channel(CHUNK);
-    for kind in KINDS.iter().filter(|resource| resource.group != kinds::CILIUM) {
-        tokio::spawn(follow::follow(client.clone(), kind.kind, kind.api(kind.version), tell.clone()));
+    let always = |resource: &&Resource| resource.group != kinds::CILIUM && resource.kind != ObjectKind::Pod;
+    for resource in KINDS.iter().filter(always) {
+        start(resource, &client, &tell);
     }
-    tokio::spawn(discovery::follow(client, look, tell));
-    tokio::spawn(assemble(heard, out));
+    tokio::spawn(discovery::follow(client.clone(), look, tell.clone()));
+    let read_pods = move || {
+        KINDS
+            .iter()
+            .filter(|resource| resource.kind == ObjectKind::Pod)
+            .for_each(|pods| start(pods, &client, &tell));
+    };
+    tokio::spawn(assemble(heard, out, read_pods));
     events
+}
+
+fn start(resource: &Resource, client: &Client, tell: &mpsc::Sender<Told>) {
+    let api = resource.api(resource.version);
+    tokio::spawn(follow::follow(client.clone(), resource.kind, api, tell.clone()));
 }
 
 /// What one watch says, and about which kind.
@@ -46,8 +59,10 @@ type Told = (ObjectKind, Heard);
 /// Objects that are handed on together at most, but for the first state.
 const CHUNK: usize = 1024;
 
-async fn assemble(mut heard: mpsc::Receiver<Told>, out: mpsc::Sender<SourceEvent>) {
+/// Calls `read_pods` once, when pods have to be read: see [`Lists`].
+async fn assemble(mut heard: mpsc::Receiver<Told>, out: mpsc::Sender<SourceEvent>, read_pods: impl FnOnce()) {
     let mut lists = Lists::default();
+    let mut read_pods = Some(read_pods);
     let mut batch = Vec::with_capacity(CHUNK);
     loop {
         tokio::select! {
@@ -57,6 +72,11 @@ async fn assemble(mut heard: mpsc::Receiver<Told>, out: mpsc::Sender<SourceEvent
         }
         for (kind, what) in batch.drain(..) {
             lists.hear(kind, what);
+        }
+        if lists.wants_pods()
+            && let Some(read_pods) = read_pods.take()
+        {
+            read_pods();
         }
         for event in lists.take() {
             // One at a time: what is wrong with one kind is wrong with most.

@@ -13,9 +13,43 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::objects::{
-    EndpointResource, IdentityResource, NodeResource, Object, ObjectError, SliceResource, lean,
+    EndpointResource, IdentityResource, NodeResource, Object, ObjectError, ObjectKind, SliceResource, lean,
     lean_with_annotations,
 };
+
+/// One object, as a list or a watch tells of it.
+///
+/// # Errors
+/// See [`ReadError`].
+pub fn read(kind: ObjectKind, json: &[u8]) -> Result<Object, ReadError> {
+    match kind {
+        ObjectKind::Namespace => read_as::<Namespace>(json),
+        ObjectKind::Node => read_as::<Node>(json),
+        ObjectKind::Pod => read_as::<Pod>(json),
+        ObjectKind::Service => read_as::<Service>(json),
+        ObjectKind::EndpointSlice => read_as::<EndpointSlice>(json),
+        ObjectKind::CiliumIdentity => read_as::<IdentityResource>(json),
+        ObjectKind::CiliumEndpoint => read_as::<EndpointResource>(json),
+        ObjectKind::CiliumEndpointSlice => read_as::<SliceResource>(json),
+        ObjectKind::CiliumNode => read_as::<NodeResource>(json),
+    }
+}
+
+fn read_as<W: Wire>(json: &[u8]) -> Result<Object, ReadError> {
+    let Read(wire) = serde_json::from_slice::<Read<W>>(json)?;
+    Ok(wire.into_object()?)
+}
+
+/// An object that means nothing to us. Whoever wrote it is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// Not of its kind's form.
+    #[error("the object cannot be read: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It says something that cannot be.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+}
 
 /// An object on the wire that an [`Object`] can be made of.
 pub(super) trait Wire: Clone + Debug + DeserializeOwned + Send + Sync + 'static {

@@ -17,12 +17,38 @@ const REPLICAS: u32 = 4;
 /// The names that a plan works with.
 #[derive(Clone, Debug)]
 pub(super) struct Ground {
-    /// Nodes by cluster.
-    pub(super) clusters: BTreeMap<String, Vec<String>>,
+    pub(super) clusters: BTreeMap<String, Place>,
     /// `deployment/NAMESPACE/NAME`, scaled between none and [`REPLICAS`].
     pub(super) deployment: String,
     /// Its service, `service/NAMESPACE/NAME`, shared and not.
     pub(super) service: String,
+}
+
+/// Of one cluster.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    /// The first one has the control plane: etcd, exporter, mirror.
+    pub(super) nodes: Vec<String>,
+    /// Its agents follow a mirror.
+    pub(super) mirror: bool,
+}
+
+impl Place {
+    /// Where everything runs that calls and is called: not beside the control plane, if there is a choice.
+    pub(super) fn of_pods(&self) -> &str {
+        self.nodes.last().map_or("", String::as_str)
+    }
+
+    /// The node that can be cut off without cutting off those pods.
+    fn control(&self) -> Option<&str> {
+        (self.nodes.len() > 1).then(|| self.nodes[0].as_str())
+    }
+
+    fn processes(&self) -> Vec<String> {
+        let agents = self.nodes.iter().map(|node| format!("agent:{node}"));
+        let control = ["etcd", "apiserver"].into_iter().chain(self.mirror.then_some("kvstoremesh"));
+        agents.chain(control.map(str::to_owned)).collect()
+    }
 }
 
 /// How the manifests of a cluster stand.
@@ -88,30 +114,41 @@ impl Plan {
         Step::Annotate(Annotate { cluster, object: self.ground.service.clone(), set: vec![set.into()] })
     }
 
-    /// One cluster at a time is cut off, so that calls always have a cluster to go to.
+    /// One place at a time is cut off, so that calls always have a cluster to go to: a whole cluster, or its
+    /// control plane alone, which is no reason for a call to fail.
     fn cut(&mut self) -> Step {
-        let node = NodeRef { node: self.cluster() };
+        let cluster = self.cluster();
+        let control = self.rng.random_bool(0.5);
+        let node = match self.ground.clusters[&cluster].control() {
+            Some(node) if control => format!("{cluster}/{node}"),
+            _ => cluster,
+        };
+        let node = NodeRef { node };
         self.comes_back(Step::Heal(node.clone()));
         Step::Cut(node)
     }
 
-    /// Something that runs is killed, stopped or started anew.
+    /// Something that runs is killed, stopped, started anew, or hangs for a while.
     fn fell(&mut self) -> Step {
         let cluster = self.cluster();
-        let nodes = self.ground.clusters[&cluster].iter().map(|node| format!("agent:{node}"));
-        let processes: Vec<String> = nodes.chain(["etcd".into(), "apiserver".into()]).collect();
+        let processes = self.ground.clusters[&cluster].processes();
         let process = processes.choose(&mut self.rng).cloned().unwrap_or_default();
         let running = ProcessRef { cluster, process, empty: false };
         if self.is_down(&running) {
             return self.change();
         }
-        let verb = self.rng.random_range(0..4);
-        if verb == 0 {
-            return Step::Restart(running);
+        let verb = self.rng.random_range(0..6);
+        match verb {
+            0 => return Step::Restart(running),
+            1 => {
+                self.comes_back(Step::Thaw(running.clone()));
+                return Step::Freeze(running);
+            }
+            _ => {}
         }
         let empty = running.process == "etcd" && self.rng.random_bool(0.5);
         self.comes_back(Step::Start(ProcessRef { empty, ..running.clone() }));
-        if verb == 1 { Step::Stop(running) } else { Step::Kill(running) }
+        if verb == 2 { Step::Stop(running) } else { Step::Kill(running) }
     }
 
     fn comes_back(&mut self, step: Step) {
@@ -121,7 +158,9 @@ impl Plan {
 
     fn is_down(&self, process: &ProcessRef) -> bool {
         self.back.iter().any(|(_, step)| match step {
-            Step::Start(start) => start.cluster == process.cluster && start.process == process.process,
+            Step::Start(down) | Step::Thaw(down) => {
+                down.cluster == process.cluster && down.process == process.process
+            }
             _ => false,
         })
     }
@@ -142,9 +181,9 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn ground() -> Ground {
-        let nodes = vec!["node1".to_owned(), "node2".to_owned()];
+        let place = |mirror| Place { nodes: vec!["node1".to_owned(), "node2".to_owned()], mirror };
         Ground {
-            clusters: [("alpha".to_owned(), nodes.clone()), ("beta".to_owned(), nodes)].into(),
+            clusters: [("alpha".to_owned(), place(true)), ("beta".to_owned(), place(false))].into(),
             deployment: "deployment/chaos/churn".into(),
             service: "service/chaos/churn".into(),
         }
@@ -165,14 +204,33 @@ mod tests {
     }
 
     #[test]
+    fn everything_of_a_control_plane_is_hit_in_time() {
+        let mut plan = Plan::new(1, ground(), 1);
+        let steps: BTreeSet<String> = (0..2000).map(|_| format!("{:?}", plan.next().1)).collect();
+        for process in ["etcd", "apiserver", "kvstoremesh", "agent:node2"] {
+            for verb in ["Kill", "Stop", "Freeze", "Restart"] {
+                let begin = format!("{verb}(ProcessRef {{ cluster: \"alpha\", process: \"{process}\"");
+                assert!(steps.iter().any(|step| step.starts_with(&begin)), "never {begin}");
+            }
+        }
+        for node in ["alpha", "alpha/node1"] {
+            assert!(steps.contains(&format!("Cut(NodeRef {{ node: {node:?} }})")), "never cut {node}");
+        }
+        assert!(!steps.iter().any(|step| step.contains("beta") && step.contains("kvstoremesh")));
+        assert!(!steps.iter().any(|step| step.starts_with("Cut") && step.contains("node2")));
+    }
+
+    #[test]
     fn only_what_runs_is_stopped_and_everything_comes_back() {
         for seed in 0..200 {
             let mut plan = Plan::new(seed, ground(), 1);
             let (mut down, mut cut) = (BTreeSet::new(), BTreeSet::new());
             let mut check = |step: &Step| match step {
-                Step::Kill(process) | Step::Stop(process) => assert!(down.insert(name(process))),
+                Step::Kill(process) | Step::Stop(process) | Step::Freeze(process) => {
+                    assert!(down.insert(name(process)));
+                }
                 Step::Restart(process) => assert!(!down.contains(&name(process))),
-                Step::Start(process) => assert!(down.remove(&name(process))),
+                Step::Start(process) | Step::Thaw(process) => assert!(down.remove(&name(process))),
                 Step::Cut(node) => {
                     assert!(cut.is_empty(), "one at a time");
                     cut.insert(node.node.clone());

@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Calls on their way when a cluster is cut off, and paths that have to be found again after it, get so
 /// long: a call's timeout.
 const SLACK: u64 = 1_000_000;
+/// A call of a process to its own pod that takes so long, or fails, had no processor.
+const STALL: u64 = 500_000;
 
-/// Times in microseconds since the Unix epoch in which a cluster was cut off.
+/// Times in microseconds since the Unix epoch in which a cluster with its pods was cut off.
 #[derive(Debug, Default)]
 pub(super) struct Cuts(Vec<(u64, u64)>);
 
@@ -31,9 +33,29 @@ impl Cuts {
     }
 }
 
+/// Times in which the machine stood still: a pod's calls to itself say so.
+#[derive(Debug, Default)]
+pub(super) struct Stalls(Vec<(u64, u64)>);
+
+impl Stalls {
+    pub(super) fn of(calls: &[CallEvent]) -> Self {
+        let slow = calls.iter().filter(|call| call.us >= STALL || call.error.is_some());
+        Self(slow.map(|call| (call.t, call.t + call.us)).collect())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// A failed call that was under way meanwhile. One that was answered by the wrong side has no excuse.
+    fn excuse(&self, call: &CallEvent) -> bool {
+        call.error.is_some() && self.0.iter().any(|(begin, end)| call.t <= *end && call.t + call.us >= *begin)
+    }
+}
+
 /// The first call, and how many, that failed without an excuse.
-pub(super) fn unexcused(calls: &[CallEvent], cuts: &Cuts) -> Option<String> {
-    let failed = |call: &&CallEvent| call.error.is_some() && !cuts.excuses(call);
+pub(super) fn unexcused(calls: &[CallEvent], cuts: &Cuts, stalls: &Stalls) -> Option<String> {
+    let failed = |call: &&CallEvent| call.error.is_some() && !cuts.excuses(call) && !stalls.excuse(call);
     let count = calls.iter().filter(failed).count();
     let first = calls.iter().find(failed)?;
     let error = first.error.as_deref().unwrap_or_default();
@@ -44,8 +66,8 @@ pub(super) fn unexcused(calls: &[CallEvent], cuts: &Cuts) -> Option<String> {
 }
 
 /// The first call that was not answered at home.
-pub(super) fn astray(calls: &[CallEvent], home: &str) -> Option<String> {
-    let away = |call: &&CallEvent| call.cluster.as_deref() != Some(home);
+pub(super) fn astray(calls: &[CallEvent], home: &str, stalls: &Stalls) -> Option<String> {
+    let away = |call: &&CallEvent| call.cluster.as_deref() != Some(home) && !stalls.excuse(call);
     let first = calls.iter().find(away)?;
     let count = calls.iter().filter(away).count();
     let by = first.cluster.as_deref().or(first.error.as_deref()).unwrap_or("nobody");
@@ -117,11 +139,25 @@ mod tests {
         let mut cuts = Cuts::default();
         cuts.begin(10_000_000);
         cuts.end(20_000_000);
-        assert_eq!(unexcused(&[call(9_500_000, 1_000_000, None), call(20_900_000, 1, None)], &cuts), None);
-        assert!(unexcused(&[call(9_000_000, 900_000, None)], &cuts).is_some());
-        assert!(unexcused(&[call(21_100_000, 5, None)], &cuts).is_some());
-        assert_eq!(unexcused(&[call(1, 5, Some("beta"))], &cuts), None);
-        assert!(astray(&[call(1, 5, Some("beta"))], "alpha").is_some());
+        let none = Stalls::default();
+        let within = [call(9_500_000, 1_000_000, None), call(20_900_000, 1, None)];
+        assert_eq!(unexcused(&within, &cuts, &none), None);
+        assert!(unexcused(&[call(9_000_000, 900_000, None)], &cuts, &none).is_some());
+        assert!(unexcused(&[call(21_100_000, 5, None)], &cuts, &none).is_some());
+        assert_eq!(unexcused(&[call(1, 5, Some("beta"))], &cuts, &none), None);
+        assert!(astray(&[call(1, 5, Some("beta"))], "alpha", &none).is_some());
+    }
+
+    #[test]
+    fn a_machine_that_stood_still_excuses_failures_and_no_wrong_answers() {
+        let own = [call(1_000_000, 400, Some("alpha")), call(5_000_000, 700_000, Some("alpha"))];
+        let stalls = Stalls::of(&own);
+        assert_eq!(stalls.len(), 1);
+        let cuts = Cuts::default();
+        assert_eq!(unexcused(&[call(4_500_000, 1_000_000, None)], &cuts, &stalls), None);
+        assert_eq!(astray(&[call(5_600_000, 1_000_000, None)], "alpha", &stalls), None);
+        assert!(unexcused(&[call(1_000_000, 1_000_000, None)], &cuts, &stalls).is_some());
+        assert!(astray(&[call(5_100_000, 300, Some("beta"))], "alpha", &stalls).is_some());
     }
 
     #[test]

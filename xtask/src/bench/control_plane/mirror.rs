@@ -60,7 +60,12 @@ pub(super) struct Mirror {
 impl Mirror {
     /// Its etcd, empty, and its configuration; it is not started yet.
     pub(super) fn prepare(bench: &Bench, sources: &[Source]) -> anyhow::Result<Self> {
-        let etcd = Etcd::start(bench, "local")?;
+        Self::prepare_at(bench, sources, Ipv4Addr::LOCALHOST)
+    }
+
+    /// The same with its etcd at an address of this machine.
+    pub(super) fn prepare_at(bench: &Bench, sources: &[Source], ip: Ipv4Addr) -> anyhow::Result<Self> {
+        let etcd = Etcd::start_at(bench, "local", ip)?;
         let dir = bench.scratch.0.join("mirror");
         // Of an earlier round.
         let _ = fs::remove_dir_all(&dir);

@@ -7,12 +7,15 @@
 
 mod agent;
 mod etcd;
+mod export;
+mod kube;
+mod leftovers;
 mod mirror;
 mod netns;
+mod node;
 mod process;
 mod propagation;
 mod report;
-mod service;
 
 use super::interrupt;
 use super::machine::Machine;
@@ -50,19 +53,29 @@ struct Bench {
 /// Something to measure.
 struct Case {
     name: &'static str,
+    /// Packages whose programs it runs, beside `mesh-load`.
+    programs: &'static [&'static str],
     run: fn(&Bench) -> anyhow::Result<Vec<Row>>,
 }
 
+const AGENT: &[&str] = &["clustermesh-agent"];
+const APISERVER: &[&str] = &["clustermesh-apiserver"];
+const BOTH: &[&str] = &["clustermesh-agent", "clustermesh-apiserver"];
+const EXPORTER: &[&str] = &["clustermesh-apiserver", "fake-kube"];
+
 /// All cases, in the order in which they run.
 const CASES: &[Case] = &[
-    Case { name: "mirror-10-clusters", run: mirror::ten_clusters },
-    Case { name: "mirror-100000-endpoints", run: mirror::one_large_cluster },
-    Case { name: "agent-10-clusters", run: agent::ten_clusters },
-    Case { name: "agent-100000-endpoints", run: agent::one_large_cluster },
-    Case { name: "agent-250-clusters", run: agent::large_mesh },
-    Case { name: "propagation-5", run: |bench| propagation::run(bench, 5) },
-    Case { name: "propagation-325", run: |bench| propagation::run(bench, 325) },
-    Case { name: "service-5000-backends", run: service::run },
+    Case { name: "mirror-10-clusters", programs: APISERVER, run: mirror::ten_clusters },
+    Case { name: "mirror-100000-endpoints", programs: APISERVER, run: mirror::one_large_cluster },
+    Case { name: "agent-10-clusters", programs: AGENT, run: agent::ten_clusters },
+    Case { name: "agent-100000-endpoints", programs: AGENT, run: agent::one_large_cluster },
+    Case { name: "agent-250-clusters", programs: AGENT, run: agent::large_mesh },
+    Case { name: "propagation-5", programs: BOTH, run: |bench| propagation::endpoint(bench, 5) },
+    Case { name: "propagation-325", programs: BOTH, run: |bench| propagation::endpoint(bench, 325) },
+    Case { name: "export", programs: EXPORTER, run: export::cilium },
+    Case { name: "export-pods", programs: EXPORTER, run: export::pods },
+    Case { name: "export-empty", programs: EXPORTER, run: export::empty },
+    Case { name: "service-5000-backends", programs: BOTH, run: propagation::service },
 ];
 
 /// Builds, measures, prints.
@@ -75,8 +88,13 @@ pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
     if machine.is_busy() {
         eprintln!("this machine is busy (load {:.2}): expect noise", machine.load_before);
     }
-    let programs = workspace::build_programs(if args.dev { Profile::Dev } else { Profile::Release })?;
+    let mut packages: Vec<&str> = cases.iter().flat_map(|case| case.programs).copied().collect();
+    packages.push("mesh-load");
+    packages.sort_unstable();
+    packages.dedup();
+    let programs = workspace::build(if args.dev { Profile::Dev } else { Profile::Release }, &packages)?;
     interrupt::watch()?;
+    leftovers::remove();
     let bench = Bench { programs, scratch: Scratch::new()?, rounds: args.rounds };
     let mut rows = Vec::new();
     for case in cases {
@@ -97,7 +115,7 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
-        let path = Path::new("/dev/shm").join(format!("clustermesh-bench-{}", std::process::id()));
+        let path = Path::new(leftovers::FOLDERS).join(format!("{}{}", leftovers::FOLDER, std::process::id()));
         std::fs::create_dir_all(&path)?;
         Ok(Self(path))
     }
@@ -105,7 +123,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What is left of it, the next boot removes.
+        // What is left of it, the next run removes.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -3,6 +3,10 @@
 use super::super::exec;
 use std::net::Ipv4Addr;
 
+/// How namespaces and their cables are called; the process ID follows.
+pub(super) const NAME: &str = "cm-bench-";
+pub(super) const CABLE: &str = "cmb";
+
 /// One with a cable to this machine; removed when dropped.
 pub(super) struct Netns {
     name: String,
@@ -18,10 +22,10 @@ impl Netns {
         // RFC 2544 sets 198.18.0.0/15 aside for benches.
         let third = u8::try_from(pid % 256)?;
         let (outside, inside) = (Ipv4Addr::new(198, 18, third, 1), Ipv4Addr::new(198, 18, third, 2));
-        let name = format!("cm-bench-{pid}");
+        let name = format!("{NAME}{pid}");
         exec::run(&format!("ip netns add {name}"))?;
         let netns = Self { name, outside, inside };
-        let (name, cable) = (&netns.name, format!("cmb{pid}"));
+        let (name, cable) = (&netns.name, format!("{CABLE}{pid}"));
         exec::run(&format!("ip link add {cable} type veth peer name eth0 netns {name}"))?;
         exec::run(&format!("ip addr add {outside}/30 dev {cable}"))?;
         exec::run(&format!("ip link set {cable} up"))?;
@@ -44,6 +48,6 @@ impl Drop for Netns {
     fn drop(&mut self) {
         // The cable goes with its end; if both are gone already, so much the better.
         let _ = exec::run(&format!("ip netns del {}", self.name));
-        let _ = exec::run(&format!("ip link del cmb{}", std::process::id()));
+        let _ = exec::run(&format!("ip link del {CABLE}{}", std::process::id()));
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// A running program; killed when dropped.
@@ -17,7 +17,10 @@ impl Process {
     pub(super) fn start(program: &Path, arguments: &[String], log: &Path) -> anyhow::Result<Self> {
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
-        let child = Command::new(program)
+        // It ends with us, also if we are killed.
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(program)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -27,12 +30,23 @@ impl Process {
         Ok(Self { child, name })
     }
 
+    /// The file system as it sees it.
+    pub(super) fn root(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root", self.child.id()))
+    }
+
     /// Peak of its resident memory, in MiB.
     pub(super) fn peak_mib(&self) -> anyhow::Result<f64> {
+        self.memory_mib("VmHWM")
+    }
+
+    /// A figure of its memory, as proc(5) calls it, in MiB.
+    pub(super) fn memory_mib(&self, name: &str) -> anyhow::Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))
             .with_context(|| format!("{} has ended", self.name))?;
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib: f64 = peak.and_then(|peak| peak.trim().strip_suffix(" kB")).context("no VmHWM")?.parse()?;
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        let kib: f64 = kib.with_context(|| format!("no {name} in status"))?.parse()?;
         Ok(kib / 1024.0)
     }
 

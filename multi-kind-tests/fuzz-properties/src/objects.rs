@@ -1,0 +1,94 @@
+//! Objects as an API server tells of them, written by anybody who may in that cluster. Each line is
+//! `KIND JSON`, or `KIND NAMESPACE/NAME` of one that goes.
+
+use std::time::{Duration, Instant};
+
+use clustermesh_apiserver::export::{Cluster, Exporter, KeyChange, Rules};
+use clustermesh_apiserver::identity::Allocator;
+use clustermesh_apiserver::objects::{Change, ObjectKey, ObjectKind};
+use clustermesh_apiserver::source::kubernetes;
+use clustermesh_apiserver::source::manifests;
+use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
+use clustermesh_kvstore::import_policy::{PeerPolicy, Reason, admit};
+use clustermesh_kvstore::key::{Kind, Layout, data_prefix};
+
+const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
+const MOST: usize = 64;
+
+pub(crate) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    let mut exporter = exporter();
+    let mut now = Instant::now();
+    for line in text.lines().take(MOST) {
+        let Some((kind, rest)) = line.split_once(' ') else { continue };
+        let Some(kind) = ObjectKind::ALL.into_iter().find(|known| known.as_str() == kind) else { continue };
+        let Some(change) = change(kind, rest) else { continue };
+        exporter.apply(vec![change], now).iter().for_each(check);
+        now += Duration::from_secs(1);
+    }
+    now += Duration::from_secs(3600);
+    exporter.tick(now).iter().for_each(check);
+}
+
+fn change(kind: ObjectKind, text: &str) -> Option<Change> {
+    if !text.starts_with('{') {
+        let (namespace, name) = text.split_once('/').unwrap_or(("", text));
+        let name = NamespacedName { namespace: namespace.to_owned(), name: name.to_owned() };
+        return Some(Change::Delete(ObjectKey { kind, name }));
+    }
+    match kubernetes::read(kind, text.as_bytes()) {
+        Ok(object) => {
+            assert_eq!(object.key().kind, kind);
+            // A manifest of the same object says the same, if it can be read as one.
+            if let Ok(parsed) = manifests::parse(text)
+                && let [manifest] = parsed.as_slice()
+                && manifest.key().kind == kind
+            {
+                assert_eq!(*manifest, object);
+            }
+            Some(Change::Upsert(object))
+        }
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            None
+        }
+    }
+}
+
+fn exporter() -> Exporter {
+    let id = ClusterId::new(1, MAX).unwrap();
+    let cluster = Cluster { name: "alpha".parse().unwrap(), id };
+    let allocator = Allocator::new(id, MAX, Duration::from_secs(60));
+    Exporter::new(cluster, allocator, Rules { default_global: true, complete: true })
+}
+
+/// What is written can be read by the own agents and by those of other clusters, and is this cluster's.
+fn check(change: &KeyChange) {
+    let KeyChange { key, value } = change;
+    let alpha = "alpha".parse().unwrap();
+    let place = Exporter::KINDS.into_iter().find_map(|kind| {
+        let prefix = data_prefix(kind, &alpha, Layout::State);
+        Some((kind, key.strip_prefix(&prefix)?))
+    });
+    let (kind, suffix) = place.unwrap_or_else(|| panic!("{key:?} is none of our keys"));
+    let slashes = usize::from(matches!(kind, Kind::Services | Kind::LocalServices));
+    assert_eq!(suffix.matches('/').count(), slashes, "{key:?}");
+    let Some(value) = value else { return };
+    let id = ClusterId::new(1, MAX).unwrap();
+    for is_own in [true, false] {
+        if kind.is_private() && !is_own {
+            continue;
+        }
+        let peer = PeerPolicy { name: alpha.clone(), id, max: MAX, is_own, rules: std::sync::Arc::default() };
+        if let Err(refusal) = admit(kind, suffix, value, &peer) {
+            // An object may well have an address that no pod has, or too much of something.
+            let is_odd = matches!(
+                refusal.reason,
+                Reason::ImplausibleAddress | Reason::PrefixTooWide | Reason::TooMany | Reason::Backends
+            );
+            // Cilium's own identities are passed on as they are, like its exporter does.
+            let is_ciliums = matches!(refusal.reason, Reason::ClusterLabel | Reason::IdentityRange);
+            assert!(is_odd || is_ciliums, "{key}: {refusal}: {}", String::from_utf8_lossy(value));
+        }
+    }
+}
