@@ -2,6 +2,7 @@
 //!
 //! On a TCP port for probes and scrapers, on a unix socket for the command line.
 
+use std::fmt::Debug;
 use std::future::IntoFuture as _;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,11 +15,12 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::serve::Listener;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
 /// For answers that are under way when the server stops.
@@ -36,32 +38,21 @@ pub trait Subject: Collector {
 }
 
 /// Serves the pages until `stop`, if there is a listener.
-pub(crate) async fn serve<S: Subject>(
-    listener: Option<TcpListener>,
+pub(crate) async fn serve<L, S>(
+    listener: Option<L>,
     subject: Arc<S>,
     stop: CancellationToken,
-) -> io::Result<()> {
+) -> io::Result<()>
+where
+    L: Listener<Addr: Debug>,
+    S: Subject,
+{
     let Some(listener) = listener else { return Ok(()) };
     let serving =
         axum::serve(listener, router(subject)).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         result = serving.into_future() => result,
         // Scrapers keep their connections open; a stop does not wait for them.
-        () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => Ok(()),
-    }
-}
-
-/// The same on a unix socket.
-pub(crate) async fn serve_unix<S: Subject>(
-    listener: Option<UnixListener>,
-    subject: Arc<S>,
-    stop: CancellationToken,
-) -> io::Result<()> {
-    let Some(listener) = listener else { return Ok(()) };
-    let serving =
-        axum::serve(listener, router(subject)).with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        result = serving.into_future() => result,
         () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => Ok(()),
     }
 }

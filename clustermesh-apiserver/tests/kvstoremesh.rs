@@ -8,26 +8,31 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use clustermesh_apiserver::args::KvstoremeshArgs;
 use clustermesh_apiserver::kvstoremesh::server::{Kvstoremesh, RunError};
 use clustermesh_apiserver::kvstoremesh::status::Status;
 use clustermesh_kvstore::etcd::KeyRange;
+use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEvent, ReflectorSpec};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
-use support::{Etcd, eventually};
+use support::{Etcd, eventually, next};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const IP: &str = "cilium/state/ip/v1/default/10.1.0.10";
 const DIGESTS: &str = "cilium/cache/digests/";
 const MIRRORED_IP: &str = "cilium/cache/ip/v1/alpha/10.1.0.10";
+const CONFIG: &str = "cilium/cluster-config/alpha";
+const REMOVAL_GRACE: Duration = Duration::from_secs(2);
 const CANARIES: &str = "cilium/synced/";
 
 /// A cluster `alpha` as Cilium's exporter wrote it, and the etcd of `beta`, which mirrors it.
@@ -96,7 +101,7 @@ impl Bed {
             "kvstoremesh",
             "--cluster-name=beta",
             "--cluster-id=2",
-            "--removal-grace=2s",
+            &format!("--removal-grace={}s", REMOVAL_GRACE.as_secs()),
             "--relist-interval=1s",
             &format!("--clustermesh-config={}", self.remotes().display()),
             &format!("--import-policy={}", self.dir.path().join("policy").display()),
@@ -125,6 +130,12 @@ impl Bed {
         let page = self.local.session().await.list_page(&KeyRange::of("cilium/"), None, 0, 0).await.unwrap();
         let keys = page.kvs.into_iter().map(|kv| (String::from_utf8(kv.key).unwrap(), kv.mod_revision));
         keys.filter(|(key, _)| !key.starts_with(DIGESTS)).collect()
+    }
+
+    /// All that happens to the keys, from now on.
+    fn watch(&self) -> mpsc::Receiver<ReflectorEvent> {
+        let (connection, _) = Connection::spawn(self.local.config(), ConnectionOptions::default());
+        connection.reflect(ReflectorSpec::new("cilium/", None))
     }
 
     async fn has(&self, key: &str) -> bool {
@@ -236,13 +247,35 @@ async fn a_cluster_that_is_configured_no_more_is_removed_and_may_come_back() {
     bed.local.put("cilium/cluster-config/beta", r#"{"id":2,"capabilities":{"syncedCanaries":true}}"#).await;
     let mirror = bed.mirror().await;
     mirror.ready().await;
+    // What happens only in passing is watched: whoever looks now and then may miss it.
+    let mut watched = bed.watch();
+    while !matches!(next(&mut watched).await, ReflectorEvent::Synced { .. }) {}
+    let removed = Instant::now();
     bed.remove();
-    eventually("the config goes first", async || !bed.has("cilium/cluster-config/alpha").await).await;
-    assert!(bed.has(MIRRORED_IP).await, "removed without grace");
+    eventually("the config is gone", async || !bed.has(CONFIG).await).await;
     // Configured again at once: it waits for the end of the removal.
     bed.configure();
-    eventually("removed", async || !bed.has(MIRRORED_IP).await).await;
-    eventually("mirrored again", async || bed.has(MIRRORED_IP).await).await;
+    let mut seen = Vec::new();
+    while seen.len() < 4 {
+        let event = next(&mut watched).await;
+        let (suffix, there) = match &event {
+            ReflectorEvent::Upsert { suffix, .. } => (suffix, true),
+            ReflectorEvent::Delete { suffix, .. } => (suffix, false),
+            _ => continue,
+        };
+        let key = format!("cilium/{suffix}");
+        if key == CONFIG || key == MIRRORED_IP {
+            if key == MIRRORED_IP && !there {
+                assert!(removed.elapsed() >= REMOVAL_GRACE, "removed without grace");
+            }
+            seen.push((key, there));
+        }
+    }
+    seen[2..].sort();
+    let expected = [(CONFIG, false), (MIRRORED_IP, false), (MIRRORED_IP, true), (CONFIG, true)];
+    let mut expected = expected.map(|(key, there)| (key.to_owned(), there));
+    expected[2..].sort();
+    assert_eq!(seen, expected);
     let canary = "cilium/synced/alpha/cilium/cache/ip/v1";
     eventually("with its canaries", async || bed.has(canary).await).await;
     mirror.stop().await;
@@ -264,7 +297,7 @@ async fn a_policy_that_changes_is_obeyed_also_without_the_cluster() {
     bed.source.kill();
     bed.policy("clusters: {alpha: {pod-cidrs: [10.99.0.0/16]}}");
     eventually("the address goes", async || !bed.has(MIRRORED_IP).await).await;
-    assert!(bed.has("cilium/cluster-config/alpha").await);
+    assert!(bed.has(CONFIG).await);
     let still = bed.revisions().await;
     assert!(still.iter().all(|(key, revision)| before.get(key) == Some(revision)), "{before:?}\n{still:?}");
     bed.policy("clusters: {alpha: {mode: audit, pod-cidrs: [10.99.0.0/16]}}");

@@ -12,6 +12,7 @@
 mod addresses;
 mod endpoint;
 mod fact;
+mod lists;
 mod lookup;
 mod moves;
 mod placement;

@@ -12,6 +12,7 @@ use ebpf_global_svc::abi::IpValue;
 
 use super::addresses::Addresses;
 use super::fact::{NodeFact, RemoteService};
+use super::lists::Lists;
 
 /// All records of a cluster.
 #[derive(Debug, Default)]
@@ -62,12 +63,12 @@ impl Records {
 
     pub(super) fn is_synced(&self, kind: Kind) -> bool {
         match kind {
-            Kind::Nodes => self.nodes.synced,
+            Kind::Nodes => self.nodes.is_synced(),
             Kind::Ip => self.ips.is_synced(),
-            Kind::Identities => self.identities.synced,
-            Kind::Services => self.services.synced,
-            Kind::LocalServices => self.local_services.synced,
-            Kind::LocalIdentities => self.local_identities.synced,
+            Kind::Identities => self.identities.is_synced(),
+            Kind::Services => self.services.is_synced(),
+            Kind::LocalServices => self.local_services.is_synced(),
+            Kind::LocalIdentities => self.local_identities.is_synced(),
             Kind::LocalIp => self.local_ips.is_synced(),
             Kind::ServiceExports => false,
         }
@@ -101,18 +102,13 @@ impl Records {
     }
 }
 
-/// Records of one kind. Between the begin of a list and its end, records that were not seen again are
-/// stale: they count as before, and go when the list is complete.
+/// Records of one kind.
 #[derive(Debug)]
 pub(super) struct Store<K, V> {
     entries: HashMap<K, Held<V>>,
-    /// The current list's number; a record with another one was not seen in it.
-    epoch: u8,
+    lists: Lists,
     /// Sum of the hashes of all records, modulo 2^64.
     digest: u64,
-    pub(super) synced: bool,
-    /// A list has begun that is not complete.
-    pub(super) listing: bool,
 }
 
 /// A record, packed behind its key: there may be millions.
@@ -121,7 +117,8 @@ struct Held<V> {
     value: V,
     /// Of the record as its cluster wrote it, native order; zero if it writes another one by now.
     hash: [u8; 8],
-    epoch: u8,
+    /// The list that it was seen in last.
+    list: u8,
 }
 
 /// A table this much larger than its content gives memory back.
@@ -131,7 +128,7 @@ const SMALL: usize = 64;
 
 impl<K, V> Default for Store<K, V> {
     fn default() -> Self {
-        Self { entries: HashMap::new(), epoch: 1, digest: 0, synced: false, listing: false }
+        Self { entries: HashMap::new(), lists: Lists::default(), digest: 0 }
     }
 }
 
@@ -139,7 +136,7 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
     /// Stores a value and tells whether it is another one than before. `hash` is of the whole record, of
     /// which `value` may be only a part.
     pub(super) fn upsert(&mut self, key: K, value: V, hash: u64) -> Change<V> {
-        let epoch = self.epoch;
+        let list = self.lists.number();
         self.digest = self.digest.wrapping_add(hash);
         let hash = hash.to_ne_bytes();
         match self.entries.entry(key) {
@@ -147,7 +144,7 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
                 let held = entry.get_mut();
                 self.digest = self.digest.wrapping_sub(held.hash());
                 held.hash = hash;
-                held.epoch = epoch;
+                held.list = list;
                 if held.value == value {
                     Change::None
                 } else {
@@ -155,7 +152,7 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
                 }
             }
             Entry::Vacant(entry) => {
-                entry.insert(Held { value, hash, epoch });
+                entry.insert(Held { value, hash, list });
                 Change::New
             }
         }
@@ -177,24 +174,19 @@ impl<K: Clone + Eq + Hash, V: PartialEq> Store<K, V> {
     }
 
     pub(super) fn begin_list(&mut self) {
-        self.synced = false;
-        self.listing = true;
-        self.epoch = match self.epoch.checked_add(1) {
-            Some(epoch) => epoch,
-            None => {
-                // Lists that never became complete have used up all numbers.
-                self.entries.values_mut().for_each(|held| held.epoch = 0);
-                1
-            }
-        };
+        let entries = &mut self.entries;
+        self.lists.begin(|| entries.values_mut().for_each(|held| held.list = Lists::UNSEEN));
+    }
+
+    pub(super) fn is_synced(&self) -> bool {
+        self.lists.is_synced()
     }
 
     /// The list is complete: gives back what it did not confirm.
     pub(super) fn finish_list(&mut self) -> Vec<(K, V)> {
-        self.synced = true;
-        self.listing = false;
-        let (epoch, digest) = (self.epoch, &mut self.digest);
-        let stale = self.entries.extract_if(|_, held| held.epoch != epoch);
+        self.lists.finish();
+        let (list, digest) = (self.lists.number(), &mut self.digest);
+        let stale = self.entries.extract_if(|_, held| held.list != list);
         let stale = stale.map(|(key, held)| {
             *digest = digest.wrapping_sub(held.hash());
             (key, held.value)

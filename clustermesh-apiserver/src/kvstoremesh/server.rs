@@ -128,7 +128,7 @@ impl Kvstoremesh {
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), RunError> {
         let serving = http::serve(self.http.take(), self.status(), stop.clone());
         let (path, socket) = self.socket.take().unzip();
-        let answering = http::serve_unix(socket, self.status(), stop.clone());
+        let answering = http::serve(socket, self.status(), stop.clone());
         let local_status = self.local_status.clone();
         let mirroring = async {
             tokio::select! {

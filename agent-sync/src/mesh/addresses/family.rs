@@ -6,6 +6,8 @@ use ebpf_global_svc::abi::IpValue;
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 
+use super::super::lists::Lists;
+
 /// Addresses of one family.
 ///
 /// Entries lie side by side and are found by a table of their numbers, so that the slack of a hash table
@@ -17,13 +19,9 @@ pub(super) struct Family<K> {
     /// The first entry behind each node.
     nodes: HashMap<[u8; 4], u32>,
     hasher: RandomState,
-    /// The current list's number; a record with another one was not seen in it.
-    epoch: u8,
+    lists: Lists,
     /// Sum of the hashes of all records, modulo 2^64.
     digest: u64,
-    synced: bool,
-    /// A list has begun that is not complete.
-    listing: bool,
 }
 
 /// A record without alignment: an IPv4 address has 31 bytes.
@@ -36,7 +34,8 @@ struct Held<K> {
     flags: u8,
     /// Of the record as its cluster wrote it, native order; zero if it was restored.
     hash: [u8; 8],
-    epoch: u8,
+    /// The list that it was seen in last.
+    list: u8,
     /// Neighbours among those behind the same node.
     before: Link,
     after: Link,
@@ -62,10 +61,8 @@ impl<K> Default for Family<K> {
             numbers: HashTable::new(),
             nodes: HashMap::new(),
             hasher: RandomState::new(),
-            epoch: 1,
+            lists: Lists::default(),
             digest: 0,
-            synced: false,
-            listing: false,
         }
     }
 }
@@ -74,7 +71,7 @@ impl<K: Copy + Eq + Hash> Family<K> {
     /// Stores an address and tells whether it is new or another one than before.
     pub(super) fn upsert(&mut self, ip: K, value: IpValue, hash: u64) -> bool {
         self.digest = self.digest.wrapping_add(hash);
-        let (number, before) = self.put(ip, value, hash, self.epoch);
+        let (number, before) = self.put(ip, value, hash, self.lists.number());
         self.digest = self.digest.wrapping_sub(before.map_or(0, |before| before.hash()));
         if before.is_some_and(|before| before.value() == value) {
             return false;
@@ -102,33 +99,24 @@ impl<K: Copy + Eq + Hash> Family<K> {
 
     /// An address that nobody has confirmed yet.
     pub(super) fn restore(&mut self, ip: K, value: IpValue) {
-        let (number, before) = self.put(ip, value, 0, 0);
+        let (number, before) = self.put(ip, value, 0, Lists::UNSEEN);
         self.digest = self.digest.wrapping_sub(before.map_or(0, |before| before.hash()));
         self.move_to(number, before.map(|before| before.node_ip));
     }
 
     pub(super) fn begin_list(&mut self) {
-        self.synced = false;
-        self.listing = true;
-        self.epoch = match self.epoch.checked_add(1) {
-            Some(epoch) => epoch,
-            None => {
-                // Lists that never became complete have used up all numbers.
-                self.entries.iter_mut().for_each(|held| held.epoch = 0);
-                1
-            }
-        };
+        let entries = &mut self.entries;
+        self.lists.begin(|| entries.iter_mut().for_each(|held| held.list = Lists::UNSEEN));
     }
 
     /// The list is complete: gives back what it did not confirm.
     pub(super) fn finish_list(&mut self) -> Vec<(K, IpValue)> {
-        self.synced = true;
-        self.listing = false;
+        self.lists.finish();
         let mut stale = Vec::new();
         // From behind: the last one moves into each gap, and it has been looked at by then.
         for number in (0..self.entries.len()).rev() {
             let held = self.entries[number];
-            if held.epoch != self.epoch {
+            if held.list != self.lists.number() {
                 stale.push((held.ip, held.value()));
                 self.remove(narrow(number));
             }
@@ -138,11 +126,11 @@ impl<K: Copy + Eq + Hash> Family<K> {
     }
 
     pub(super) fn is_listing(&self) -> bool {
-        self.listing
+        self.lists.is_open()
     }
 
     pub(super) fn is_synced(&self) -> bool {
-        self.synced
+        self.lists.is_synced()
     }
 
     pub(super) fn get(&self, ip: &K) -> Option<IpValue> {
@@ -171,7 +159,7 @@ impl<K: Copy + Eq + Hash> Family<K> {
     }
 
     /// Writes an entry without chaining it anew. Gives its number, and what it was before.
-    fn put(&mut self, ip: K, value: IpValue, hash: u64, epoch: u8) -> (u32, Option<Held<K>>) {
+    fn put(&mut self, ip: K, value: IpValue, hash: u64, list: u8) -> (u32, Option<Held<K>>) {
         let IpValue { identity, node_ip, key, flags, pad: _ } = value;
         let (identity, hash) = (identity.to_ne_bytes(), hash.to_ne_bytes());
         let (entries, hasher) = (&self.entries, &self.hasher);
@@ -185,7 +173,7 @@ impl<K: Copy + Eq + Hash> Family<K> {
                 let number = *entry.get();
                 let held = &mut self.entries[index(number)];
                 let before = *held;
-                *held = Held { identity, node_ip, key, flags, hash, epoch, ..before };
+                *held = Held { identity, node_ip, key, flags, hash, list, ..before };
                 (number, Some(before))
             }
             Entry::Vacant(entry) => {
@@ -195,7 +183,7 @@ impl<K: Copy + Eq + Hash> Family<K> {
                     self.entries.reserve_exact((self.entries.len() / GROWTH).max(4));
                 }
                 let (before, after) = (Link::NONE, Link::NONE);
-                self.entries.push(Held { ip, identity, node_ip, key, flags, hash, epoch, before, after });
+                self.entries.push(Held { ip, identity, node_ip, key, flags, hash, list, before, after });
                 (number, None)
             }
         }

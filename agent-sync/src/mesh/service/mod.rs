@@ -201,7 +201,7 @@ impl Services {
         let own = owner.and_then(|name| own_records?.local_services.get(name));
         let Some(own) = own else {
             // Until the own cluster has told all its services, what was installed stays as it is.
-            let synced = own_records.is_some_and(|records| records.local_services.synced);
+            let synced = own_records.is_some_and(|records| records.local_services.is_synced());
             let plan = self.restored.get(key).filter(|_| !synced).cloned();
             return Planned { plan, ..Planned::default() };
         };
@@ -212,7 +212,7 @@ impl Services {
                     if service.shared {
                         remotes.insert(*cluster, Remote::Record(&service.backends));
                     }
-                } else if !records.services.synced {
+                } else if !records.services.is_synced() {
                     let restored = self.restored.get(key);
                     let group = restored.and_then(|plan| plan.groups.iter().find(|g| g.cluster == *cluster));
                     if let Some(group) = group {
@@ -238,9 +238,9 @@ impl Services {
         if self.restored.is_empty() {
             return;
         }
-        let own_synced = clusters.get(&self.own).is_some_and(|records| records.local_services.synced);
+        let own_synced = clusters.get(&self.own).is_some_and(|records| records.local_services.is_synced());
         let awaited = |cluster: u16| {
-            cluster != self.own && clusters.get(&cluster).is_some_and(|records| !records.services.synced)
+            cluster != self.own && clusters.get(&cluster).is_some_and(|records| !records.services.is_synced())
         };
         self.restored.retain(|key, plan| match self.owners.contains_key(key) {
             true => plan.groups.iter().any(|group| awaited(group.cluster)),

@@ -2,8 +2,10 @@
 
 use super::Bench;
 use super::process::Process;
+use crate::bench::interrupt;
 use anyhow::{Context as _, bail};
 use std::fs;
+use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,7 +19,7 @@ pub(super) struct Etcd {
 }
 
 impl Etcd {
-    /// Starts an empty one on loopback and waits until it listens.
+    /// Starts an empty one on loopback and waits until it answers.
     pub(super) fn start(bench: &Bench, name: &str) -> anyhow::Result<Self> {
         Self::start_at(bench, name, Ipv4Addr::LOCALHOST)
     }
@@ -45,14 +47,28 @@ impl Etcd {
         let process = Process::start(Path::new("etcd"), &arguments, &dir.join("log"))?;
         let etcd = Self { _process: process, dir, ip, port };
         let deadline = Instant::now() + Duration::from_secs(30);
-        while TcpStream::connect((ip, port)).is_err() {
+        while !etcd.is_healthy() {
+            interrupt::check()?;
             if Instant::now() > deadline {
                 let log = fs::read_to_string(etcd.dir.join("log")).unwrap_or_default();
-                bail!("etcd does not listen:\n{log}");
+                bail!("etcd does not answer:\n{log}");
             }
             pause();
         }
         Ok(etcd)
+    }
+
+    /// It listens long before it has elected itself, which takes up to a second; this read needs a leader.
+    fn is_healthy(&self) -> bool {
+        let ask = || -> io::Result<String> {
+            let mut stream = TcpStream::connect((self.ip, self.port))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.write_all(b"GET /health HTTP/1.0\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        ask().is_ok_and(|answer| answer.contains(r#""health":"true""#))
     }
 
     pub(super) fn endpoint(&self) -> String {
@@ -73,7 +89,7 @@ impl Drop for Etcd {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "nothing tells when another process listens")]
+#[expect(clippy::disallowed_methods, reason = "nothing tells when another process answers")]
 fn pause() {
     std::thread::sleep(Duration::from_millis(20));
 }
