@@ -24,7 +24,7 @@ pub struct Etcd {
     log: Vec<Event>,
     leases: BTreeMap<i64, Instant>,
     next_lease: i64,
-    /// Counts the writes, over all etcds that stood in this one's place.
+    /// Counts the writes and restorations, over all etcds that stood in this one's place.
     tick: u64,
 }
 
@@ -228,7 +228,7 @@ impl Etcd {
         self.log.get(at).map_or(0, |event| event.tick)
     }
 
-    /// How many writes there were.
+    /// How many writes and restorations there were.
     pub fn tick(&self) -> u64 {
         self.tick
     }
@@ -239,6 +239,8 @@ impl Etcd {
         self.log.retain(|event| event.revision <= revision);
         self.revision = revision;
         self.compacted = self.compacted.min(revision);
+        // What is told from now on comes after all that was told before, also if nothing is written.
+        self.tick += 1;
     }
 
     fn at(&self, revision: i64) -> BTreeMap<Rc<str>, Stored> {

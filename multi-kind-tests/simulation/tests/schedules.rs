@@ -1,6 +1,7 @@
 //! Runs schedules; a failing one is made small and printed with the seed that gives it again.
 //!
-//! `SIMULATION_SCHEDULES` says how many (default 100,000), `SIMULATION_SEED` runs one alone.
+//! `SIMULATION_SCHEDULES` says how many (default 100,000) and `SIMULATION_FIRST` from which seed on
+//! (default 0); `SIMULATION_SEED` runs one alone.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
 use clustermesh_simulation::faults::{Fault, Faults};
@@ -21,7 +22,7 @@ fn every_schedule_keeps_the_invariants() {
         return;
     }
     let count = number("SIMULATION_SCHEDULES").unwrap_or(100_000);
-    let report = run_many(0, count, || {});
+    let report = run_many(number("SIMULATION_FIRST").unwrap_or(0), count, || {});
     let failure = report.failed.clone().map(|(seed, problem)| shrink(seed, problem));
     let _ = std::panic::take_hook();
     println!("{report}");
