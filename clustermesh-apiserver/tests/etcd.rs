@@ -1,10 +1,13 @@
 //! The whole server with a real etcd on loopback.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
+#[path = "../../kvstore/tests/support/member.rs"]
+mod member;
+
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +18,7 @@ use clustermesh_apiserver::status::Status;
 use clustermesh_kvstore::digest::{DigestRecord, SourceTime};
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, KeyValue, Session, SessionOptions, WriteOp};
 use clustermesh_kvstore::key::{Kind, Layout, data_prefix, digest_key};
+use member::{free_ports, member, start};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -242,7 +246,7 @@ impl TestBed {
 
     fn without_etcd() -> Self {
         let (manifests, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        Self { manifests, state, port: free_port(), etcd: None, session: None }
+        Self { manifests, state, port: free_ports().0, etcd: None, session: None }
     }
 
     async fn start_etcd(&mut self) {
@@ -370,20 +374,7 @@ struct Etcd(Child);
 impl Etcd {
     fn start(state: &Path, port: u16) -> Self {
         let client = format!("http://127.0.0.1:{port}");
-        // Nobody connects to the peer port of a single member, but it wants one.
-        let peer = format!("http://127.0.0.1:{}", free_port());
-        let child = Command::new("etcd")
-            .arg("--data-dir")
-            .arg(state)
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            .args(["--log-level", "error"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        Self(child.expect("these tests need `etcd` in the PATH (Debian: etcd-server)"))
+        Self(start(&mut member("m", state, &client, free_ports().1)))
     }
 }
 
@@ -391,23 +382,6 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    free_listener().local_addr().unwrap().port()
-}
-
-/// A listener below the ports that the system hands out to connections: one of these might take a port of
-/// that range between this and the start of who is to listen on it.
-fn free_listener() -> TcpListener {
-    loop {
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        if let Ok(listener) =
-            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
-        {
-            return listener;
-        }
     }
 }
 

@@ -1,13 +1,15 @@
 //! The whole program between an API server and an etcd, with a cluster of some size.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
-use std::net::TcpListener;
-use std::path::Path;
+#[path = "../../kvstore/tests/support/member.rs"]
+mod member;
+
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions};
 use fake_kube::{Cluster, Load, Server};
+use member::{free_ports, member, start};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -22,9 +24,10 @@ async fn a_cluster_of_some_size_is_exported() {
     let kube = Server::start(cluster, "127.0.0.1:0".parse().unwrap()).await.unwrap();
 
     let state = tempfile::tempdir().unwrap();
-    let port = free_port();
-    let _etcd = etcd(&state.path().join("etcd"), port);
-    let config = format!("endpoints: ['http://127.0.0.1:{port}']\n");
+    let (port, peer_port) = free_ports();
+    let client = format!("http://127.0.0.1:{port}");
+    let _etcd = Process(start(&mut member("m", &state.path().join("etcd"), &client, peer_port)));
+    let config = format!("endpoints: ['{client}']\n");
     let session = connect(&config).await;
     let file = |name: &str, text: &str| {
         std::fs::write(state.path().join(name), text).unwrap();
@@ -91,23 +94,6 @@ impl Drop for Process {
     }
 }
 
-fn etcd(state: &Path, port: u16) -> Process {
-    let client = format!("http://127.0.0.1:{port}");
-    // Nobody connects to the peer port of a single member, but it wants one.
-    let peer = format!("http://127.0.0.1:{}", free_port());
-    let child = Command::new("etcd")
-        .arg("--data-dir")
-        .arg(state)
-        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-        .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    Process(child.expect("this test needs `etcd` in the PATH (Debian: etcd-server)"))
-}
-
 async fn connect(config: &str) -> Session {
     let config = EtcdConfig::parse(config).unwrap();
     let started = Instant::now();
@@ -117,22 +103,5 @@ async fn connect(config: &str) -> Session {
             Err(error) => assert!(started.elapsed() < DEADLINE, "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-fn free_port() -> u16 {
-    free_listener().local_addr().unwrap().port()
-}
-
-/// A listener below the ports that the system hands out to connections: one of these might take a port of
-/// that range between this and the start of who is to listen on it.
-fn free_listener() -> TcpListener {
-    loop {
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        if let Ok(listener) =
-            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
-        {
-            return listener;
-        }
     }
 }

@@ -1,7 +1,9 @@
 //! What the clients of an etcd may do after `etcdinit`: a real etcd with TLS, and etcdctl as each of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails fails its test")]
 
-use std::net::TcpListener;
+#[path = "../../kvstore/tests/support/member.rs"]
+mod member;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use clustermesh_apiserver::etcdinit;
 use clustermesh_apiserver::rights::users;
 use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, TlsVersion};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions};
+use member::{free_ports, member, start};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -201,16 +204,8 @@ impl Etcd {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca = dir.path().join("ca.crt");
         std::fs::write(&ca, params.self_signed(&key).unwrap().pem()).unwrap();
-        let (client, peer) = (free_listener(), free_listener());
-        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-        Self {
-            ca,
-            issuer: Issuer::new(params, key),
-            port: port(&client),
-            peer: port(&peer),
-            child: None,
-            dir,
-        }
+        let (port, peer) = free_ports();
+        Self { ca, issuer: Issuer::new(params, key), port, peer, child: None, dir }
     }
 
     fn data(&self) -> PathBuf {
@@ -227,25 +222,16 @@ impl Etcd {
 
     async fn start(&mut self) {
         let client = format!("https://127.0.0.1:{}", self.port);
-        let peer = format!("http://127.0.0.1:{}", self.peer);
         let (cert, key) = self.certificate("server");
-        let child = Command::new("etcd")
-            .args(["--name", "alpha", "--logger", "zap", "--client-cert-auth", "--data-dir"])
-            .arg(self.data())
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("alpha={peer}")])
-            .arg("--trusted-ca-file")
+        let mut command = member("alpha", &self.data(), &client, self.peer);
+        command
+            .args(["--client-cert-auth", "--trusted-ca-file"])
             .arg(&self.ca)
             .arg("--cert-file")
             .arg(cert)
             .arg("--key-file")
-            .arg(key)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("these tests need `etcd` in PATH (Debian: etcd-server)");
-        self.child = Some(child);
+            .arg(key);
+        self.child = Some(start(&mut command));
         let started = Instant::now();
         while let Err(error) = Session::connect(&self.config("admin-alpha"), SessionOptions::default()).await
         {
@@ -331,18 +317,5 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     while !condition() {
         assert!(started.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-/// A listener below the ports that the system hands out to connections: one of these might take a port of
-/// that range between this and the start of who is to listen on it.
-fn free_listener() -> TcpListener {
-    loop {
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        if let Ok(listener) =
-            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
-        {
-            return listener;
-        }
     }
 }

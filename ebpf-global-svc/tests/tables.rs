@@ -51,6 +51,9 @@ fn ten_thousand_entries_go_in_and_out() {
     assert_eq!(pages(&*tables.prefix).len(), 5_000);
     assert_eq!(tables.ipcache.count().unwrap(), left.len() as u64);
     assert_eq!(tables.prefix.count().unwrap(), 5_000);
+    let counters = [tables.ipcache.counter().unwrap(), tables.prefix.counter().unwrap()];
+    let counted = std::thread::spawn(|| counters.map(|counter| counter().unwrap())).join().unwrap();
+    assert_eq!(counted, [left.len() as u64, 5_000]);
     let values = tables.ipcache.get(&[left[0].0, ip_key(2, ip(0))]).unwrap();
     assert_eq!(values, [Some(left[0].1), None]);
 }

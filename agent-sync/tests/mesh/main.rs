@@ -3,6 +3,8 @@
 
 mod digests;
 mod explain;
+#[path = "../../../kvstore/tests/support/member.rs"]
+mod member;
 mod policy;
 mod support;
 

@@ -1,9 +1,9 @@
 //! Real etcds on loopback, an agent in this process, and the records of small clusters.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, TcpListener};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::Duration;
 
 use agent_sync::agent::{self, AgentError, Options};
@@ -23,6 +23,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::member::{free_ports, member, start};
+
 /// The longest any condition may take.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -40,10 +42,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     pub(crate) async fn start(name: &str, id: u32) -> Self {
         let dir = tempfile::Builder::new().prefix("cm-agent-etcd-").tempdir().unwrap();
-        let (a, b) = (free_listener(), free_listener());
-        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-        let (port, peer_port) = (port(&a), port(&b));
-        drop((a, b));
+        let (port, peer_port) = free_ports();
         let name = name.parse().unwrap();
         let mut cluster = Self { name, id, dir, port, peer_port, token: 0, child: None };
         cluster.run().await;
@@ -57,19 +56,9 @@ impl Cluster {
     /// Starts its etcd (again), with the data it has.
     pub(crate) async fn run(&mut self) {
         let client = format!("http://127.0.0.1:{}", self.port);
-        let peer = format!("http://127.0.0.1:{}", self.peer_port);
-        let child = Command::new("etcd")
-            .args(["--name", "m", "--data-dir"])
-            .arg(self.dir.path().join("data"))
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("m={peer}")])
-            .args(["--initial-cluster-token", &format!("{}-{}", self.peer_port, self.token)])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("these tests need `etcd` in PATH (Debian: etcd-server)");
-        self.child = Some(child);
+        let mut command = member("m", &self.dir.path().join("data"), &client, self.peer_port);
+        command.args(["--initial-cluster-token", &format!("{}-{}", self.peer_port, self.token)]);
+        self.child = Some(start(&mut command));
         eventually("etcd answers", || async { self.try_session().await.is_some() }).await;
     }
 
@@ -321,19 +310,6 @@ impl Agent {
         self.stop.cancel();
         self.task.await.unwrap().unwrap();
         assert!(!Path::new(&self.dir.path().join("agent.sock")).exists());
-    }
-}
-
-/// A listener below the ports that the system hands out to connections: one of these might take a port of
-/// that range between this and the start of who is to listen on it.
-fn free_listener() -> TcpListener {
-    loop {
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        if let Ok(listener) =
-            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
-        {
-            return listener;
-        }
     }
 }
 

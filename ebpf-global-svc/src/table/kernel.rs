@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use super::{At, Cursor, Table};
+use super::{At, Cursor, EntryCounter, Table};
 use crate::{
     DatapathError,
     abi::Plain,
@@ -143,6 +143,12 @@ where
         })
         .map_err(|error| self.failed("read", error))?;
         Ok(count)
+    }
+
+    fn counter(&self) -> Result<EntryCounter, DatapathError> {
+        let map = self.map.try_clone().map_err(|error| self.failed("read", error))?;
+        let table = Self { map, ..*self };
+        Ok(Box::new(move || table.count()))
     }
 
     fn page(&self, cursor: &mut Option<Cursor>, limit: usize) -> Result<Vec<(K, V)>, DatapathError> {

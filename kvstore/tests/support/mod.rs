@@ -1,16 +1,18 @@
 //! A real etcd on loopback, with its own data and a free port.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this module")]
 
+mod member;
+
 use std::future::Future;
 use std::io::Read;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions, TlsVersion, WriteOp};
 use clustermesh_kvstore::reflector::core::Timing;
 use clustermesh_kvstore::reflector::{ConnectionOptions, ReflectorEvent};
+use member::{free_ports, member, start};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
@@ -133,20 +135,14 @@ impl Etcd {
     /// Starts it (again), with the data it has.
     pub async fn run(&mut self) {
         let client = &self.config().endpoints[0];
-        let peer = format!("http://127.0.0.1:{}", self.peer);
         let also = self.also.iter().map(|address| format!(",https://{address}:{}", self.port));
         let listen = client.clone() + &also.collect::<String>();
         let log = std::fs::File::create(self.dir.path().join("etcd.log")).unwrap();
-        let mut command = Command::new("etcd");
+        let mut command = member("m", &self.data(), client, self.peer);
         command
-            .args(["--name", "m", "--logger", "zap", "--log-outputs", "stderr"])
-            .args(["--data-dir".as_ref(), self.data().as_os_str()])
-            .args(["--listen-client-urls", &listen, "--advertise-client-urls", client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("m={peer}")])
+            .args(["--listen-client-urls", &listen])
             // A new token makes a new cluster ID.
             .args(["--initial-cluster-token", &format!("{}-{}", self.peer, self.incarnation)])
-            .stdout(Stdio::null())
             .stderr(log);
         if let Some(pki) = &self.pki {
             command
@@ -157,8 +153,7 @@ impl Etcd {
                 .arg("--key-file")
                 .arg(&pki.server.1);
         }
-        let child = command.spawn().expect("these tests need `etcd` in PATH (Debian: etcd-server)");
-        self.child = Some(child);
+        self.child = Some(start(&mut command));
         let started = Instant::now();
         loop {
             match Session::connect(&self.config(), SessionOptions::default()).await {
@@ -240,25 +235,6 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// A listener below the ports that the system hands out to connections: one of these might take a port of
-/// that range between this and the start of who is to listen on it.
-fn free_listener() -> TcpListener {
-    loop {
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        if let Ok(listener) =
-            TcpListener::bind(("127.0.0.1", 10_000 + u16::try_from(random % 20_000).unwrap()))
-        {
-            return listener;
-        }
-    }
-}
-
-fn free_ports() -> (u16, u16) {
-    // Both are bound at once, so they differ.
-    let (a, b) = (free_listener(), free_listener());
-    (a.local_addr().unwrap().port(), b.local_addr().unwrap().port())
 }
 
 /// Short waits, so that tests of silence do not take half a minute.
