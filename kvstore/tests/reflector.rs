@@ -4,14 +4,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use clustermesh_kvstore::digest::{Digest, record_hash};
 use clustermesh_kvstore::etcd::WriteOp;
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ReflectorEvent, ReflectorSpec};
 use support::{Etcd, eventually, next, quick};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 fn spec(canary: Option<&str>) -> ReflectorSpec {
     // Small pages, so that lists have several.
@@ -91,9 +89,7 @@ async fn resumes_after_a_restart_of_etcd() {
     assert!(matches!(next(&mut events).await, ReflectorEvent::Lost { .. }));
     status.wait_for(|status| status.last_error.is_some()).await.unwrap();
     etcd.run().await;
-    let healed = Instant::now();
     assert!(matches!(next(&mut events).await, ReflectorEvent::Synced { .. }), "nothing is told twice");
-    assert!(healed.elapsed() < Duration::from_secs(5), "found again after {:?}", healed.elapsed());
     etcd.put("data/a/2", "y").await;
     assert!(matches!(next(&mut events).await, ReflectorEvent::Upsert { suffix, .. } if suffix == "2"));
     assert!(status.borrow().connected && status.borrow().reconnects > 0);

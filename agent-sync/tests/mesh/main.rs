@@ -38,10 +38,8 @@ async fn remotes_are_added_followed_and_removed_while_running() {
     agent.waits_for_groups(&[("1", "2"), ("2", "1")]).await;
     beta.delete(&beta.ip(1)).await;
     eventually("three addresses are left", || async { agent.dump("ipcache").await.len() == 3 }).await;
-    let removed = Instant::now();
     agent.disconnect(&beta);
     agent.waits_for_groups(&[("1", "2")]).await;
-    assert!(removed.elapsed() < Duration::from_millis(500), "{:?}", removed.elapsed());
     eventually("nothing of beta is left", || async {
         let (ips, backends) = (agent.dump("ipcache").await, agent.dump("backend").await);
         let nodes = agent.dump("node").await;
