@@ -6,8 +6,9 @@
 //! ```
 //!
 //! [`roster`] knows which clusters there are, [`mirror`] what is to stand in the local etcd of one of
-//! them and (`copies`) whether that is what the cluster has, [`admit`] which records may, [`readiness`] when agents may begin: plain code. [`remote`] and
-//! [`removal`] carry it out for one cluster, [`server`] for all, and [`status`] tells of it.
+//! them and (`copies`) whether that is what the cluster has, [`admit`] which records may, [`readiness`]
+//! when agents may begin: plain code. [`remote`] and [`removal`] carry it out for one cluster, [`server`]
+//! for all, and [`status`] tells of it.
 
 pub mod admit;
 mod copies;
