@@ -191,8 +191,10 @@ fn decode(members: &[u8]) -> Option<Vec<(IpAddr, PortMap)>> {
         }
     }
 
-    /// As deep as in the whole record: parsers have a limit.
+    /// As deep as in the whole record: parsers have a limit. Nothing may follow the object, or the stretch
+    /// would have closed it and opened another one: `},"other":{` in place of a comma.
     #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
     struct Wire {
         backends: Members,
     }
@@ -358,7 +360,7 @@ mod tests {
 
     /// One of many ways to change a value; some leave JSON, some not.
     fn mutate(rng: &mut StdRng, value: &mut Vec<u8>) {
-        const PIECES: [&str; 24] = [
+        const PIECES: [&str; 26] = [
             ",",
             "{",
             "}",
@@ -381,11 +383,13 @@ mod tests {
             r#","10.1.0.1":{}"#,
             r#""10.1.0.1":{},"#,
             r#"},"shared":false,"x":{"#,
+            r#"},"x":{"#,
+            r#"},"backends":{"#,
             r#"{"a":"#,
             "\u{e9}",
         ];
         let at = rng.random_range(0..=value.len());
-        match rng.random_range(0..8) {
+        match rng.random_range(0..9) {
             0 => {
                 let piece = backend(rng) + ",";
                 let text = String::from_utf8_lossy(value).into_owned();
@@ -416,6 +420,15 @@ mod tests {
             4 => {
                 if let Some(byte) = value.get_mut(at) {
                     *byte = *b"0123456789\"{},:".choose(rng).unwrap();
+                }
+            }
+            7 => {
+                // Something in place of a comma between two backends.
+                let text = String::from_utf8_lossy(value).into_owned();
+                let commas: Vec<usize> = text.match_indices(r#","10.1"#).map(|(at, _)| at).collect();
+                if let Some(comma) = commas.choose(rng) {
+                    let piece = *PIECES.choose(rng).unwrap();
+                    value.splice(*comma..=*comma, piece.bytes());
                 }
             }
             5 => {
@@ -464,6 +477,22 @@ mod tests {
             }
         }
         assert!(read > 5_000 && edited > 800, "{read} could be read, {edited} in part");
+    }
+
+    #[test]
+    fn a_stretch_that_leaves_the_backends_is_decoded_as_a_whole() {
+        let one = r#""10.1.0.1":{"http":{"Protocol":"TCP","Port":1}}"#;
+        let members =
+            [one, &one.replace("0.1", "0.2"), &one.replace("0.1", "0.3"), &one.replace("0.1", "0.4")];
+        for between in [r#"},"other":{"#, r#"},"shared":false,"other":{"#, r#"},"backends":{"#] {
+            let mut reader = ServiceReader::keeping_from(0);
+            reader.read(SUFFIX, record(&members.join(",")).as_bytes()).unwrap();
+            let value =
+                record(&members.join(",").replacen(",\"10.1.0.3", &format!("{between}\"10.1.0.3"), 1));
+            assert!(reader.known[SUFFIX].compare(value.as_bytes()).is_none(), "{value}");
+            let read = reader.read(SUFFIX, value.as_bytes()).map(Cow::into_owned);
+            assert_eq!(read, Service::decode(SUFFIX, value.as_bytes()), "{value}");
+        }
     }
 
     #[test]
