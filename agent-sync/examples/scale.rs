@@ -164,16 +164,18 @@ fn mesh(clusters: u32, nodes: u32, endpoints: u32) {
     let upsert = |suffix: String, value| ReflectorEvent::Upsert { suffix, value, revision: 1 };
     for cluster in 2..clusters + 2 {
         bench.join(cluster);
+        for number in 0..nodes {
+            let record = node(cluster, number);
+            events.push((cluster, Kind::Nodes, upsert(record.suffix(), record.encode())));
+        }
+    }
+    for cluster in 2..clusters + 2 {
         for number in 0..endpoints {
             let record = ip(cluster, number, nodes);
             events.push((cluster, Kind::Ip, upsert(record.suffix(), record.encode())));
         }
     }
     for cluster in 2..clusters + 2 {
-        for number in 0..nodes {
-            let record = node(cluster, number);
-            events.push((cluster, Kind::Nodes, upsert(record.suffix(), record.encode())));
-        }
         for number in 0..20 {
             let record = remote(cluster, number, 0..50);
             events.push((cluster, Kind::Services, upsert(record.suffix(), record.encode())));

@@ -28,6 +28,10 @@ pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind:
 /// An ID that another cluster holds may become free at any time.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Followed only after the cluster's nodes: an address whose node is not known yet would be installed
+/// without it, and once more with it.
+const BEHIND_NODES: [Kind; 2] = [Kind::Ip, Kind::LocalIp];
+
 /// Where backends are and who they are. A cluster's services are followed only after these: a backend
 /// that is chosen before the way to it is known makes calls fail.
 const BEFORE_SERVICES: [Kind; 3] = [Kind::Nodes, Kind::Ip, Kind::LocalIp];
@@ -134,7 +138,7 @@ impl Core {
         // The engine gets it first: what it gets of services comes after.
         out.push(Effect::Tell(Input::Record { name: self.name.clone(), kind, event }));
         if is_complete {
-            self.note_complete(now, kind);
+            self.note_complete(now, kind, out);
         }
     }
 
@@ -214,23 +218,26 @@ impl Core {
         self.follow_records(accepted, out);
     }
 
-    /// Starts a reflector for each kind but services, in place of those that ran before.
+    /// Starts a reflector for each kind that waits for none, in place of those that ran before.
     fn follow_records(&mut self, accepted: Accepted, out: &mut Vec<Effect>) {
         out.push(Effect::Unfollow);
         self.awaited = BEFORE_SERVICES.into_iter().filter(|kind| self.kinds().contains(kind)).collect();
         self.services_at = None;
         out.push(Effect::Tell(Input::Accepted { name: self.name.clone(), id: accepted.id }));
-        self.follow_kinds(accepted, |kind| !is_service(kind), out);
+        self.follow_kinds(accepted, |kind| !is_address(kind) && !is_service(kind), out);
     }
 
-    /// The list of a kind is complete; after the last one that services wait for, they follow.
-    fn note_complete(&mut self, now: Instant, kind: Kind) {
-        if let Some(at) = self.awaited.iter().position(|awaited| *awaited == kind) {
-            self.awaited.swap_remove(at);
-            if self.awaited.is_empty() {
-                let wait = if self.name == self.own.name { Duration::ZERO } else { MUTUAL };
-                self.services_at = Some(now + wait);
-            }
+    /// The list of a kind is complete. Addresses follow after nodes, services after the last of those that
+    /// they wait for.
+    fn note_complete(&mut self, now: Instant, kind: Kind, out: &mut Vec<Effect>) {
+        let Some(at) = self.awaited.iter().position(|awaited| *awaited == kind) else { return };
+        self.awaited.swap_remove(at);
+        if let (Kind::Nodes, Some(accepted)) = (kind, self.accepted) {
+            self.follow_kinds(accepted, is_address, out);
+        }
+        if self.awaited.is_empty() {
+            let wait = if self.name == self.own.name { Duration::ZERO } else { MUTUAL };
+            self.services_at = Some(now + wait);
         }
     }
 
@@ -281,6 +288,10 @@ impl Core {
             out.push(Effect::GiveUp(id));
         }
     }
+}
+
+fn is_address(kind: Kind) -> bool {
+    BEHIND_NODES.contains(&kind)
 }
 
 fn is_service(kind: Kind) -> bool {
