@@ -27,11 +27,13 @@ pub enum Kind {
     LocalIdentities,
     /// Addresses of namespaces that are not exported, for the cluster's own agents only.
     LocalIp,
+    /// Network policies of a cluster, for its own agents only.
+    LocalPolicies,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Nodes,
         Self::Identities,
         Self::Ip,
@@ -40,6 +42,7 @@ impl Kind {
         Self::LocalServices,
         Self::LocalIdentities,
         Self::LocalIp,
+        Self::LocalPolicies,
     ];
 
     /// The kind of this name.
@@ -58,6 +61,7 @@ impl Kind {
             Self::LocalServices => "localservices",
             Self::LocalIdentities => "localidentities",
             Self::LocalIp => "localip",
+            Self::LocalPolicies => "localpolicies",
         }
     }
 
@@ -72,6 +76,7 @@ impl Kind {
             Self::LocalServices => Some("services"),
             Self::LocalIdentities => Some("identities"),
             Self::LocalIp => Some("ip"),
+            Self::LocalPolicies => Some("policies"),
             _ => None,
         }
     }

@@ -18,6 +18,7 @@ mod json;
 mod local_service;
 mod net;
 mod node;
+mod policy;
 mod port;
 mod service;
 mod service_export;
@@ -30,6 +31,10 @@ pub use identity::IdentityRecord;
 pub use ip::{IpRecord, NamedPort};
 pub use local_service::{Affinity, BackendState, LocalBackend, LocalService};
 pub use node::{Node, NodeAddress, NodeAddressKind};
+pub use policy::{
+    Entity, LabelSelector, LocalPolicy, Operator, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection,
+    PortMatch, Requirement, Traffic,
+};
 pub use port::{Port, PortMap, Protocol};
 pub use service::{Service, Zone};
 pub use service_export::{ExportPort, ExportType, ServiceExport};

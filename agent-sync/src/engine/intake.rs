@@ -106,7 +106,7 @@ pub(super) fn key(kind: Kind, suffix: &str) -> Option<FactKey> {
         Kind::LocalServices => name(suffix).map(FactKey::LocalService),
         Kind::LocalIp => canonical(suffix).map(FactKey::LocalIp),
         Kind::LocalIdentities => canonical(suffix).map(FactKey::LocalIdentity),
-        Kind::ServiceExports => None,
+        Kind::ServiceExports | Kind::LocalPolicies => None,
     }
 }
 
@@ -131,7 +131,7 @@ fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
         Imported::Identity(record) if kind == Kind::LocalIdentities => Fact::LocalIdentity(record.id.0),
         Imported::Identity(record) => Fact::Identity(record.id.0),
         Imported::LocalService(service) => Fact::LocalService(Box::new(service)),
-        Imported::Service(_) | Imported::ServiceExport(_) => return None,
+        Imported::Service(_) | Imported::ServiceExport(_) | Imported::LocalPolicy(_) => return None,
     })
 }
 

@@ -243,7 +243,7 @@ impl Mesh {
             Kind::LocalServices => records.local_services.begin_list(),
             Kind::LocalIdentities => records.local_identities.begin_list(),
             Kind::LocalIp => records.local_ips.begin_list(),
-            Kind::ServiceExports => {}
+            Kind::ServiceExports | Kind::LocalPolicies => {}
         }
     }
 
@@ -285,7 +285,7 @@ impl Mesh {
                 }
                 self.services.own_synced();
             }
-            Kind::ServiceExports => {}
+            Kind::ServiceExports | Kind::LocalPolicies => {}
         }
     }
 

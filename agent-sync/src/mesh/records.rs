@@ -70,7 +70,7 @@ impl Records {
             Kind::LocalServices => self.local_services.is_synced(),
             Kind::LocalIdentities => self.local_identities.is_synced(),
             Kind::LocalIp => self.local_ips.is_synced(),
-            Kind::ServiceExports => false,
+            Kind::ServiceExports | Kind::LocalPolicies => false,
         }
     }
 
@@ -83,7 +83,7 @@ impl Records {
             Kind::LocalServices => self.local_services.len(),
             Kind::LocalIdentities => self.local_identities.len(),
             Kind::LocalIp => self.local_ips.len(),
-            Kind::ServiceExports => 0,
+            Kind::ServiceExports | Kind::LocalPolicies => 0,
         }
     }
 
@@ -97,7 +97,7 @@ impl Records {
             Kind::LocalServices => self.local_services.digest(),
             Kind::LocalIdentities => self.local_identities.digest(),
             Kind::LocalIp => self.local_ips.digest(),
-            Kind::ServiceExports => 0,
+            Kind::ServiceExports | Kind::LocalPolicies => 0,
         }
     }
 }

@@ -104,7 +104,7 @@ fn check_key(kind: Kind, suffix: &str) -> Result<(), Refusal> {
                 suffix.split_once('/').is_some_and(|(namespace, name)| is_name(namespace) && is_name(name))
             }
             // For the agents of their own cluster alone.
-            Kind::LocalServices | Kind::LocalIdentities | Kind::LocalIp => false,
+            Kind::LocalServices | Kind::LocalIdentities | Kind::LocalIp | Kind::LocalPolicies => false,
         };
     if fits {
         return Ok(());

@@ -41,7 +41,8 @@ plain! {
     u32 = 4, IpKey = 20, IpValue = 12, PrefixKey = 24, PrefixValue = 12, EndpointValue = 24,
     NodeKey = 20, NodeValue = 8, ServiceKey = 24, ServiceValue = 264, Group = 8, SlotKey = 12,
     BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
-    Counter = 16, OverlayKey = 8,
+    Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
+    CtValue = 16,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -116,11 +117,113 @@ pub struct EndpointValue {
     pub pod_mac: [u8; 6],
     /// The node's end of the veth.
     pub host_mac: [u8; 6],
-    /// [`ENDPOINT_VIA_STACK`].
+    /// [`ENDPOINT_VIA_STACK`] and those behind it.
     pub flags: u32,
 }
 /// [`EndpointValue::flags`]: `pod_mac` is unknown; deliver through the kernel's stack.
 pub const ENDPOINT_VIA_STACK: u32 = 1;
+/// [`EndpointValue::flags`]: a policy selects the pod as receiver: what none of its rules allows is dropped.
+pub const ENDPOINT_ENFORCE_INGRESS: u32 = 2;
+/// [`EndpointValue::flags`]: the same for what the pod sends.
+pub const ENDPOINT_ENFORCE_EGRESS: u32 = 4;
+/// [`EndpointValue::flags`]: what policy would drop is counted and passes.
+pub const ENDPOINT_AUDIT: u32 = 8;
+
+/// `cm_policy` (LPM_TRIE) key. `prefixlen` counts from `subject`: [`POLICY_PEER_BITS`] for any protocol,
+/// [`POLICY_PROTO_BITS`] for any port of one, and up to 16 more for the leading bits of a port.
+///
+/// Two look-ups decide: one for the peer's identity, one for any peer (0). If either finds a denial, it is
+/// denied; else if either finds anything, it is allowed. Within the entries of one peer user space leaves out
+/// what a wider denial covers, so that the longest match is right.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyKey {
+    /// Bits that count from `subject` on.
+    pub prefixlen: u32,
+    /// Identity of the pod of this node that the policy selects.
+    pub subject: u32,
+    /// Identity of the other end; 0: any.
+    pub peer: u32,
+    /// See [`direction`].
+    pub direction: u8,
+    /// IP protocol number; 0: any.
+    pub proto: u8,
+    /// Destination port of the flow, network order. ICMP and ICMPv6: the type.
+    pub port: u16,
+}
+/// [`PolicyKey::prefixlen`] of an entry for all protocols.
+pub const POLICY_PEER_BITS: u32 = 72;
+/// [`PolicyKey::prefixlen`] of an entry for all ports of a protocol.
+pub const POLICY_PROTO_BITS: u32 = 80;
+/// [`PolicyKey::prefixlen`] of an entry for one port.
+pub const POLICY_PORT_BITS: u32 = 96;
+
+/// `cm_policy` value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PolicyValue {
+    /// [`POLICY_DENY`], or 0 to allow.
+    pub flags: u32,
+    /// Number of the rule that it comes from, for `cm_verdict`; never 0.
+    pub rule: u32,
+}
+/// [`PolicyValue::flags`]: denied.
+pub const POLICY_DENY: u32 = 1;
+
+/// `cm_verdict` (LRU_PERCPU_HASH, value [`Counter`]) key: how often a rule decided.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VerdictKey {
+    /// Identity of the pod of this node that the policy selects.
+    pub subject: u32,
+    /// [`PolicyValue::rule`]; 0: no rule allowed it.
+    pub rule: u32,
+    /// See [`direction`].
+    pub direction: u8,
+    /// See [`verdict`].
+    pub verdict: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// `cm_ct` (LRU_HASH) key: a flow of a pod of this node that its policy has let through. The answers to it
+/// pass without a look at the policy of the other direction.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CtKey {
+    /// The pod's address, network order; IPv4 in the first four bytes.
+    pub local: [u8; 16],
+    /// The other end's.
+    pub remote: [u8; 16],
+    /// The pod's port, network order; ICMP echo: the identifier.
+    pub local_port: u16,
+    /// The other end's; ICMP echo: the identifier again.
+    pub remote_port: u16,
+    /// Cluster of the other end; 0: outside of the mesh.
+    pub cluster: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
+    pub family: u8,
+    /// In which direction it began; see [`direction`].
+    pub direction: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// `cm_ct` value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CtValue {
+    /// In nanoseconds of the monotonic clock; a later packet begins a new flow.
+    pub expires: u64,
+    /// [`CT_CLOSING`].
+    pub flags: u32,
+    /// Identity of the other end.
+    pub peer: u32,
+}
+/// [`CtValue::flags`]: a FIN or RST was seen.
+pub const CT_CLOSING: u32 = 1;
 
 /// `cm_node` (HASH) key: an underlay address.
 #[repr(C)]
@@ -323,6 +426,24 @@ pub mod cluster_state {
     pub const DEAD: u32 = 2;
 }
 
+/// Values of [`PolicyKey::direction`](super::PolicyKey::direction), seen from the pod.
+pub mod direction {
+    /// To the pod.
+    pub const INGRESS: u8 = 0;
+    /// From the pod.
+    pub const EGRESS: u8 = 1;
+}
+
+/// Values of [`VerdictKey::verdict`](super::VerdictKey::verdict).
+pub mod verdict {
+    /// It passed.
+    pub const ALLOWED: u8 = 0;
+    /// It was dropped.
+    pub const DENIED: u8 = 1;
+    /// It would have been dropped.
+    pub const AUDITED: u8 = 2;
+}
+
 /// Values of [`BackendValue::state`](super::BackendValue::state).
 pub mod backend_state {
     /// Takes new connections.
@@ -343,6 +464,9 @@ pub mod identity {
     pub const REMOTE_NODE: u32 = 6;
     /// First identity that is not reserved.
     pub const FIRST_USER: u32 = 256;
+    /// First identity of an address range outside of the mesh that a policy names (`cm_cidr`). These mean
+    /// something on one node only, and are never on the wire.
+    pub const FIRST_CIDR: u32 = 1 << 24;
 }
 
 /// Indices of `cm_metrics`. Codes from 130 on are drops, and are Cilium's where it has one.
@@ -367,8 +491,12 @@ pub mod reason {
     pub const LB_DRAINING: u8 = 8;
     /// Larger than the overlay's MTU; sent in fragments.
     pub const TOO_BIG: u8 = 9;
+    /// Policy would have dropped it, and only audits.
+    pub const POLICY_AUDITED: u8 = 10;
     /// Drop: a pod sent from an address that is not its own, or a node from one of another cluster.
     pub const INVALID_SOURCE_IP: u8 = 132;
+    /// Drop: no rule of a policy that selects the pod allows it.
+    pub const POLICY: u8 = 133;
     /// Drop: truncated or malformed.
     pub const INVALID_PACKET: u8 = 134;
     /// Drop: a packet on the overlay without tunnel metadata.
@@ -379,10 +507,16 @@ pub mod reason {
     pub const NO_TUNNEL_ENDPOINT: u8 = 160;
     /// Drop: a pod speaks the overlay's protocol itself, to pass for its node.
     pub const ENCAPSULATION_PROHIBITED: u8 = 170;
+    /// Drop: a later fragment whose first one has not been seen, so that policy cannot be asked.
+    pub const FRAGMENT_NOT_FOUND: u8 = 157;
+    /// Drop: a policy selects the pod, and the other end is in the mesh but not known (yet).
+    pub const UNKNOWN_IDENTITY: u8 = 161;
     /// Drop: a reserved identity that must not be on the wire.
     pub const INVALID_IDENTITY: u8 = 171;
     /// Drop: the outer source is not a node of the mesh.
     pub const UNKNOWN_SENDER: u8 = 172;
+    /// Drop: a rule of a policy that selects the pod denies it.
+    pub const POLICY_DENY: u8 = 181;
     /// Drop: the identity belongs to another cluster than the node that sent it.
     pub const INVALID_CLUSTER_ID: u8 = 192;
     /// Drop: the datapath is not configured.

@@ -8,7 +8,9 @@ use ipnet::IpNet;
 use super::PeerPolicy;
 use super::refusal::{Reason, Refusal, refuse};
 use crate::cluster::Identity;
-use crate::record::{IdentityRecord, IpRecord, LocalService, Node, NodeAddressKind, Service, ServiceExport};
+use crate::record::{
+    IdentityRecord, IpRecord, LocalPolicy, LocalService, Node, NodeAddressKind, Service, ServiceExport,
+};
 
 /// Shortest pod prefix of a cluster: a typing error must not swallow the address space.
 const MIN_PREFIX_V4: u8 = 8;
@@ -73,6 +75,16 @@ impl PeerPolicy {
     }
 
     /// Of the own cluster, which alone may have one of this kind.
+    pub(super) fn check_local_policy(&self, policy: &LocalPolicy) -> Result<(), Refusal> {
+        if !self.is_own {
+            return refuse(
+                Reason::NotOwnCluster,
+                format!("{} cannot define policies of this cluster", self.name),
+            );
+        }
+        self.check_owner(&policy.cluster, policy.cluster_id)
+    }
+
     pub(super) fn check_local_service(&self, service: &LocalService) -> Result<(), Refusal> {
         if !self.is_own {
             return refuse(

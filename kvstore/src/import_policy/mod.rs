@@ -36,7 +36,8 @@ pub use rules::{Mode, PodCidrs, Quotas, Rules};
 use crate::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};
 use crate::key::Kind;
 use crate::record::{
-    IdentityRecord, IpRecord, LocalService, Node, Record, RecordError, Service, ServiceExport, ServiceReader,
+    IdentityRecord, IpRecord, LocalPolicy, LocalService, Node, Record, RecordError, Service, ServiceExport,
+    ServiceReader,
 };
 
 /// A cluster, and what it may say.
@@ -67,6 +68,8 @@ pub enum Imported {
     Service(Service),
     /// A service of the own cluster.
     LocalService(LocalService),
+    /// A policy of the own cluster.
+    LocalPolicy(LocalPolicy),
     /// An export of the Multi-Cluster Services API.
     ServiceExport(ServiceExport),
 }
@@ -117,6 +120,11 @@ pub fn admit(kind: Kind, suffix: &str, value: &[u8], peer: &PeerPolicy) -> Resul
             let service: LocalService = decode(suffix, value)?;
             peer.check_local_service(&service)?;
             Imported::LocalService(service)
+        }
+        Kind::LocalPolicies => {
+            let policy: LocalPolicy = decode(suffix, value)?;
+            peer.check_local_policy(&policy)?;
+            Imported::LocalPolicy(policy)
         }
         Kind::ServiceExports => {
             let export: ServiceExport = decode(suffix, value)?;

@@ -71,7 +71,7 @@ impl Quotas {
             Kind::Nodes => 10_000,
             Kind::Identities | Kind::LocalIdentities => 65_535,
             Kind::Ip | Kind::LocalIp => 250_000,
-            Kind::Services | Kind::LocalServices | Kind::ServiceExports => 20_000,
+            Kind::Services | Kind::LocalServices | Kind::ServiceExports | Kind::LocalPolicies => 20_000,
         })
     }
 

@@ -62,6 +62,9 @@ pub enum RecordError {
         /// What it says.
         value: Text,
     },
+    /// A policy that cannot mean anything, or too much of it.
+    #[error("the policy makes no sense: {0}")]
+    BadPolicy(Text),
     /// The value belongs under another key.
     #[error("the key ends in {key}, but the value is that of {value}")]
     NameMismatch {
@@ -88,6 +91,7 @@ impl RecordError {
             Self::BadPort(_) => "bad_port",
             Self::BadIdentity(_) => "bad_identity",
             Self::BadValue { .. } => "bad_value",
+            Self::BadPolicy(_) => "bad_policy",
             Self::NameMismatch { .. } => "name_mismatch",
         }
     }

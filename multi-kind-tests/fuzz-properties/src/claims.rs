@@ -27,6 +27,7 @@ pub(crate) fn claim(
         Kind::Identities | Kind::LocalIdentities => identity_record(name, *id, choices)?,
         Kind::Services => service(name, *id, choices)?,
         Kind::LocalServices => local_service(name, *id, choices)?,
+        Kind::LocalPolicies => local_policy(name, *id, choices)?,
         Kind::ServiceExports => service_export(name, choices)?,
     };
     let mut claim = Claim { suffix, value };
@@ -137,6 +138,32 @@ fn local_service(cluster: &str, id: u32, choices: &mut Unstructured<'_>) -> Resu
         "frontends": frontends(choices, local_port)?, "backends": backends,
     });
     Ok((format!("{namespace}/{name}"), value.to_string().into_bytes()))
+}
+
+fn local_policy(cluster: &str, id: u32, choices: &mut Unstructured<'_>) -> Result<(String, Vec<u8>)> {
+    let (namespace, name) = named(choices)?;
+    let kind = *choices.choose(&["cnp", "knp", "ccnp"])?;
+    let namespace = if kind == "ccnp" { String::new() } else { namespace.to_string() };
+    let label = json!([{"source": "k8s", "key": choices.choose(&["app", "tier"])?,
+                        "operator": choices.choose(&["in", "notIn", "exists", "doesNotExist"])?, "values": ["orders"]}]);
+    let peers = some(choices, 3, |choices| {
+        Ok(match choices.int_in_range(0..=2)? {
+            0 => json!({"labels": label}),
+            1 => json!({"entity": choices.choose(&["all", "world", "cluster", "host", "remote-node"])?}),
+            _ => json!({"cidr": {"net": "192.0.2.0/24", "except": ["192.0.2.128/25"]}}),
+        })
+    })?;
+    let ports = some(choices, 2, |choices| {
+        let first: u16 = choices.arbitrary()?;
+        Ok(
+            json!({"ports": {"protocol": choices.choose(&[6, 17, 132])?, "first": first, "last": first.max(choices.arbitrary()?)}}),
+        )
+    })?;
+    let section = json!({"defaultDeny": choices.ratio(3, 4)?, "allow": [{"peers": peers, "ports": ports}],
+                         "deny": [{"peers": [{"labels": label}]}]});
+    let rules = json!([{"subject": label, "ingress": section, "egress": section}]);
+    let value = json!({"cluster": cluster, "clusterID": id, "rules": rules});
+    Ok((format!("{kind}/{namespace}/{name}"), value.to_string().into_bytes()))
 }
 
 fn service_export(cluster: &str, choices: &mut Unstructured<'_>) -> Result<(String, Vec<u8>)> {

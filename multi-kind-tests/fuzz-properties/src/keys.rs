@@ -108,6 +108,7 @@ fn value(kind: Kind, suffix: &str) -> String {
         Kind::Services | Kind::LocalServices => format!(
             r#"{{"cluster":"beta","namespace":{namespace},"name":{name},"clusterID":2,"clusterId":2,"global":true,"shared":true}}"#
         ),
+        Kind::LocalPolicies => r#"{"cluster":"beta","clusterID":2,"rules":[]}"#.to_owned(),
         Kind::ServiceExports => {
             format!(r#"{{"cluster":"beta","namespace":{namespace},"name":{name},"type":"Headless"}}"#)
         }

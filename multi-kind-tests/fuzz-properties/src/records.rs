@@ -9,7 +9,8 @@ use clustermesh_kvstore::digest::{DigestRecord, MAX_RECENT, record_hash};
 use clustermesh_kvstore::import_policy::{Imported, PeerPolicy, PolicyFile, Rules, admit};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    ClusterConfig, IdentityRecord, IpRecord, LocalService, MAX_VALUE, Node, Record, Service, ServiceExport,
+    ClusterConfig, IdentityRecord, IpRecord, LocalPolicy, LocalService, MAX_VALUE, Node, Record, Service,
+    ServiceExport,
 };
 
 /// Longest text of an error: what a peer writes must not fill our logs.
@@ -52,6 +53,7 @@ fn record(kind: Kind, suffix: &str, value: &[u8]) {
         Kind::Services => round_trip::<Service>(suffix, value),
         Kind::ServiceExports => round_trip::<ServiceExport>(suffix, value),
         Kind::LocalServices => round_trip::<LocalService>(suffix, value),
+        Kind::LocalPolicies => round_trip::<LocalPolicy>(suffix, value),
     }
     for max in [MaxConnectedClusters::C255, MaxConnectedClusters::C511] {
         for is_own in [false, true] {
@@ -117,6 +119,10 @@ fn judge(kind: Kind, suffix: &str, value: &[u8], peer: &PeerPolicy) -> bool {
         Imported::LocalService(service) => {
             assert!(peer.is_own);
             assert_eq!((service.cluster.as_str(), service.cluster_id), (name, id));
+        }
+        Imported::LocalPolicy(policy) => {
+            assert!(peer.is_own);
+            assert_eq!((policy.cluster.as_str(), policy.cluster_id), (name, id));
         }
     }
     true
