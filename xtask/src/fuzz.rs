@@ -31,6 +31,9 @@ pub(crate) struct FuzzArgs {
     /// Seconds for each target.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Where the choices begin; 0: somewhere else each time.
+    #[arg(long, default_value_t = 0)]
+    seed: u32,
     /// Run this input once instead, as one that was found.
     #[arg(long, value_name = "FILE", requires = "targets")]
     input: Option<PathBuf>,
@@ -62,7 +65,7 @@ pub(crate) fn run(args: &FuzzArgs) -> anyhow::Result<bool> {
         }
         return Ok(true);
     }
-    let outcomes = fuzz(&programs, &targets, args.seconds)?;
+    let outcomes = fuzz(&programs, &targets, args.seconds, args.seed)?;
     if args.merge {
         for target in &targets {
             merge(&programs, target)?;
@@ -71,9 +74,10 @@ pub(crate) fn run(args: &FuzzArgs) -> anyhow::Result<bool> {
     Ok(outcomes.iter().all(|outcome| outcome.failure.is_none()))
 }
 
-/// All targets for so many seconds each, several at once.
+/// All targets for so many seconds each, several at once, and always from the same seed: a test that fails
+/// fails because of a change, not by chance.
 pub(crate) fn run_all(seconds: u64) -> anyhow::Result<Vec<Outcome>> {
-    fuzz(&build()?, &targets()?, seconds)
+    fuzz(&build()?, &targets()?, seconds, 1)
 }
 
 /// Of the programs, whose names are those of their files.
@@ -101,7 +105,7 @@ fn build() -> anyhow::Result<PathBuf> {
     Ok(workspace::target().join("debug"))
 }
 
-fn fuzz(programs: &Path, targets: &[String], seconds: u64) -> anyhow::Result<Vec<Outcome>> {
+fn fuzz(programs: &Path, targets: &[String], seconds: u64, seed: u32) -> anyhow::Result<Vec<Outcome>> {
     let queue = Mutex::new(targets.iter().collect::<VecDeque<_>>());
     let at_once = thread::available_parallelism().map_or(1, usize::from);
     eprintln!("fuzzing {} targets for {seconds} s each, {at_once} at once", targets.len());
@@ -110,7 +114,7 @@ fn fuzz(programs: &Path, targets: &[String], seconds: u64) -> anyhow::Result<Vec
         loop {
             let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());
             let Some(target) = next else { return Ok(outcomes) };
-            let outcome = fuzz_one(programs, target, seconds)?;
+            let outcome = fuzz_one(programs, target, seconds, seed)?;
             match &outcome.failure {
                 None => eprintln!("  ok   {target:<16} {} inputs", outcome.inputs),
                 Some(failure) => eprintln!("  FAIL {target}: {failure}"),
@@ -129,13 +133,14 @@ fn fuzz(programs: &Path, targets: &[String], seconds: u64) -> anyhow::Result<Vec
     Ok(all)
 }
 
-fn fuzz_one(programs: &Path, target: &str, seconds: u64) -> anyhow::Result<Outcome> {
+fn fuzz_one(programs: &Path, target: &str, seconds: u64, seed: u32) -> anyhow::Result<Outcome> {
     let place = place(target);
     fs::create_dir_all(place.join("corpus"))?;
     let log = place.join("log");
     let output = File::create(&log)?;
     let status = Command::new(programs.join(target))
         .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-seed={seed}"))
         .arg(format!("-rss_limit_mb={MEMORY}"))
         .arg(format!("-timeout={PATIENCE}"))
         .arg(format!("-max_len={LONGEST}"))
