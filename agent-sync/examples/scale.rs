@@ -288,6 +288,7 @@ fn local(number: u32) -> LocalService {
         shared: true,
         private: false,
         affinity: Affinity::None,
+        failover: None,
         headless: false,
         frontends: [(address, ports("http", 80))].into(),
         backends: Vec::new(),

@@ -29,7 +29,7 @@ pub use cluster_config::ClusterConfig;
 pub use error::{RecordError, Text};
 pub use identity::IdentityRecord;
 pub use ip::{IpRecord, NamedPort};
-pub use local_service::{Affinity, BackendState, LocalBackend, LocalService};
+pub use local_service::{Affinity, BackendState, Failover, LocalBackend, LocalService};
 pub use node::{Node, NodeAddress, NodeAddressKind};
 pub use policy::{
     Entity, LabelSelector, LocalPolicy, Operator, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection,

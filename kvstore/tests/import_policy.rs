@@ -146,6 +146,7 @@ fn a_remote_defines_no_services_of_this_cluster() {
         shared: true,
         private: false,
         affinity: Affinity::None,
+        failover: None,
         headless: false,
         frontends: [("10.96.0.1".parse().unwrap(), PortMap::new())].into(),
         backends: Vec::new(),

@@ -9,9 +9,9 @@ use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::labels::{Label, Labels};
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, ClusterConfig, ExportPort, ExportType, IdentityRecord, IpRecord, LocalBackend,
-    LocalService, MAX_VALUE, NamedPort, Node, NodeAddress, NodeAddressKind, Port, PortMap, Protocol, Record,
-    RecordError, Service, ServiceExport, Zone,
+    Affinity, BackendState, ClusterConfig, ExportPort, ExportType, Failover, IdentityRecord, IpRecord,
+    LocalBackend, LocalService, MAX_VALUE, NamedPort, Node, NodeAddress, NodeAddressKind, Port, PortMap,
+    Protocol, Record, RecordError, Service, ServiceExport, Zone,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::collection::{btree_map, vec};
@@ -329,6 +329,8 @@ fn local_service() -> impl Strategy<Value = LocalService> {
                 shared,
                 private,
                 affinity,
+                failover: (cluster_id % 2 == 0)
+                    .then_some(Failover { threshold: (cluster_id % 100) as u8 + 1, expected: cluster_id }),
                 headless,
                 frontends,
                 backends,

@@ -116,6 +116,7 @@ fn local(pods: &[u16]) -> Fact {
         shared: true,
         private: false,
         affinity: Affinity::None,
+        failover: None,
         headless: false,
         frontends: [(Ipv4Addr::new(10, 96, 0, 1).into(), ports(80))].into(),
         backends: pods.iter().map(backend).collect(),

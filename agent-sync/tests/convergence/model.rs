@@ -10,7 +10,7 @@ use agent_sync::desired::BackendKey;
 use agent_sync::mesh::{NodeFact, RemoteService};
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::{Affinity, BackendState, LocalService};
+use clustermesh_kvstore::record::{Affinity, BackendState, Failover, LocalService};
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{IpKey, IpValue, MAX_GROUPS, ServiceKey, SlotKey};
 use ipnet::IpNet;
@@ -161,6 +161,28 @@ fn holder_of(tables: &Tables) -> impl Fn(IpAddr) -> Option<u16> {
     }
 }
 
+/// What the own backends cannot take any more goes to the others, in proportion to what they have.
+fn fail_over(own: u16, service: &LocalService, groups: &mut Groups) {
+    let Some(Failover { threshold, expected }) = service.failover else { return };
+    let active = service.backends.iter().filter(|backend| backend.state == BackendState::Active).count();
+    // In hundredths of a backend, and in parts of a whole.
+    let (needed, whole) = (u64::from(expected) * u64::from(threshold), u64::from(u16::MAX));
+    let have = 100 * active as u64;
+    if have >= needed {
+        return;
+    }
+    let kept = (have * whole).div_ceil(needed).clamp(1, whole - 1);
+    let others: usize =
+        groups.iter().filter(|(cluster, _)| **cluster != own).map(|(_, (_, all))| all.len()).sum();
+    for (cluster, (weight, backends)) in groups {
+        let parts = match *cluster == own {
+            true => kept,
+            false => ((whole - kept) * backends.len() as u64 / others as u64).max(1),
+        };
+        *weight = u16::try_from(parts).unwrap();
+    }
+}
+
 fn merge(
     own: u16,
     key: &ServiceKey,
@@ -220,6 +242,9 @@ fn merge(
             Affinity::Remote => *cluster != own,
         };
         *weight = if preferred && any_active { u16::try_from(backends.len()).unwrap() } else { 0 };
+    }
+    if any_active && affinity == Affinity::Local && groups.keys().any(|cluster| *cluster != own) {
+        fail_over(own, service, &mut groups);
     }
     assert!(groups.len() <= MAX_GROUPS, "not covered here");
     groups

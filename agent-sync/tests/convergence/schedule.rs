@@ -12,7 +12,7 @@ use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, LocalBackend, LocalService, Port, PortMap, Protocol,
+    Affinity, BackendState, Failover, LocalBackend, LocalService, Port, PortMap, Protocol,
 };
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{IpKey, IpValue, ServiceKey};
@@ -468,6 +468,10 @@ impl World {
             shared: true,
             private: false,
             affinity: *[Affinity::None, Affinity::Local, Affinity::Remote].choose(&mut self.rng).unwrap(),
+            failover: self.rng.random_bool(0.5).then(|| Failover {
+                threshold: self.rng.random_range(1..=100),
+                expected: self.rng.random_range(0..=6),
+            }),
             headless: false,
             frontends,
             backends: backends.into_values().collect(),

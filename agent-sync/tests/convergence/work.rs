@@ -72,6 +72,7 @@ fn mesh(size: u16, rules: PlacementRules) -> Mesh {
             global: true,
             shared: true,
             affinity: Affinity::None,
+            failover: None,
             headless: false,
             frontends: [(frontend.into(), ports(80))].into(),
             backends: Vec::new(),

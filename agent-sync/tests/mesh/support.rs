@@ -191,6 +191,7 @@ impl Cluster {
             shared: true,
             private: false,
             affinity: Affinity::None,
+            failover: None,
             headless: false,
             frontends: [("10.96.0.10".parse().unwrap(), ports(80))].into(),
             backends: pods.iter().map(backend).collect(),

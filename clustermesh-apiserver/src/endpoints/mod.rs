@@ -46,6 +46,17 @@ pub fn backends(service: &Service, objects: &Objects) -> BTreeMap<IpAddr, Backen
     backends
 }
 
+/// Addresses that the service would have as backends if all its pods were ready.
+pub fn expected(service: &Service, objects: &Objects) -> usize {
+    if service.external_name {
+        return 0;
+    }
+    match objects.slices_of(&service.name).next() {
+        Some(_) => sliced::expected(service, objects).len(),
+        None => selected::expected(service, objects).len(),
+    }
+}
+
 /// The zone of a node that is known.
 fn zone_of(node: Option<&str>, objects: &Objects) -> Option<String> {
     objects.node(node?)?.zone().map(str::to_owned)

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::record::{Port, PortMap};
@@ -14,17 +14,26 @@ pub(super) fn backends(service: &Service, objects: &Objects) -> BTreeMap<IpAddr,
     }
     for pod in objects.pods_in(&service.name.namespace).filter(|pod| selects(service, pod)) {
         let Some(backend) = backend(service, pod, objects) else { continue };
-        for family in &service.families {
-            // Of each family a service uses a pod's first address only.
-            if let Some(ip) = pod.ips.iter().find(|ip| IpFamily::of(**ip) == *family) {
-                backends
-                    .entry(*ip)
-                    .and_modify(|other| prefer(other, &backend))
-                    .or_insert_with(|| backend.clone());
-            }
+        for ip in addresses(service, pod) {
+            backends.entry(ip).and_modify(|other| prefer(other, &backend)).or_insert_with(|| backend.clone());
         }
     }
     backends
+}
+
+/// Addresses of the pods that are to be backends, ready or not.
+pub(super) fn expected(service: &Service, objects: &Objects) -> BTreeSet<IpAddr> {
+    objects
+        .pods_in(&service.name.namespace)
+        .filter(|pod| selects(service, pod) && !pod.finished && !pod.terminating)
+        .flat_map(|pod| addresses(service, pod))
+        .collect()
+}
+
+/// Of each family a service uses a pod's first address only.
+fn addresses(service: &Service, pod: &Pod) -> impl Iterator<Item = IpAddr> {
+    let first = |family: &IpFamily| pod.ips.iter().copied().find(|ip| IpFamily::of(*ip) == *family);
+    service.families.iter().filter_map(first)
 }
 
 /// Whether the service's selector takes the pod, whatever its condition.

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::Backend;
@@ -11,6 +11,16 @@ pub(super) fn backends(service: &Service, objects: &Objects) -> BTreeMap<IpAddr,
         add(slice, objects, &mut backends);
     }
     backends
+}
+
+/// Addresses of the endpoints that are to be backends, ready or not.
+pub(super) fn expected(service: &Service, objects: &Objects) -> BTreeSet<IpAddr> {
+    let endpoints = objects.slices_of(&service.name).flat_map(|slice| &slice.endpoints);
+    endpoints
+        .filter(|endpoint| !endpoint.terminating)
+        .flat_map(|endpoint| &endpoint.addresses)
+        .copied()
+        .collect()
 }
 
 /// A service with many ports may have several slices that name the same address: its ports add up,

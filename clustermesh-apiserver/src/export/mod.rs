@@ -303,7 +303,8 @@ impl Exporter {
                 true => endpoints::backends(service, &self.objects),
                 false => BTreeMap::new(),
             };
-            record::local_service(service, shown, backends, &self.cluster)
+            let expected = || endpoints::expected(service, &self.objects);
+            record::local_service(service, shown, backends, expected, &self.cluster)
         });
         let shared = service
             .zip(local.as_ref())

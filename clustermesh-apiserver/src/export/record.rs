@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::Identity;
 use clustermesh_kvstore::record::{
-    self, BackendState, IpRecord, LocalBackend, LocalService, NamedPort, NodeAddress, NodeAddressKind, Port,
-    PortMap, Zone,
+    self, BackendState, Failover, IpRecord, LocalBackend, LocalService, NamedPort, NodeAddress,
+    NodeAddressKind, Port, PortMap, Zone,
 };
 use ipnet::IpNet;
 
@@ -149,13 +149,18 @@ pub(super) fn cilium_ip(ip: IpAddr, endpoint: &CiliumEndpoint) -> IpRecord {
     }
 }
 
-/// A service for the agents of the own cluster, `global` if its namespace is.
+/// A service for the agents of the own cluster, `global` if its namespace is. `expected` counts the backends
+/// that it would have if all were ready.
 pub(super) fn local_service(
     service: &Service,
     global: bool,
     backends: BTreeMap<IpAddr, Backend>,
+    expected: impl FnOnce() -> usize,
     cluster: &Cluster,
 ) -> LocalService {
+    let failover = service
+        .failover_threshold
+        .map(|threshold| Failover { threshold, expected: u32::try_from(expected()).unwrap_or(u32::MAX) });
     let backends = backends.into_iter().map(|(ip, backend)| LocalBackend {
         ip,
         ports: backend.ports,
@@ -172,6 +177,7 @@ pub(super) fn local_service(
         shared: global && service.shared,
         private: !global,
         affinity: service.affinity,
+        failover,
         headless: service.headless,
         frontends: frontends(service),
         backends: backends.collect(),

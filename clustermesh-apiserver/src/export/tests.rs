@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
+use clustermesh_kvstore::record::{LocalService, Record as _};
 use proptest::prelude::*;
 
 use super::*;
@@ -66,6 +67,33 @@ fn a_service_that_is_no_longer_shared_leaves_the_mesh_but_not_the_cluster() {
     let changes = exporter.apply(upserts(&private), now);
     assert_eq!(changes.len(), 2);
     assert_eq!(changes[1], KeyChange { key: "cilium/state/services/v1/alpha/shop/web".into(), value: None });
+}
+
+#[test]
+fn pods_that_are_not_ready_count_for_the_failover_threshold() {
+    let now = Instant::now();
+    let mut exporter = exporter();
+    let service = |annotations: &str| SERVICE.replace("'true'}", &format!("'true', {annotations}}}"));
+    let key = "clustermesh/local/services/v1/alpha/shop/web";
+    let failover = |exporter: &Exporter| {
+        let record = LocalService::decode("shop/web", value(exporter, key).unwrap().as_bytes()).unwrap();
+        record.failover.map(|failover| (failover.threshold, failover.expected))
+    };
+    exporter.apply(upserts(&pod("web-0", "10.1.0.1", "")), now);
+    exporter.apply(upserts(&service("clustermesh.io/failover-threshold: 70%")), now);
+    assert_eq!(failover(&exporter), None, "callers do not prefer this cluster");
+    let local = "service.cilium.io/affinity: local, clustermesh.io/failover-threshold:";
+    exporter.apply(upserts(&service(&format!("{local} 70%"))), now);
+    assert_eq!(failover(&exporter), Some((70, 1)));
+    exporter.apply(upserts(&service(&format!("{local} most"))), now);
+    assert_eq!(failover(&exporter), None, "the service stays, although that is no share");
+    exporter.apply(upserts(&service(&format!("{local} '70'"))), now);
+    let waiting = pod("web-1", "10.1.0.2", "").replace("'True'", "'False'");
+    exporter.apply(upserts(&waiting), now);
+    assert_eq!(failover(&exporter), Some((70, 2)));
+    let going = pod("web-1", "10.1.0.2", ", deletionTimestamp: '2026-01-01T00:00:00Z'");
+    exporter.apply(upserts(&going), now);
+    assert_eq!(failover(&exporter), Some((70, 1)));
 }
 
 #[test]
@@ -153,7 +181,7 @@ fn any_object() -> impl Strategy<Value = Object> {
         any_pod(),
         (0..2_u8, 0..2_u8, 0..3_u8, 0..4_u8, any::<bool>()).prop_map(|(ns, n, app, kind, notready)| {
             let annotations = match kind {
-                0 => "{}",
+                0 => "{service.cilium.io/global: 'true', service.cilium.io/affinity: local, clustermesh.io/failover-threshold: 50%}",
                 1 => "{service.cilium.io/global: 'true', service.cilium.io/shared: 'false'}",
                 _ => "{service.cilium.io/global: 'true'}",
             };

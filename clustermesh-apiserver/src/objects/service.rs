@@ -35,6 +35,9 @@ pub struct Service {
     pub shared: bool,
     /// Which backends callers prefer; `None` unless global.
     pub affinity: Affinity,
+    /// In percent, 1 to 100: see [`clustermesh_kvstore::record::Failover`]. `None` unless callers prefer the
+    /// own cluster.
+    pub failover_threshold: Option<u8>,
 }
 
 /// A port of a service.
@@ -94,6 +97,10 @@ impl TryFrom<v1::Service> for Service {
             Some(text) if global && text.eq_ignore_ascii_case("remote") => Affinity::Remote,
             _ => Affinity::None,
         };
+        let failover_threshold = match affinity {
+            Affinity::Local => annotations.get(FAILOVER_THRESHOLD).and_then(|text| percent(&check, text)),
+            Affinity::None | Affinity::Remote => None,
+        };
 
         Ok(Self {
             name: check.namespaced_name()?,
@@ -108,6 +115,7 @@ impl TryFrom<v1::Service> for Service {
             global,
             shared,
             affinity,
+            failover_threshold,
         })
     }
 }
@@ -116,6 +124,19 @@ impl TryFrom<v1::Service> for Service {
 const GLOBAL: [&str; 2] = ["service.cilium.io/global", "io.cilium/global-service"];
 const SHARED: [&str; 2] = ["service.cilium.io/shared", "io.cilium/shared-service"];
 const AFFINITY: [&str; 2] = ["service.cilium.io/affinity", "io.cilium/service-affinity"];
+
+const FAILOVER_THRESHOLD: &str = "clustermesh.io/failover-threshold";
+
+/// A service must not go because of how it is to be balanced: what is no share counts as not said.
+fn percent(check: &Check<'_>, text: &str) -> Option<u8> {
+    let number = text.trim().trim_end_matches('%').trim_end().parse().ok();
+    let percent = number.filter(|percent| (1..=100).contains(percent));
+    if percent.is_none() {
+        let what = format!("{FAILOVER_THRESHOLD} is {text:?}, not a share from 1% to 100%; all calls stay");
+        tracing::warn!("{}", check.error("metadata.annotations", &what));
+    }
+    percent
+}
 
 fn annotation<'a>(annotations: &'a BTreeMap<String, String>, names: [&str; 2]) -> Option<&'a str> {
     names.iter().find_map(|name| annotations.get(*name)).map(String::as_str)

@@ -26,6 +26,8 @@ pub struct LocalService {
     pub private: bool,
     /// Whose backends are preferred.
     pub affinity: Affinity,
+    /// With [`Affinity::Local`]: calls leave the cluster gradually.
+    pub failover: Option<Failover>,
     /// Without cluster IP.
     pub headless: bool,
     /// Cluster IPs with the service's ports.
@@ -75,6 +77,16 @@ pub enum Affinity {
     Remote,
 }
 
+/// How calls leave a cluster whose backends become unhealthy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Failover {
+    /// Share of the cluster's backends in percent, 1 to 100, that can answer all its calls. While fewer are
+    /// active, the part that is missing goes elsewhere.
+    pub threshold: u8,
+    /// Backends that the cluster would have if all were ready.
+    pub expected: u32,
+}
+
 impl Record for LocalService {
     const KIND: Kind = Kind::LocalServices;
 
@@ -89,6 +101,7 @@ impl Record for LocalService {
             shared: wire.shared,
             private: wire.private,
             affinity: wire.affinity,
+            failover: wire.failover.map(Failover::check).transpose()?,
             headless: wire.headless,
             frontends: net::by_address("frontends", wire.frontends, decode_ports)?,
             backends: wire.backends.into_iter().map(LocalBackend::decode).collect::<Result<_, _>>()?,
@@ -109,10 +122,20 @@ impl Record for LocalService {
             shared: self.shared,
             private: self.private,
             affinity: self.affinity,
+            failover: self.failover,
             headless: self.headless,
             frontends: net::by_text(&self.frontends, encode_ports),
             backends: self.backends.iter().map(LocalBackend::encode).collect(),
         })
+    }
+}
+
+impl Failover {
+    fn check(self) -> Result<Self, RecordError> {
+        match self.threshold {
+            1..=100 => Ok(self),
+            other => Err(RecordError::BadValue { field: "threshold", value: other.to_string().into() }),
+        }
     }
 }
 
@@ -154,6 +177,8 @@ struct Wire {
     private: bool,
     #[serde(default)]
     affinity: Affinity,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    failover: Option<Failover>,
     #[serde(default)]
     headless: bool,
     #[serde(default, deserialize_with = "null_is_empty")]

@@ -241,14 +241,39 @@ impl Inputs<'_> {
         }
         chosen.retain(|of| !of.backends.is_empty());
         let largest = chosen.iter().map(|of| of.backends.len()).max().unwrap_or(0);
+        let elsewhere = chosen.iter().filter(|of| of.cluster != self.own_cluster);
+        let elsewhere: usize = elsewhere.map(|of| of.backends.len()).sum();
+        let missing = if any_active { self.missing().filter(|_| elsewhere > 0) } else { None };
         chosen
             .into_iter()
             .map(|Candidates { cluster, backends }| {
-                let preferred = any_active && self.prefers(cluster);
-                let weight = if preferred { scale(backends.len(), largest) } else { 0 };
+                let weight = match missing {
+                    Some(missing) if cluster == self.own_cluster => u16::MAX - missing,
+                    Some(missing) => part(missing, backends.len(), elsewhere),
+                    None if any_active && self.prefers(cluster) => scale(backends.len(), largest),
+                    None => 0,
+                };
                 GroupPlan { cluster, weight, backends }
             })
             .collect()
+    }
+
+    /// The share of calls, in parts of [`u16::MAX`], that the own backends cannot answer any more; none if
+    /// they can, or if they are not preferred.
+    fn missing(&self) -> Option<u16> {
+        let failover =
+            self.own.failover.filter(|_| self.own.global && self.own.affinity == Affinity::Local)?;
+        let active = self.own.backends.iter().filter(|backend| backend.state == BackendState::Active);
+        let active = u64::try_from(active.count()).unwrap_or(u64::MAX);
+        let needed = u64::from(failover.expected) * u64::from(failover.threshold);
+        // What is left of the needed backends, in percent of one backend.
+        let left = needed.saturating_sub(active.saturating_mul(100));
+        if left == 0 {
+            return None;
+        }
+        // At least one part each: a share of 0 would be a standby's.
+        let missing = left.saturating_mul(u16::MAX.into()) / needed;
+        u16::try_from(missing.clamp(1, u64::from(u16::MAX) - 1)).ok()
     }
 
     fn prefers(&self, cluster: u16) -> bool {
@@ -270,6 +295,12 @@ fn are_apart(candidates: &[Candidates]) -> bool {
     spans.windows(2).all(|pair| pair[0].1 < pair[1].0)
 }
 
+/// The part of `share` for `count` of `all`, at least 1.
+fn part(share: u16, count: usize, all: usize) -> u16 {
+    let part = usize::from(share) * count / all.max(1);
+    u16::try_from(part.max(1)).unwrap_or(u16::MAX)
+}
+
 /// A weight in proportion to `count`, at least 1, that fits 16 bits even if `largest` does not.
 fn scale(count: usize, largest: usize) -> u16 {
     let max = usize::from(u16::MAX);
@@ -279,7 +310,74 @@ fn scale(count: usize, largest: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use clustermesh_kvstore::cluster::NamespacedName;
+    use clustermesh_kvstore::record::{Failover, LocalBackend};
+
     use super::*;
+
+    /// Shares of clusters 1 (own), 2 and 3 in per mille, if the own one has `active` backends, and the
+    /// others one and three.
+    fn shares(active: u8, failover: Failover) -> [u32; 3] {
+        let backend = |n: u8| LocalBackend {
+            ip: [10, 1, 0, n].into(),
+            ports: PortMap::new(),
+            state: BackendState::Active,
+            node: None,
+            zone: None,
+            hostname: None,
+        };
+        let own = LocalService {
+            cluster: "alpha".into(),
+            name: NamespacedName { namespace: "shop".into(), name: "orders".into() },
+            cluster_id: 1,
+            global: true,
+            shared: true,
+            private: false,
+            affinity: Affinity::Local,
+            failover: Some(failover),
+            headless: false,
+            frontends: BTreeMap::new(),
+            backends: (0..active).map(backend).collect(),
+        };
+        let of = |cluster: u8, count: u8| Candidates {
+            cluster: cluster.into(),
+            backends: (0..count)
+                .map(|n| BackendKey {
+                    cluster: cluster.into(),
+                    ip: [10, cluster, 0, n].into(),
+                    port: 80,
+                    proto: 6,
+                    terminating: false,
+                })
+                .collect(),
+        };
+        let inputs = Inputs { own_cluster: 1, own: &own, remotes: BTreeMap::new(), before: None };
+        let groups = inputs.groups(vec![of(1, active), of(2, 1), of(3, 3)]);
+        let all: u32 = groups.iter().map(|group| u32::from(group.weight)).sum();
+        let share = |cluster| {
+            let group = groups.iter().find(|group| group.cluster == cluster);
+            group.map_or(0, |group| (u32::from(group.weight) * 1000 + all / 2) / all)
+        };
+        [share(1), share(2), share(3)]
+    }
+
+    #[test]
+    fn calls_leave_the_cluster_as_far_as_its_backends_are_missing() {
+        let half = |active| shares(active, Failover { threshold: 50, expected: 8 });
+        assert_eq!(half(8), [1000, 0, 0]);
+        assert_eq!(half(4), [1000, 0, 0]);
+        assert_eq!(half(3), [750, 62, 187]);
+        assert_eq!(half(1), [250, 187, 563]);
+        assert_eq!(half(0), [0, 250, 750]);
+        // From nothing to thirty: the first one does not get all calls.
+        assert_eq!(shares(1, Failover { threshold: 100, expected: 30 }), [33, 242, 725]);
+        // Nobody is expected: none is missing.
+        assert_eq!(shares(2, Failover { threshold: 100, expected: 0 }), [1000, 0, 0]);
+        // More than were expected.
+        assert_eq!(shares(9, Failover { threshold: 100, expected: 8 }), [1000, 0, 0]);
+    }
 
     #[test]
     fn weights_keep_their_proportion_when_they_are_scaled() {
