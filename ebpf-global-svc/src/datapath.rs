@@ -29,7 +29,10 @@ pub use self::remains::Remains;
 use self::{maps::MapSpec, pins::Pins};
 use crate::{
     DatapathError, DatapathOptions, Tables,
-    abi::{ClusterState, Config, Counter, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey, SockRevValue},
+    abi::{
+        ClusterState, Config, Counter, CtKey, CtValue, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey,
+        SockRevValue, VerdictKey,
+    },
     sys::LinkTarget,
     table::KernelTable,
 };
@@ -59,7 +62,7 @@ const INTERFACE_PROGRAMS: [&str; 3] = [FROM_POD, FROM_OVERLAY, TO_OVERLAY];
 pub struct Datapath {
     programs: Ebpf,
     pins: Pins,
-    specs: [MapSpec; 12],
+    specs: [MapSpec; maps::MAPS],
     config: Config,
 }
 
@@ -192,6 +195,8 @@ impl Datapath {
                 cluster.1.max_entries,
                 ClusterState::default(),
             )),
+            policy: Box::new(self.table("cm_policy")?),
+            cidr: Box::new(self.table("cm_cidr")?),
         })
     }
 
@@ -223,6 +228,23 @@ impl Datapath {
     pub fn sock_rev(&self) -> Result<Vec<(SockRevKey, SockRevValue)>, DatapathError> {
         use crate::table::Table as _;
         self.table("cm_sock_rev")?.dump()
+    }
+
+    /// Flows that are let through, also those that have expired and that nobody has replaced yet.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn flows(&self) -> Result<Vec<(CtKey, CtValue)>, DatapathError> {
+        use crate::table::Table as _;
+        self.table("cm_ct")?.dump()
+    }
+
+    /// How often each rule has decided lately.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn verdicts(&self) -> Result<Vec<(VerdictKey, Counter)>, DatapathError> {
+        self.per_cpu("cm_verdict")
     }
 
     /// What this node is configured as.

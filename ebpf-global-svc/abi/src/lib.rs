@@ -42,7 +42,7 @@ plain! {
     NodeKey = 20, NodeValue = 8, ServiceKey = 24, ServiceValue = 264, Group = 8, SlotKey = 12,
     BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
-    CtValue = 16,
+    CtValue = 16, FragmentKey = 40, FragmentValue = 4,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -225,6 +225,34 @@ pub struct CtValue {
 /// [`CtValue::flags`]: a FIN or RST was seen.
 pub const CT_CLOSING: u32 = 1;
 
+/// `cm_fragment` (LRU_HASH) key: a packet that is on its way in fragments.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FragmentKey {
+    /// Network order; IPv4 in the first four bytes.
+    pub source: [u8; 16],
+    /// The same.
+    pub destination: [u8; 16],
+    /// As it stands in the packet; IPv4 has it in the first two bytes.
+    pub id: [u8; 4],
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
+    pub family: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// `cm_fragment` value: what only the first fragment says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentValue {
+    /// Network order; ICMP echo: the identifier.
+    pub source_port: u16,
+    /// The same; other ICMP: the type.
+    pub destination_port: u16,
+}
+
 /// `cm_node` (HASH) key: an underlay address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -396,7 +424,7 @@ pub struct Config {
     pub reserved: [u32; 3],
 }
 
-/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]) and `cm_overlay_rx` value.
+/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx` and `cm_verdict` value.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counter {

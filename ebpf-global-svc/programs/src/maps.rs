@@ -10,8 +10,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use ebpf_global_svc_abi::{
-    BackendValue, ClusterState, Config, Counter, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS,
-    NodeKey, NodeValue, OverlayKey, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+    BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey, FragmentValue,
+    IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue,
+    ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -52,6 +53,32 @@ pub static METRICS: PerCpuArray<Counter, { MAX_REASONS as usize }> = PerCpuArray
 #[btf_map(name = "cm_overlay_rx")]
 pub static OVERLAY_RX: LruPerCpuHashMap<OverlayKey, Counter, 1> = LruPerCpuHashMap::new();
 
+#[btf_map(name = "cm_policy")]
+static POLICY: LpmTrie<PolicyBytes, PolicyValue, 1> = LpmTrie::new();
+
+#[btf_map(name = "cm_cidr")]
+static CIDR: LpmTrie<PrefixBytes, u32, 1> = LpmTrie::new();
+
+#[btf_map(name = "cm_ct")]
+pub static CT: LruHashMap<CtKey, CtValue, 1> = LruHashMap::new();
+
+#[btf_map(name = "cm_verdict")]
+pub static VERDICT: LruPerCpuHashMap<VerdictKey, Counter, 1> = LruPerCpuHashMap::new();
+
+#[btf_map(name = "cm_fragment")]
+pub static FRAGMENT: LruHashMap<FragmentKey, FragmentValue, 1> = LruHashMap::new();
+
+/// What `PolicyKey` holds after its length.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct PolicyBytes {
+    pub subject: u32,
+    pub peer: u32,
+    pub direction: u8,
+    pub proto: u8,
+    pub port: u16,
+}
+
 /// What `PrefixKey` holds after its length.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -72,4 +99,17 @@ pub fn config() -> Option<&'static Config> {
 pub fn prefix_of(address: &IpKey) -> Option<&'static PrefixValue> {
     let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
     PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes))
+}
+
+/// The identity of the longest address range outside of the mesh that a policy names and that holds an address.
+#[inline(always)]
+pub fn cidr_of(address: &IpKey) -> Option<u32> {
+    let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
+    CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes)).copied()
+}
+
+/// The longest policy entry of a subject and peer for a protocol and port.
+#[inline(always)]
+pub fn policy_of(bytes: PolicyBytes) -> Option<&'static PolicyValue> {
+    POLICY.get(&Key::new(size_of::<PolicyBytes>() as u32 * 8, bytes))
 }
