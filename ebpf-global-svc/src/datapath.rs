@@ -55,7 +55,11 @@ const SOCKET_PROGRAMS: [&str; 8] = [
 const FROM_POD: &str = "cm_from_pod";
 const FROM_OVERLAY: &str = "cm_from_overlay";
 const TO_OVERLAY: &str = "cm_to_overlay";
-const INTERFACE_PROGRAMS: [&str; 3] = [FROM_POD, FROM_OVERLAY, TO_OVERLAY];
+const TO_POD: &str = "cm_to_pod";
+const INTERFACE_PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY];
+/// On the host side of a pod's veth. The first of them names the pods that are attached.
+const POD_PROGRAMS: [(&str, TcAttachType); 2] =
+    [(FROM_POD, TcAttachType::Ingress), (TO_POD, TcAttachType::Egress)];
 
 /// The loaded kernel side. Dropping it leaves everything attached; [`Datapath::unload`] removes it.
 #[derive(Debug)]
@@ -80,12 +84,25 @@ pub struct ProgramInfo {
 /// What a program did to a packet that never was on a wire.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trial {
-    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected.
+    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected, -1 left to whoever comes next on the hook.
     pub verdict: i32,
     /// The packet afterwards.
     pub packet: Vec<u8>,
+    /// Its mark afterwards.
+    pub mark: u32,
     /// Average time per run.
     pub duration: std::time::Duration,
+}
+
+/// Where a packet that never was on a wire is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrival {
+    /// The interface at which it arrives, or through which it leaves; 0: none.
+    pub ifindex: u32,
+    /// The interface through which it came to this node; 0: this node has made it.
+    pub ingress_ifindex: u32,
+    /// Its mark.
+    pub mark: u32,
 }
 
 impl Datapath {
@@ -114,20 +131,18 @@ impl Datapath {
         Self::remains(bpf_root)?.map_or(Ok(()), Remains::remove)
     }
 
-    /// Watches what a pod sends: attaches to the host side of its veth, in the calling thread's
-    /// network namespace. Once more for the same interface is fine.
+    /// Watches what a pod sends and receives: attaches to the host side of its veth, in the calling
+    /// thread's network namespace. Once more for the same interface is fine.
     ///
     /// # Errors
     /// [`DatapathError::Attach`].
     pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let pin = self.pins.link(&pod_link(ifindex));
-        links::attach_interface(
-            classifier(&mut self.programs, FROM_POD)?,
-            FROM_POD,
-            &pin,
-            ifindex,
-            TcAttachType::Ingress,
-        )
+        // What comes first is what counts: see `attached_pods`.
+        for (name, direction) in POD_PROGRAMS.into_iter().rev() {
+            let pin = self.pins.link(&pod_link(name, ifindex));
+            links::attach_interface(classifier(&mut self.programs, name)?, name, &pin, ifindex, direction)?;
+        }
+        Ok(())
     }
 
     /// Undoes [`Datapath::attach_pod`]. An interface that is gone is fine.
@@ -135,7 +150,10 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::File`] if the pin cannot be removed.
     pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        links::detach_interface(FROM_POD, &self.pins.link(&pod_link(ifindex)), ifindex, TcAttachType::Ingress)
+        POD_PROGRAMS.into_iter().rev().try_for_each(|(name, direction)| {
+            let pin = self.pins.link(&pod_link(name, ifindex));
+            links::detach_interface(name, &pin, ifindex, direction)
+        })
     }
 
     /// Interfaces to which [`Datapath::attach_pod`] has attached, also in an earlier life. Empty on
@@ -144,7 +162,10 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::File`] if the pins cannot be listed.
     pub fn attached_pods(&self) -> Result<Vec<u32>, DatapathError> {
-        Ok(self.pins.links()?.iter().filter_map(|name| pod_of_link(name)).collect())
+        let links = self.pins.links()?;
+        let of = |program| links.iter().filter_map(move |name| pod_of_link(program, name));
+        // One with half of its programs wants to be attached (again).
+        Ok(of(FROM_POD).filter(|ifindex| of(TO_POD).any(|other| other == *ifindex)).collect())
     }
 
     /// Makes an existing VXLAN device (external, of the calling thread's network namespace) the overlay.
@@ -272,8 +293,8 @@ impl Datapath {
             .collect()
     }
 
-    /// Runs an interface program `repeat` times on a frame that arrives at (or leaves through)
-    /// `ifindex`, 0 for none. Maps are the real ones, so it counts; but nothing is sent.
+    /// Runs an interface program `repeat` times on a frame. Maps are the real ones, so it counts; but
+    /// nothing is sent.
     ///
     /// # Errors
     /// [`DatapathError::Attach`] if there is no such program, or the kernel refuses the frame (it
@@ -282,7 +303,7 @@ impl Datapath {
         &self,
         program: &str,
         frame: &[u8],
-        ifindex: u32,
+        arrival: Arrival,
         repeat: u32,
     ) -> Result<Trial, DatapathError> {
         let failed = |reason: String| DatapathError::Attach {
@@ -293,21 +314,26 @@ impl Datapath {
         let loaded =
             self.programs.program(program).ok_or_else(|| failed("there is no such program".to_owned()))?;
         let loaded = <&SchedClassifier>::try_from(loaded).map_err(|error| failed(error.to_string()))?;
-        // struct __sk_buff; ifindex is its eleventh word.
+        // struct __sk_buff: these are its third, tenth and eleventh word.
         let mut context = [0_u8; 192];
-        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+        context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
+        context[36..40].copy_from_slice(&arrival.ingress_ifindex.to_ne_bytes());
+        context[40..44].copy_from_slice(&arrival.ifindex.to_ne_bytes());
+        let mut after = [0_u8; 192];
         let mut packet = vec![0; frame.len() + 256];
         let result = loaded
             .test_run(TestRunOptions {
                 data_in: Some(frame),
                 data_out: Some(&mut packet),
                 ctx_in: Some(&context),
+                ctx_out: Some(&mut after),
                 repeat,
                 ..TestRunOptions::new()
             })
             .map_err(|error| failed(links::describe(&error)))?;
         packet.truncate(result.data_size_out as usize);
-        Ok(Trial { verdict: result.return_value.cast_signed(), packet, duration: result.duration })
+        let mark = u32::from_ne_bytes([after[8], after[9], after[10], after[11]]);
+        Ok(Trial { verdict: result.return_value.cast_signed(), packet, mark, duration: result.duration })
     }
 
     fn attach_sockets(&mut self, cgroup: Option<&Path>) -> Result<(), DatapathError> {
@@ -327,8 +353,9 @@ impl Datapath {
     /// interfaces that are gone.
     fn replace_interface_programs(&mut self) -> Result<(), DatapathError> {
         for link in self.pins.links()? {
-            let (name, target) = match pod_of_link(&link) {
-                Some(ifindex) => (FROM_POD, LinkTarget::Interface(ifindex)),
+            let pod = POD_PROGRAMS.iter().find_map(|(name, _)| Some((*name, pod_of_link(name, &link)?)));
+            let (name, target) = match pod {
+                Some((name, ifindex)) => (name, LinkTarget::Interface(ifindex)),
                 None if link == FROM_OVERLAY || link == TO_OVERLAY => {
                     (link.as_str(), LinkTarget::Interface(self.config.overlay_ifindex))
                 }
@@ -432,12 +459,12 @@ fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::progra
     })
 }
 
-fn pod_link(ifindex: u32) -> String {
-    format!("{FROM_POD}-{ifindex}")
+fn pod_link(program: &str, ifindex: u32) -> String {
+    format!("{program}-{ifindex}")
 }
 
-fn pod_of_link(name: &str) -> Option<u32> {
-    name.strip_prefix(FROM_POD)?.strip_prefix('-')?.parse().ok()
+fn pod_of_link(program: &str, name: &str) -> Option<u32> {
+    name.strip_prefix(program)?.strip_prefix('-')?.parse().ok()
 }
 
 fn load_failed(program: &str, error: ProgramError) -> DatapathError {

@@ -31,10 +31,16 @@ pub fn to_stack(ctx: &TcContext) -> i32 {
     TC_ACT_OK
 }
 
+/// Whether packets reach the pod through the stack, and so through `cm_to_pod`.
+#[inline(always)]
+pub fn is_via_stack(pod: &EndpointValue) -> bool {
+    pod.flags & ENDPOINT_VIA_STACK != 0
+}
+
 /// Moves the packet into a pod of this node, past the node's routing and queues.
 #[inline(always)]
 pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
-    if pod.flags & ENDPOINT_VIA_STACK != 0 {
+    if is_via_stack(pod) {
         return to_stack(ctx);
     }
     let (mac, host) = (pod.pod_mac, pod.host_mac);
@@ -50,8 +56,9 @@ pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
     }
 }
 
-/// Sends the packet to a node through the overlay, under the sender's identity.
-#[inline(always)]
+/// Sends the packet to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
+/// not lie on the stack while policy is asked.
+#[inline(never)]
 pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
         return drop(ctx, reason::NO_TUNNEL_ENDPOINT);

@@ -108,8 +108,9 @@ pub fn cidr_of(address: &IpKey) -> Option<u32> {
     CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes)).copied()
 }
 
-/// The longest policy entry of a subject and peer for a protocol and port.
+/// The longest policy entry for a subject, peer, direction, protocol and port. `bits` leaves out the port of
+/// what has none.
 #[inline(always)]
-pub fn policy_of(bytes: PolicyBytes) -> Option<&'static PolicyValue> {
-    POLICY.get(&Key::new(size_of::<PolicyBytes>() as u32 * 8, bytes))
+pub fn policy_of(bits: u32, bytes: PolicyBytes) -> Option<&'static PolicyValue> {
+    POLICY.get(&Key::new(bits, bytes))
 }

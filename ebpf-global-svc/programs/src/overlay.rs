@@ -7,13 +7,17 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use ebpf_global_svc_abi::{Config, FAMILY_V4, NodeKey, OverlayKey, identity, reason};
+use ebpf_global_svc_abi::{
+    Config, EndpointValue, FAMILY_V4, NodeKey, OverlayKey, direction, identity, reason,
+};
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, set_tunnel, to_pod, to_stack},
+    delivery::{accept_frame, drop, is_via_stack, set_tunnel, to_pod, to_stack},
     maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
+    mark,
     packet::{Addresses, Packet, parse},
+    peer, policy,
 };
 
 /// Ingress: a packet from another node.
@@ -30,7 +34,8 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
         Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
     // A node that speaks for one cluster must not send from the addresses of another.
-    if let Some(prefix) = prefix_of(&addresses.source)
+    let prefix = prefix_of(&addresses.source);
+    if let Some(prefix) = prefix
         && prefix.cluster != speaker
     {
         return drop(&ctx, reason::INVALID_SOURCE_IP);
@@ -39,6 +44,10 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     accept_frame(&ctx);
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
     if let Some(pod) = unsafe { ENDPOINT.get(addresses.destination) } {
+        let cluster = if prefix.is_some() { speaker } else { 0 };
+        if let Err(reason) = admit(&ctx, config, pod, &addresses, origin.identity, cluster) {
+            return drop(&ctx, reason);
+        }
         count(reason::DECAPSULATED, ctx.len());
         return to_pod(&ctx, pod);
     }
@@ -71,6 +80,29 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
     }
     count(reason::ENCAPSULATED, ctx.len());
     TC_ACT_OK
+}
+
+/// What the policy of a pod says of a packet from another node. If the stack delivers it, `cm_to_pod` asks,
+/// and has the identity from the packet's mark.
+#[inline(always)]
+fn admit(
+    ctx: &TcContext,
+    config: &Config,
+    pod: &EndpointValue,
+    addresses: &Addresses,
+    sender: u32,
+    cluster: u16,
+) -> Result<(), u8> {
+    if !policy::selects(pod) {
+        return Ok(());
+    }
+    if is_via_stack(pod) {
+        mark::set(ctx, sender);
+        return Ok(());
+    }
+    let source = &addresses.source;
+    let flow = policy::flow(ctx, source.family, (cluster, config.cluster));
+    policy::check(ctx, &flow, pod, direction::INGRESS, peer::remote(sender, source))
 }
 
 /// VNI and outer source of a decapsulated packet (or, on egress, what `set_tunnel` has set).
