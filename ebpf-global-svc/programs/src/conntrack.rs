@@ -8,11 +8,13 @@
 //! Entries are changed in place. Another CPU may do so at the same time, and the kernel may have given the
 //! element to another flow just then: what can be lost is a FIN, or the time at which an entry ends.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_ktime_get_ns};
 use ebpf_global_svc_abi::{CT_CLOSING, CT_FIN, CT_FIN_ANSWERED, CtKey, CtValue, IpKey, direction};
 
 use crate::{
-    flow::{Flow, TCP, read_flow, traits},
+    flow::{Flow, TCP, bytes, read_flow, traits},
     maps::{CT, prefix_of},
 };
 
@@ -30,7 +32,7 @@ pub fn is_answer(flow: &Flow, toward: u8) -> bool {
     if flow.is(traits::BEGINS | traits::ALONE) {
         return false;
     }
-    let Some(entry) = CT.get_ptr_mut(key(flow, toward, toward ^ 1)) else { return false };
+    let Some(entry) = CT.get_ptr_mut(&*Key::new(flow, toward, toward ^ 1)) else { return false };
     // SAFETY: the element stays readable until the program ends; see the module on who else writes it.
     unsafe {
         let now = bpf_ktime_get_ns();
@@ -52,9 +54,9 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) {
     }
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    let key = key(flow, toward, toward);
+    let key = Key::new(flow, toward, toward);
     if !flow.is(traits::BEGINS) || flow.proto != TCP {
-        if let Some(entry) = CT.get_ptr_mut(key) {
+        if let Some(entry) = CT.get_ptr_mut(&*key) {
             // SAFETY: as above.
             if unsafe { refresh(entry, flow, now) } {
                 return;
@@ -66,14 +68,14 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) {
     }
     let value = CtValue { expires: now + lifetime(flow, 0), flags: 0, peer };
     // A failure costs the answers, where a policy selects, until the next packet.
-    let _ = CT.insert(key, value, 0);
+    let _ = CT.insert(&*key, value, 0);
 }
 
 /// The flow is not let through any more, and neither are its answers.
 #[inline(always)]
 pub fn forget(flow: &Flow, toward: u8) {
     if !flow.is(traits::ANSWERS | traits::ALONE) {
-        let _ = CT.remove(key(flow, toward, toward));
+        let _ = CT.remove(&*Key::new(flow, toward, toward));
     }
 }
 
@@ -86,32 +88,34 @@ pub fn forget(flow: &Flow, toward: u8) {
 pub unsafe extern "C" fn is_about_flow(skb: *mut __sk_buff, error: *const Flow, toward: u32) -> u32 {
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(error) = (unsafe { error.as_ref() }) else { return 0 };
-    let mut about = Flow::new(error.family, (0, 0), 0);
+    let mut about = MaybeUninit::uninit();
+    let about = Flow::new(&mut about, error.family, (0, 0), 0);
     // SAFETY: the caller's promise.
-    unsafe { read_flow(skb, error.embedded, &raw mut about) };
-    if about.unreadable != 0 || about.is(traits::ALONE) {
+    unsafe { read_flow(skb, error.embedded, about) };
+    // It travelled the other way: what the pod has sent comes back to it.
+    let sent = toward as u8 ^ 1;
+    let is_pods = if sent == direction::EGRESS {
+        about.source == error.destination
+    } else {
+        about.destination == error.source
+    };
+    if !is_pods || about.unreadable != 0 || about.is(traits::ALONE) {
         return 0;
     }
-    is_known(&about, error, toward as u8).into()
+    is_known(about, sent).into()
 }
 
-/// Whether the packet `about`, which comes back in an error that goes `toward`, is of a flow that was let
-/// through. Apart, so that its keys do not lie on the stack while the packet is read.
+/// Whether the packet, which went as `sent`, is of a flow that was let through. Apart, so that its keys do not
+/// lie on the stack while the packet is read.
 #[inline(never)]
-fn is_known(about: &Flow, error: &Flow, toward: u8) -> bool {
-    // It travelled the other way: what the pod has sent comes back to it.
-    let sent = toward ^ 1;
-    let mut key = key(about, sent, sent);
-    let pod = if sent == direction::EGRESS { &error.destination } else { &error.source };
-    if key.local != *pod {
-        return false;
-    }
-    let address = IpKey { cluster: 0, family: key.family, pad: 0, ip: key.remote };
-    key.cluster = prefix_of(&address).map_or(0, |prefix| prefix.cluster);
+fn is_known(about: &Flow, sent: u8) -> bool {
+    let mut key = Key::new(about, sent, sent);
+    let address = IpKey { cluster: 0, family: about.family, pad: 0, ip: bytes(key.remote) };
+    key.set_cluster(prefix_of(&address).map_or(0, |prefix| prefix.cluster));
     if is_alive(&key) {
         return true;
     }
-    key.direction ^= 1;
+    key.began = Key::new(about, sent, sent ^ 1).began;
     is_alive(&key)
 }
 
@@ -125,28 +129,52 @@ fn is_alive(key: &CtKey) -> bool {
     }
 }
 
-/// The entry of the flow of a packet that goes `toward`, if it began as `began`.
-#[inline(always)]
-fn key(flow: &Flow, toward: u8, began: u8) -> CtKey {
-    let mut key = CtKey {
-        local: flow.source,
-        remote: flow.destination,
-        local_port: flow.source_port,
-        remote_port: flow.destination_port,
-        cluster: flow.destination_cluster,
-        proto: flow.proto,
-        family: flow.family,
-        direction: began,
-        pad: [0; 3],
-    };
-    if toward == direction::INGRESS {
-        key.local = flow.destination;
-        key.remote = flow.source;
-        key.local_port = flow.destination_port;
-        key.remote_port = flow.source_port;
-        key.cluster = flow.source_cluster;
+/// [`CtKey`] by words: by fields, its padding would become a call of memset.
+#[repr(C)]
+struct Key {
+    local: [u32; 4],
+    remote: [u32; 4],
+    ports: u32,
+    /// Cluster, protocol, family.
+    kind: u32,
+    /// Direction, padding.
+    began: u32,
+}
+const _: () = assert!(size_of::<Key>() == size_of::<CtKey>());
+
+impl Key {
+    /// The entry of the flow of a packet that goes `toward`, if it began as `began`.
+    #[inline(always)]
+    fn new(flow: &Flow, toward: u8, began: u8) -> Self {
+        let (source, destination) = (flow.source_port.to_ne_bytes(), flow.destination_port.to_ne_bytes());
+        let (local, remote, ports, cluster) = if toward == direction::EGRESS {
+            (flow.source, flow.destination, [source, destination], flow.destination_cluster)
+        } else {
+            (flow.destination, flow.source, [destination, source], flow.source_cluster)
+        };
+        let [[a, b], [c, d]] = ports;
+        let ports = u32::from_ne_bytes([a, b, c, d]);
+        let [low, high] = cluster.to_ne_bytes();
+        let kind = u32::from_ne_bytes([low, high, flow.proto, flow.family]);
+        Self { local, remote, ports, kind, began: u32::from_ne_bytes([began, 0, 0, 0]) }
     }
-    key
+
+    #[inline(always)]
+    fn set_cluster(&mut self, cluster: u16) {
+        let [_, _, proto, family] = self.kind.to_ne_bytes();
+        let [low, high] = cluster.to_ne_bytes();
+        self.kind = u32::from_ne_bytes([low, high, proto, family]);
+    }
+}
+
+impl core::ops::Deref for Key {
+    type Target = CtKey;
+
+    #[inline(always)]
+    fn deref(&self) -> &CtKey {
+        // SAFETY: of the same size, laid out alike, and aligned to more.
+        unsafe { &*(&raw const *self).cast() }
+    }
 }
 
 /// Lets an entry live on. False if it has ended already.

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! What a packet is a part of: addresses, protocol, ports, as connection tracking and policy want them.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, FragmentKey, FragmentValue, reason};
 
-use crate::{maps::FRAGMENT, packet::ETHERNET};
+use crate::{maps::FRAGMENT, packet::ETHERNET, zero::zero};
 
 const HOP_BY_HOP: u8 = 0;
 const ICMP: u8 = 1;
@@ -48,8 +50,9 @@ pub mod traits {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Flow {
-    pub source: [u8; 16],
-    pub destination: [u8; 16],
+    /// In network order, by words.
+    pub source: [u32; 4],
+    pub destination: [u32; 4],
     /// Bytes of the packet, with its Ethernet header.
     pub bytes: u32,
     /// Where the packet that an ICMP error is about begins; 0: it is none.
@@ -75,23 +78,14 @@ pub struct Flow {
 impl Flow {
     /// A packet of which only this is known.
     #[inline(always)]
-    pub fn new(family: u8, clusters: (u16, u16), bytes: u32) -> Self {
-        Self {
-            source: [0; 16],
-            destination: [0; 16],
-            bytes,
-            embedded: 0,
-            source_cluster: clusters.0,
-            destination_cluster: clusters.1,
-            source_port: 0,
-            destination_port: 0,
-            service: 0,
-            family,
-            proto: 0,
-            traits: 0,
-            unreadable: 0,
-            pad: 0,
-        }
+    pub fn new(place: &mut MaybeUninit<Self>, family: u8, clusters: (u16, u16), bytes: u32) -> &mut Self {
+        // SAFETY: integers only.
+        let flow = unsafe { zero(place) };
+        flow.bytes = bytes;
+        flow.source_cluster = clusters.0;
+        flow.destination_cluster = clusters.1;
+        flow.family = family;
+        flow
     }
 
     #[inline(always)]
@@ -146,16 +140,18 @@ enum Behind {
 
 #[inline(always)]
 fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Truncated> {
-    let header: [u8; 20] = load(skb, at).ok_or(Truncated)?;
-    flow.source[..4].copy_from_slice(&header[12..16]);
-    flow.destination[..4].copy_from_slice(&header[16..20]);
-    flow.proto = header[9];
-    let length = u32::from(header[0] & 0x0f) * 4;
+    let header: [u32; 5] = load(skb, at).ok_or(Truncated)?;
+    flow.source = [header[3], 0, 0, 0];
+    flow.destination = [header[4], 0, 0, 0];
+    let [first, ..] = header[0].to_ne_bytes();
+    let [id_high, id_low, flags, offset] = header[1].to_ne_bytes();
+    [_, flow.proto, ..] = header[2].to_ne_bytes();
+    let length = u32::from(first & 0x0f) * 4;
     if length < 20 {
         return Err(Truncated);
     }
-    let fragment = u16::from_be_bytes([header[6], header[7]]);
-    let id = [header[4], header[5], 0, 0];
+    let fragment = u16::from_be_bytes([flags, offset]);
+    let id = [id_high, id_low, 0, 0];
     if fragment & OFFSET != 0 {
         return Ok(Behind::Fragment(id));
     }
@@ -164,10 +160,10 @@ fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Tr
 
 #[inline(always)]
 fn read_ipv6(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Truncated> {
-    let header: [u8; 40] = load(skb, at).ok_or(Truncated)?;
-    flow.source.copy_from_slice(&header[8..24]);
-    flow.destination.copy_from_slice(&header[24..40]);
-    let mut next = header[6];
+    let header: [u32; 10] = load(skb, at).ok_or(Truncated)?;
+    flow.source = [header[2], header[3], header[4], header[5]];
+    flow.destination = [header[6], header[7], header[8], header[9]];
+    let [_, _, mut next, _] = header[1].to_ne_bytes();
     let mut at = at + 40;
     let mut fragment = None;
     for _ in 0..EXTENSIONS {
@@ -272,8 +268,8 @@ fn icmp(kind: u8, identifier: u16, flow: &mut Flow) {
 #[inline(always)]
 fn fragment_key(flow: &Flow, id: [u8; 4]) -> FragmentKey {
     FragmentKey {
-        source: flow.source,
-        destination: flow.destination,
+        source: bytes(flow.source),
+        destination: bytes(flow.destination),
         id,
         // Fragments of an IPv6 packet need not agree about what they begin with.
         proto: if flow.family == FAMILY_V4 { flow.proto } else { 0 },
@@ -305,6 +301,13 @@ fn recall(first: &FragmentValue, flow: &mut Flow) {
     if matches!(flow.proto, TCP | UDP | SCTP) {
         flow.traits |= traits::PORTS;
     }
+}
+
+/// An address, as maps have it.
+#[inline(always)]
+pub fn bytes(words: [u32; 4]) -> [u8; 16] {
+    // SAFETY: of the same size, and any bytes are valid.
+    unsafe { core::mem::transmute(words) }
 }
 
 #[inline(always)]

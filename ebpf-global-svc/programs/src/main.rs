@@ -10,6 +10,7 @@
 //! * `mark`: what a packet carries through the stack.
 //! * `packet`, `delivery`: what all need: addresses in, verdicts out.
 //! * `maps`, `counters`: everything shared with user space.
+//! * `zero`: zeros that cost nothing.
 //!
 //! Every program is loaded once per node; what differs per pod is in `cm_endpoint`.
 #![no_std]
@@ -28,6 +29,7 @@ mod pod;
 mod policy;
 mod selection;
 mod sockets;
+mod zero;
 
 /// The kernel lends most helpers to programs under its own licence only.
 #[unsafe(link_section = "license")]

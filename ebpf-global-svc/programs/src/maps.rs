@@ -83,9 +83,16 @@ pub struct PolicyBytes {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PrefixBytes {
-    family: u8,
-    pad: [u8; 3],
+    /// The family and its padding.
+    family: u32,
     ip: [u8; 16],
+}
+
+impl PrefixBytes {
+    #[inline(always)]
+    fn of(address: &IpKey) -> Self {
+        Self { family: u32::from_ne_bytes([address.family, 0, 0, 0]), ip: address.ip }
+    }
 }
 
 /// What this node is. The map always has its one element; the verifier wants to see a check.
@@ -97,15 +104,13 @@ pub fn config() -> Option<&'static Config> {
 /// The longest pod CIDR of the mesh that holds an address.
 #[inline(always)]
 pub fn prefix_of(address: &IpKey) -> Option<&'static PrefixValue> {
-    let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
-    PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes))
+    PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, PrefixBytes::of(address)))
 }
 
 /// The identity of the longest address range outside of the mesh that a policy names and that holds an address.
 #[inline(always)]
 pub fn cidr_of(address: &IpKey) -> Option<u32> {
-    let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
-    CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes)).copied()
+    CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, PrefixBytes::of(address))).copied()
 }
 
 /// The longest policy entry for a subject, peer, direction, protocol and port. `bits` leaves out the port of

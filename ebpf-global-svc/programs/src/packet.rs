@@ -1,30 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Addresses of a packet, in the form in which every map has them.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_pull_data, programs::TcContext};
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, IpKey};
+
+use crate::zero::zero;
 
 pub const ETHERNET: usize = 14;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// What arrived.
-pub enum Packet {
-    Ip(Addresses),
+pub enum Packet<'a> {
+    Ip(&'a Addresses),
     /// ARP and whatever else is between the two ends of the wire.
     NotIp,
     /// Claims to be IP, and is not.
     Malformed,
 }
 
-/// Source and destination, as addresses of the cluster that was asked for.
-#[repr(C)]
+/// Source and destination, as addresses of the cluster that was asked for. Aligned to be copied by words: the
+/// compiler does not know that IP headers are.
+#[repr(C, align(8))]
 pub struct Addresses {
     pub source: IpKey,
     pub destination: IpKey,
 }
 
 impl Addresses {
+    /// Reads the addresses of an Ethernet frame.
+    #[inline(always)]
+    pub fn read<'a>(ctx: &TcContext, cluster: u16, place: &'a mut MaybeUninit<Self>) -> Packet<'a> {
+        // SAFETY: integers only.
+        let addresses = unsafe { zero(place) };
+        addresses.source.cluster = cluster;
+        addresses.destination.cluster = cluster;
+        // SAFETY: the context is the program's own.
+        match unsafe { read_addresses(ctx.skb.skb, addresses) } {
+            IS_IP => Packet::Ip(addresses),
+            IS_NOT_IP => Packet::NotIp,
+            _ => Packet::Malformed,
+        }
+    }
+
     /// Multicast, broadcast and link-local destinations never leave the link: neighbour discovery,
     /// router solicitation, DHCP, mDNS. They are the stack's.
     #[inline(always)]
@@ -44,19 +64,6 @@ impl Addresses {
     }
 }
 
-/// Reads the addresses of an Ethernet frame.
-#[inline(always)]
-pub fn parse(ctx: &TcContext, cluster: u16) -> Packet {
-    let nobody = IpKey { cluster, family: 0, pad: 0, ip: [0; 16] };
-    let mut addresses = Addresses { source: nobody, destination: nobody };
-    // SAFETY: the context is the program's own.
-    match unsafe { parse_addresses(ctx.skb.skb, &raw mut addresses) } {
-        IS_IP => Packet::Ip(addresses),
-        IS_NOT_IP => Packet::NotIp,
-        _ => Packet::Malformed,
-    }
-}
-
 const IS_IP: u32 = 0;
 const IS_NOT_IP: u32 = 1;
 const IS_MALFORMED: u32 = 2;
@@ -67,45 +74,50 @@ const IS_MALFORMED: u32 = 2;
 /// `skb` is the program's own context.
 #[inline(never)]
 #[unsafe(no_mangle)]
-unsafe extern "C" fn parse_addresses(skb: *mut __sk_buff, addresses: *mut Addresses) -> u32 {
+unsafe extern "C" fn read_addresses(skb: *mut __sk_buff, addresses: *mut Addresses) -> u32 {
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(addresses) = (unsafe { addresses.as_mut() }) else { return IS_MALFORMED };
     let ctx = TcContext::new(skb);
     // SAFETY: the context is valid for the program's run.
     let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
-    let parsed = match ethertype {
-        ETHERTYPE_IPV4 => parse_ipv4(&ctx, addresses),
-        ETHERTYPE_IPV6 => parse_ipv6(&ctx, addresses),
+    let read = match ethertype {
+        ETHERTYPE_IPV4 => read_ipv4(&ctx, addresses),
+        ETHERTYPE_IPV6 => read_ipv6(&ctx, addresses),
         _ => return IS_NOT_IP,
     };
-    if parsed.is_some() { IS_IP } else { IS_MALFORMED }
+    if read.is_some() { IS_IP } else { IS_MALFORMED }
 }
 
 #[inline(always)]
-fn parse_ipv4(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
-    let header = header::<20>(ctx)?;
+fn read_ipv4(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
+    let header = header::<5>(ctx)?;
+    let first = header[0].to_ne_bytes()[0];
     // Version 4, and at least five words of header.
-    if header[0] >> 4 != 4 || header[0] & 0x0f < 5 {
+    if first >> 4 != 4 || first & 0x0f < 5 {
         return None;
     }
-    for (at, address) in [(12, &mut addresses.source), (16, &mut addresses.destination)] {
-        address.family = FAMILY_V4;
-        address.ip[..4].copy_from_slice(&header[at..at + 4]);
-    }
+    set(&mut addresses.source, FAMILY_V4, [header[3], 0, 0, 0]);
+    set(&mut addresses.destination, FAMILY_V4, [header[4], 0, 0, 0]);
     Some(())
 }
 
 #[inline(always)]
-fn parse_ipv6(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
-    let header = header::<40>(ctx)?;
-    if header[0] >> 4 != 6 {
+fn read_ipv6(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
+    let header = header::<10>(ctx)?;
+    if header[0].to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
-    for (at, address) in [(8, &mut addresses.source), (24, &mut addresses.destination)] {
-        address.family = FAMILY_V6;
-        address.ip.copy_from_slice(&header[at..at + 16]);
-    }
+    set(&mut addresses.source, FAMILY_V6, [header[2], header[3], header[4], header[5]]);
+    set(&mut addresses.destination, FAMILY_V6, [header[6], header[7], header[8], header[9]]);
     Some(())
+}
+
+#[inline(always)]
+fn set(address: &mut IpKey, family: u8, ip: [u32; 4]) {
+    address.family = family;
+    let words: *mut [u32; 4] = (&raw mut address.ip).cast();
+    // SAFETY: of the same size; and within `Addresses`, both are at multiples of four.
+    unsafe { *words = ip };
 }
 
 /// Destination port of an IPv4 UDP datagram, unless this is a later fragment of one. The overlay
@@ -117,37 +129,42 @@ pub fn udp_port(ctx: &TcContext, destination: &IpKey) -> Option<u16> {
     if destination.family != FAMILY_V4 {
         return None;
     }
-    let header = header::<20>(ctx)?;
-    if header[9] != UDP || u16::from_be_bytes([header[6], header[7]]) & FRAGMENT_OFFSET != 0 {
+    let header = header::<5>(ctx)?;
+    let [first, ..] = header[0].to_ne_bytes();
+    let [_, _, flags, offset] = header[1].to_ne_bytes();
+    let [_, proto, ..] = header[2].to_ne_bytes();
+    if proto != UDP || u16::from_be_bytes([flags, offset]) & FRAGMENT_OFFSET != 0 {
         return None;
     }
-    let length = usize::from(header[0] & 0x0f) * 4;
+    let length = usize::from(first & 0x0f) * 4;
     ctx.load(ETHERNET + length + 2).ok().map(u16::from_be)
 }
 
-/// The first `N` bytes behind the Ethernet header, pulled into reach if they are in a fragment.
+/// The first `N` words behind the Ethernet header, pulled into reach if they are in a fragment.
 /// Valid until the next helper that changes the packet.
 #[inline(always)]
-fn header<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+fn header<const N: usize>(ctx: &TcContext) -> Option<&'static [u32; N]> {
     if let Some(header) = in_reach(ctx) {
         return Some(header);
     }
-    if (ctx.len() as usize) < ETHERNET + N {
+    let end = ETHERNET + N * 4;
+    if (ctx.len() as usize) < end {
         return None;
     }
     // SAFETY: the context is the program's own.
-    if unsafe { bpf_skb_pull_data(ctx.skb.skb, (ETHERNET + N) as u32) } != 0 {
+    if unsafe { bpf_skb_pull_data(ctx.skb.skb, end as u32) } != 0 {
         return None;
     }
     in_reach(ctx)
 }
 
 #[inline(always)]
-fn in_reach<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+fn in_reach<const N: usize>(ctx: &TcContext) -> Option<&'static [u32; N]> {
     let start = ctx.data() + ETHERNET;
-    if start + N > ctx.data_end() {
+    if start + N * 4 > ctx.data_end() {
         return None;
     }
-    // SAFETY: the N bytes lie before data_end, which the verifier checks too.
-    Some(unsafe { &*(start as *const [u8; N]) })
+    // SAFETY: the N words lie before data_end, which the verifier checks too. The kernel aligns IP headers to
+    // words on machines that need it.
+    Some(unsafe { &*(start as *const [u32; N]) })
 }

@@ -19,7 +19,7 @@ pub fn outside(config: &Config, address: &IpKey) -> u32 {
     }
     let key = NodeKey { family: address.family, pad: [0; 3], ip: address.ip };
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
-    if unsafe { NODE.get(key) }.is_some() {
+    if unsafe { NODE.get(&key) }.is_some() {
         return identity::REMOTE_NODE;
     }
     world(address)

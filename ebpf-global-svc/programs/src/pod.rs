@@ -2,6 +2,8 @@
 //! Both directions of the host side of a pod's veth: what the pod sends, and what the node's stack sends to
 //! it. What comes straight from another pod or from the overlay does not pass the second.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use ebpf_global_svc_abi::{Config, EndpointValue, direction, identity, reason};
 
@@ -10,7 +12,7 @@ use crate::{
     delivery::{drop, is_via_stack, to_node, to_pod, to_stack},
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark,
-    packet::{Addresses, Packet, parse, udp_port},
+    packet::{Addresses, Packet, udp_port},
     peer, policy,
 };
 
@@ -20,7 +22,8 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
     // The sender is known by its address; nobody else has a say.
     mark::clear(&ctx);
-    let addresses = match parse(&ctx, config.cluster) {
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp => return to_stack(&ctx),
         Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
@@ -30,17 +33,17 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
         return to_stack(&ctx);
     }
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
-    let sender = match unsafe { ENDPOINT.get(addresses.source) } {
+    let sender = match unsafe { ENDPOINT.get(&addresses.source) } {
         // SAFETY: the context is valid for the program's run.
         Some(endpoint) if endpoint.ifindex == unsafe { (*ctx.skb.skb).ifindex } => endpoint,
         _ if on_link => return to_stack(&ctx),
         _ => return drop(&ctx, reason::INVALID_SOURCE_IP),
     };
-    let way = match way(&ctx, config, sender, &addresses) {
+    let way = match way(&ctx, config, sender, addresses) {
         Ok(way) => way,
         Err(reason) => return drop(&ctx, reason),
     };
-    if let Err(reason) = allow(&ctx, config, sender, &addresses, &way) {
+    if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
         return drop(&ctx, reason);
     }
     match way.to {
@@ -57,14 +60,15 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn cm_to_pod(ctx: TcContext) -> i32 {
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
-    let addresses = match parse(&ctx, config.cluster) {
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp => return TC_ACT_UNSPEC,
         Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
     let source = &addresses.source;
     // SAFETY: as above.
-    let pod = match unsafe { ENDPOINT.get(addresses.destination) } {
+    let pod = match unsafe { ENDPOINT.get(&addresses.destination) } {
         Some(pod) if policy::selects(pod) => pod,
         // Multicast and link-local addresses are no endpoints.
         _ => return TC_ACT_UNSPEC,
@@ -72,8 +76,9 @@ pub fn cm_to_pod(ctx: TcContext) -> i32 {
     let prefix = prefix_of(source);
     let sender = peer::through_stack(&ctx, config, source, prefix);
     let cluster = prefix.map_or(0, |prefix| prefix.cluster);
-    let flow = policy::flow(&ctx, source.family, (cluster, config.cluster));
-    match policy::check(&ctx, &flow, pod, direction::INGRESS, sender) {
+    let mut flow = MaybeUninit::uninit();
+    let flow = policy::flow(&ctx, &mut flow, source.family, (cluster, config.cluster));
+    match policy::check(&ctx, flow, pod, direction::INGRESS, sender) {
         Ok(()) => TC_ACT_UNSPEC,
         Err(reason) => drop(&ctx, reason),
     }
@@ -96,13 +101,13 @@ enum To {
 
 #[inline(always)]
 fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Addresses) -> Result<Way, u8> {
-    let mut destination = addresses.destination;
-    let Some(prefix) = prefix_of(&destination) else {
+    let destination = &addresses.destination;
+    let Some(prefix) = prefix_of(destination) else {
         // Masquerading would make a pod's own VXLAN packet one of this node, with any identity.
-        return match udp_port(ctx, &destination) {
+        return match udp_port(ctx, destination) {
             Some(port) if port == config.overlay_port => Err(reason::ENCAPSULATION_PROHIBITED),
             _ if !policy::selects(sender) => Ok(Way { to: To::Stack, peer: identity::UNKNOWN, cluster: 0 }),
-            _ => Ok(Way { to: To::Stack, peer: peer::outside(config, &destination), cluster: 0 }),
+            _ => Ok(Way { to: To::Stack, peer: peer::outside(config, destination), cluster: 0 }),
         };
     };
 
@@ -113,9 +118,10 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
             return Ok(Way { to: To::Pod(pod), peer: pod.identity, cluster: prefix.cluster });
         }
     }
+    let mut destination = *destination;
     destination.cluster = prefix.cluster;
     // SAFETY: as above.
-    let entry = unsafe { IPCACHE.get(destination) };
+    let entry = unsafe { IPCACHE.get(&destination) };
     // Not known (yet): its node may know better.
     let node_ip = entry.map_or(prefix.node_ip, |entry| entry.node_ip);
     let to = match node_ip {
@@ -143,13 +149,14 @@ fn allow(
     if !policy::selects(sender) && receiver.is_none() {
         return Ok(());
     }
-    let flow = policy::flow(ctx, addresses.source.family, (config.cluster, way.cluster));
-    policy::check(ctx, &flow, sender, direction::EGRESS, way.peer)?;
+    let mut flow = MaybeUninit::uninit();
+    let flow = policy::flow(ctx, &mut flow, addresses.source.family, (config.cluster, way.cluster));
+    policy::check(ctx, flow, sender, direction::EGRESS, way.peer)?;
     match receiver {
         // `cm_to_pod` will ask.
         Some(pod) if is_via_stack(pod) => mark::set(ctx, sender.identity),
         Some(pod) => {
-            policy::check(ctx, &flow, pod, direction::INGRESS, sender.identity)?;
+            policy::check(ctx, flow, pod, direction::INGRESS, sender.identity)?;
         }
         None => {}
     }

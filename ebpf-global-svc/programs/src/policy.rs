@@ -8,6 +8,8 @@
 //! The three functions with C names are global to the verifier: it looks at each once, whatever calls it, and
 //! knows nothing of what it returns. Walked from within every path of every program they would exceed its limit.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::programs::TcContext;
 use ebpf_global_svc_abi::{
     ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, EndpointValue, POLICY_DENY,
@@ -32,10 +34,15 @@ pub fn selects(pod: &EndpointValue) -> bool {
 
 /// The packet, for [`check`]. `clusters` are those of source and destination, 0 outside of the mesh.
 #[inline(always)]
-pub fn flow(ctx: &TcContext, family: u8, clusters: (u16, u16)) -> Flow {
-    let mut flow = Flow::new(family, clusters, ctx.len());
+pub fn flow<'a>(
+    ctx: &TcContext,
+    place: &'a mut MaybeUninit<Flow>,
+    family: u8,
+    clusters: (u16, u16),
+) -> &'a Flow {
+    let flow = Flow::new(place, family, clusters, ctx.len());
     // SAFETY: the context is the program's own.
-    unsafe { read_flow(ctx.skb.skb, OUTER, &raw mut flow) };
+    unsafe { read_flow(ctx.skb.skb, OUTER, flow) };
     flow
 }
 
