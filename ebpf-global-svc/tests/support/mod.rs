@@ -1,6 +1,8 @@
 //! Places to test in, each with this process's ID in its name and gone when dropped, also by a panic.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its part")]
 
+pub mod pair;
+
 use std::{
     fs::{self, File},
     net::{IpAddr, Ipv4Addr},
