@@ -108,39 +108,52 @@ pub unsafe extern "C" fn read_flow(skb: *mut __sk_buff, at: u32, flow: *mut Flow
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
     let behind = if flow.family == FAMILY_V4 { read_ipv4(skb, at, flow) } else { read_ipv6(skb, at, flow) };
-    match behind {
-        Ok(Behind::Transport { at: behind, fragment }) => {
-            if read_transport(skb, behind, at != OUTER, flow).is_none() {
-                flow.unreadable = reason::INVALID_PACKET;
-            } else if let Some(id) = fragment {
-                remember(&fragment_key(flow, id), flow);
-            }
-        }
-        Ok(Behind::Fragment(id)) => {
+    match behind.part {
+        Part::Unknown => flow.unreadable = reason::INVALID_PACKET,
+        Part::Later => {
             // SAFETY: the element is only read, and at worst is one that is being replaced.
-            match unsafe { FRAGMENT.get(fragment_key(flow, id)) } {
+            match unsafe { FRAGMENT.get(fragment_key(flow, behind.id)) } {
                 Some(first) => recall(first, flow),
                 None => flow.unreadable = reason::FRAGMENT_NOT_FOUND,
             }
         }
-        Err(Truncated) => flow.unreadable = reason::INVALID_PACKET,
+        Part::First | Part::All => {
+            if read_transport(skb, behind.at, at != OUTER, flow).is_none() {
+                flow.unreadable = reason::INVALID_PACKET;
+            } else if matches!(behind.part, Part::First) && at == OUTER {
+                remember(&fragment_key(flow, behind.id), flow);
+            }
+        }
     }
     0
 }
 
-struct Truncated;
-
-/// What comes behind the IP headers.
-enum Behind {
-    /// A transport header, with the ID of a packet of which this is the first fragment.
-    Transport { at: u32, fragment: Option<[u8; 4]> },
-    /// A later fragment of the packet with this ID.
-    Fragment([u8; 4]),
+/// What comes behind the IP headers. No enum with fields: of those that a variant does not have the compiler reads
+/// what nobody wrote, ahead of the test, which kernels before 6.3 refuse.
+struct Behind {
+    part: Part,
+    /// Where the transport header is.
+    at: u32,
+    /// Of the packet that this is a fragment of.
+    id: [u8; 4],
 }
 
+/// How much of a packet this is.
+#[derive(Clone, Copy)]
+enum Part {
+    /// Its headers are cut off.
+    Unknown,
+    All,
+    /// The fragment with the transport header.
+    First,
+    Later,
+}
+
+const TRUNCATED: Behind = Behind { part: Part::Unknown, at: 0, id: [0; 4] };
+
 #[inline(always)]
-fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Truncated> {
-    let header: [u32; 5] = load(skb, at).ok_or(Truncated)?;
+fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Behind {
+    let Some(header) = load::<[u32; 5]>(skb, at) else { return TRUNCATED };
     flow.source = [header[3], 0, 0, 0];
     flow.destination = [header[4], 0, 0, 0];
     let [first, ..] = header[0].to_ne_bytes();
@@ -148,49 +161,50 @@ fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Tr
     [_, flow.proto, ..] = header[2].to_ne_bytes();
     let length = u32::from(first & 0x0f) * 4;
     if length < 20 {
-        return Err(Truncated);
+        return TRUNCATED;
     }
     let fragment = u16::from_be_bytes([flags, offset]);
-    let id = [id_high, id_low, 0, 0];
-    if fragment & OFFSET != 0 {
-        return Ok(Behind::Fragment(id));
-    }
-    Ok(Behind::Transport { at: at + length, fragment: (fragment & MORE != 0).then_some(id) })
+    let part = match (fragment & OFFSET, fragment & MORE) {
+        (0, 0) => Part::All,
+        (0, _) => Part::First,
+        _ => Part::Later,
+    };
+    Behind { part, at: at + length, id: [id_high, id_low, 0, 0] }
 }
 
 #[inline(always)]
-fn read_ipv6(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Result<Behind, Truncated> {
-    let header: [u32; 10] = load(skb, at).ok_or(Truncated)?;
+fn read_ipv6(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Behind {
+    let Some(header) = load::<[u32; 10]>(skb, at) else { return TRUNCATED };
     flow.source = [header[2], header[3], header[4], header[5]];
     flow.destination = [header[6], header[7], header[8], header[9]];
     let [_, _, mut next, _] = header[1].to_ne_bytes();
-    let mut at = at + 40;
-    let mut fragment = None;
+    let mut behind = Behind { part: Part::All, at: at + 40, id: [0; 4] };
     for _ in 0..EXTENSIONS {
         match next {
             HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => {
-                let extension: [u8; 2] = load(skb, at).ok_or(Truncated)?;
+                let Some(extension) = load::<[u8; 2]>(skb, behind.at) else { return TRUNCATED };
                 next = extension[0];
-                at += (u32::from(extension[1]) + 1) * 8;
+                behind.at += (u32::from(extension[1]) + 1) * 8;
             }
             FRAGMENT_HEADER => {
-                let extension: [u8; 8] = load(skb, at).ok_or(Truncated)?;
+                let Some(extension) = load::<[u8; 8]>(skb, behind.at) else { return TRUNCATED };
                 next = extension[0];
-                at += 8;
-                let id = [extension[4], extension[5], extension[6], extension[7]];
+                behind.at += 8;
                 let place = u16::from_be_bytes([extension[2], extension[3]]);
-                if place & !7 != 0 {
-                    return Ok(Behind::Fragment(id));
+                if place & !6 != 0 {
+                    behind.id = [extension[4], extension[5], extension[6], extension[7]];
+                    behind.part = Part::First;
                 }
-                if place & 1 != 0 {
-                    fragment = Some(id);
+                if place & !7 != 0 {
+                    behind.part = Part::Later;
+                    return behind;
                 }
             }
             _ => break,
         }
     }
     flow.proto = next;
-    Ok(Behind::Transport { at, fragment })
+    behind
 }
 
 /// None if it is cut off.
