@@ -121,6 +121,24 @@ fn opening_again_finds_everything_and_refuses_what_does_not_fit() {
 }
 
 #[test]
+fn a_datapath_without_policies_is_taken_over() {
+    let root = Root::new();
+    let entry = (ip_key(2, ip(1)), ip_value(0x2_0001, Ipv4Addr::LOCALHOST));
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    datapath.tables().unwrap().ipcache.upsert(&[entry]).unwrap();
+    drop(datapath);
+    // As an older version leaves it.
+    for map in ["cm_policy", "cm_cidr", "cm_ct", "cm_verdict", "cm_fragment"] {
+        std::fs::remove_file(root.path().join("maps").join(map)).unwrap();
+    }
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let tables = datapath.tables().unwrap();
+    assert_eq!(tables.ipcache.dump().unwrap(), [entry]);
+    assert_eq!((tables.policy.count().unwrap(), tables.cidr.count().unwrap()), (0, 0));
+    assert_eq!(datapath.flows().unwrap(), []);
+}
+
+#[test]
 fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     let root = Root::new();
     assert!(Datapath::remains(root.path()).unwrap().is_none());

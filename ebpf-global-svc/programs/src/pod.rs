@@ -10,6 +10,7 @@ use ebpf_global_svc_abi::{Config, EndpointValue, direction, identity, reason};
 use crate::{
     counters::count,
     delivery::{drop, is_via_stack, to_node, to_pod, to_stack},
+    flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark,
     packet::{Addresses, Packet, udp_port},
@@ -151,7 +152,11 @@ fn allow(
     }
     let mut flow = MaybeUninit::uninit();
     let flow = policy::flow(ctx, &mut flow, addresses.source.family, (config.cluster, way.cluster));
-    policy::check(ctx, flow, sender, direction::EGRESS, way.peer)?;
+    // Its gateway, whatever address that has there: a pod whose neighbour cannot find it has no network.
+    let is_link = matches!(way.to, To::Stack) && way.cluster != 0;
+    if !(is_link && flow.is(traits::NEIGHBOUR)) {
+        policy::check(ctx, flow, sender, direction::EGRESS, way.peer)?;
+    }
     match receiver {
         // `cm_to_pod` will ask.
         Some(pod) if is_via_stack(pod) => mark::set(ctx, sender.identity),

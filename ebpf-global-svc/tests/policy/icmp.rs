@@ -9,7 +9,7 @@ use crate::{
     frames::{
         RST, TCP, UDP, echo_types, fragment, icmp, icmp_error, icmp_proto, packet, packet_with, tcp, udp,
     },
-    one,
+    one, outside,
     support::{ip_key, ip_value},
     two,
 };
@@ -167,9 +167,14 @@ fn neighbours_are_discovered_on_the_link_only() {
     for kind in 133..=137 {
         let message = icmp(kind, 0, 0);
         assert_eq!(send(&node, one(6), router, &message), Ok(()), "{kind}");
+        assert_eq!(send(&node, one(6), address(1, 253, 6), &message), Ok(()), "some gateway's: {kind}");
         assert_eq!(send(&node, one(6), two(6), &message), Err(reason::POLICY), "{kind}");
+        assert_eq!(send(&node, one(6), far(6), &message), Err(reason::POLICY), "{kind}");
+        assert_eq!(send(&node, one(6), outside(6), &message), Err(reason::POLICY), "{kind}");
     }
     assert_eq!(send(&node, one(6), router, &icmp(138, 0, 0)), Err(reason::POLICY));
+    let gateway = address(1, 253, 6);
+    assert_eq!(send(&node, one(6), gateway, &icmp(138, 0, 0)), Err(reason::UNKNOWN_IDENTITY));
     // Type 135 means nothing to IPv4.
     assert_eq!(send(&node, one(4), THIS_NODE.into(), &icmp(135, 0, 0)), Err(reason::POLICY));
 }
