@@ -86,6 +86,8 @@ impl Bench {
             slot: Box::new(counted("cm_slot")),
             backend: Box::new(counted("cm_backend")),
             cluster: Box::new(counted("cm_cluster")),
+            policy: Box::new(counted("cm_policy")),
+            cidr: Box::new(counted("cm_cidr")),
         };
         let own = OwnCluster { name: name(1), id: id(1), max: MAX };
         let core = Core::restore(own, "n0", None, Instant::now(), &tables).unwrap();

@@ -10,6 +10,7 @@ mod links;
 mod maps;
 mod pins;
 mod remains;
+mod trial;
 
 use std::{
     collections::BTreeMap,
@@ -21,15 +22,21 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::MapError,
-    programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions},
+    programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType},
     sys::SyscallError,
 };
 
-pub use self::remains::Remains;
 use self::{maps::MapSpec, pins::Pins};
+pub use self::{
+    remains::Remains,
+    trial::{Arrival, Trial},
+};
 use crate::{
     DatapathError, DatapathOptions, Tables,
-    abi::{ClusterState, Config, Counter, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey, SockRevValue},
+    abi::{
+        ClusterState, Config, Counter, CtKey, CtValue, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey,
+        SockRevValue, VerdictKey,
+    },
     sys::LinkTarget,
     table::KernelTable,
 };
@@ -52,14 +59,18 @@ const SOCKET_PROGRAMS: [&str; 8] = [
 const FROM_POD: &str = "cm_from_pod";
 const FROM_OVERLAY: &str = "cm_from_overlay";
 const TO_OVERLAY: &str = "cm_to_overlay";
-const INTERFACE_PROGRAMS: [&str; 3] = [FROM_POD, FROM_OVERLAY, TO_OVERLAY];
+const TO_POD: &str = "cm_to_pod";
+const INTERFACE_PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY];
+/// On the host side of a pod's veth. The first of them names the pods that are attached.
+const POD_PROGRAMS: [(&str, TcAttachType); 2] =
+    [(FROM_POD, TcAttachType::Ingress), (TO_POD, TcAttachType::Egress)];
 
 /// The loaded kernel side. Dropping it leaves everything attached; [`Datapath::unload`] removes it.
 #[derive(Debug)]
 pub struct Datapath {
     programs: Ebpf,
     pins: Pins,
-    specs: [MapSpec; 12],
+    specs: [MapSpec; maps::MAPS],
     config: Config,
 }
 
@@ -72,17 +83,6 @@ pub struct ProgramInfo {
     pub verified_instructions: u32,
     /// Size after translation, in instructions.
     pub instructions: u32,
-}
-
-/// What a program did to a packet that never was on a wire.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trial {
-    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected.
-    pub verdict: i32,
-    /// The packet afterwards.
-    pub packet: Vec<u8>,
-    /// Average time per run.
-    pub duration: std::time::Duration,
 }
 
 impl Datapath {
@@ -111,20 +111,18 @@ impl Datapath {
         Self::remains(bpf_root)?.map_or(Ok(()), Remains::remove)
     }
 
-    /// Watches what a pod sends: attaches to the host side of its veth, in the calling thread's
-    /// network namespace. Once more for the same interface is fine.
+    /// Watches what a pod sends and receives: attaches to the host side of its veth, in the calling
+    /// thread's network namespace. Once more for the same interface is fine.
     ///
     /// # Errors
     /// [`DatapathError::Attach`].
     pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let pin = self.pins.link(&pod_link(ifindex));
-        links::attach_interface(
-            classifier(&mut self.programs, FROM_POD)?,
-            FROM_POD,
-            &pin,
-            ifindex,
-            TcAttachType::Ingress,
-        )
+        // What comes first is what counts: see `attached_pods`.
+        for (name, direction) in POD_PROGRAMS.into_iter().rev() {
+            let pin = self.pins.link(&pod_link(name, ifindex));
+            links::attach_interface(classifier(&mut self.programs, name)?, name, &pin, ifindex, direction)?;
+        }
+        Ok(())
     }
 
     /// Undoes [`Datapath::attach_pod`]. An interface that is gone is fine.
@@ -132,7 +130,10 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::File`] if the pin cannot be removed.
     pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        links::detach_interface(FROM_POD, &self.pins.link(&pod_link(ifindex)), ifindex, TcAttachType::Ingress)
+        POD_PROGRAMS.into_iter().rev().try_for_each(|(name, direction)| {
+            let pin = self.pins.link(&pod_link(name, ifindex));
+            links::detach_interface(name, &pin, ifindex, direction)
+        })
     }
 
     /// Interfaces to which [`Datapath::attach_pod`] has attached, also in an earlier life. Empty on
@@ -141,7 +142,10 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::File`] if the pins cannot be listed.
     pub fn attached_pods(&self) -> Result<Vec<u32>, DatapathError> {
-        Ok(self.pins.links()?.iter().filter_map(|name| pod_of_link(name)).collect())
+        let links = self.pins.links()?;
+        let of = |program| links.iter().filter_map(move |name| pod_of_link(program, name));
+        // One with half of its programs wants to be attached (again).
+        Ok(of(FROM_POD).filter(|ifindex| of(TO_POD).any(|other| other == *ifindex)).collect())
     }
 
     /// Makes an existing VXLAN device (external, of the calling thread's network namespace) the overlay.
@@ -192,6 +196,8 @@ impl Datapath {
                 cluster.1.max_entries,
                 ClusterState::default(),
             )),
+            policy: Box::new(self.table("cm_policy")?),
+            cidr: Box::new(self.table("cm_cidr")?),
         })
     }
 
@@ -225,6 +231,23 @@ impl Datapath {
         self.table("cm_sock_rev")?.dump()
     }
 
+    /// Flows that are let through, also those that have expired and that nobody has replaced yet.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn flows(&self) -> Result<Vec<(CtKey, CtValue)>, DatapathError> {
+        use crate::table::Table as _;
+        self.table("cm_ct")?.dump()
+    }
+
+    /// How often each rule has decided lately.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn verdicts(&self) -> Result<Vec<(VerdictKey, Counter)>, DatapathError> {
+        self.per_cpu("cm_verdict")
+    }
+
     /// What this node is configured as.
     #[must_use]
     pub fn config(&self) -> Config {
@@ -250,44 +273,6 @@ impl Datapath {
             .collect()
     }
 
-    /// Runs an interface program `repeat` times on a frame that arrives at (or leaves through)
-    /// `ifindex`, 0 for none. Maps are the real ones, so it counts; but nothing is sent.
-    ///
-    /// # Errors
-    /// [`DatapathError::Attach`] if there is no such program, or the kernel refuses the frame (it
-    /// wants 14 bytes at least).
-    pub fn trial(
-        &self,
-        program: &str,
-        frame: &[u8],
-        ifindex: u32,
-        repeat: u32,
-    ) -> Result<Trial, DatapathError> {
-        let failed = |reason: String| DatapathError::Attach {
-            program: program.to_owned(),
-            target: "a trial packet".to_owned(),
-            reason,
-        };
-        let loaded =
-            self.programs.program(program).ok_or_else(|| failed("there is no such program".to_owned()))?;
-        let loaded = <&SchedClassifier>::try_from(loaded).map_err(|error| failed(error.to_string()))?;
-        // struct __sk_buff; ifindex is its eleventh word.
-        let mut context = [0_u8; 192];
-        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
-        let mut packet = vec![0; frame.len() + 256];
-        let result = loaded
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut packet),
-                ctx_in: Some(&context),
-                repeat,
-                ..TestRunOptions::new()
-            })
-            .map_err(|error| failed(links::describe(&error)))?;
-        packet.truncate(result.data_size_out as usize);
-        Ok(Trial { verdict: result.return_value.cast_signed(), packet, duration: result.duration })
-    }
-
     fn attach_sockets(&mut self, cgroup: Option<&Path>) -> Result<(), DatapathError> {
         for name in SOCKET_PROGRAMS {
             let pin = self.pins.link(name);
@@ -305,8 +290,9 @@ impl Datapath {
     /// interfaces that are gone.
     fn replace_interface_programs(&mut self) -> Result<(), DatapathError> {
         for link in self.pins.links()? {
-            let (name, target) = match pod_of_link(&link) {
-                Some(ifindex) => (FROM_POD, LinkTarget::Interface(ifindex)),
+            let pod = POD_PROGRAMS.iter().find_map(|(name, _)| Some((*name, pod_of_link(name, &link)?)));
+            let (name, target) = match pod {
+                Some((name, ifindex)) => (name, LinkTarget::Interface(ifindex)),
                 None if link == FROM_OVERLAY || link == TO_OVERLAY => {
                     (link.as_str(), LinkTarget::Interface(self.config.overlay_ifindex))
                 }
@@ -410,12 +396,12 @@ fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::progra
     })
 }
 
-fn pod_link(ifindex: u32) -> String {
-    format!("{FROM_POD}-{ifindex}")
+fn pod_link(program: &str, ifindex: u32) -> String {
+    format!("{program}-{ifindex}")
 }
 
-fn pod_of_link(name: &str) -> Option<u32> {
-    name.strip_prefix(FROM_POD)?.strip_prefix('-')?.parse().ok()
+fn pod_of_link(program: &str, name: &str) -> Option<u32> {
+    name.strip_prefix(program)?.strip_prefix('-')?.parse().ok()
 }
 
 fn load_failed(program: &str, error: ProgramError) -> DatapathError {

@@ -13,7 +13,7 @@ mod error;
 mod options;
 mod sys;
 
-pub use datapath::{Datapath, ProgramInfo, Remains, Trial};
+pub use datapath::{Arrival, Datapath, ProgramInfo, Remains, Trial};
 pub use ebpf_global_svc_abi as abi;
 pub use error::DatapathError;
 pub use options::DatapathOptions;

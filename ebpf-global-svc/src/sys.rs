@@ -66,7 +66,7 @@ pub(crate) fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> Result<
 /// Where a batched walk stands. Opaque to us; at most a key long.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cursor {
-    _opaque: [u8; 32],
+    _opaque: [u8; 48],
 }
 
 /// One step of a walk: up to `limit` elements behind `from`, each value `per_key` long (more than 1
@@ -80,7 +80,7 @@ pub(crate) fn lookup_batch<K: Plain, V: Plain>(
     const { assert!(size_of::<K>() <= size_of::<Cursor>()) };
     let mut keys = Vec::<K>::with_capacity(limit);
     let mut values = Vec::<V>::with_capacity(limit * per_key);
-    let mut next = Cursor { _opaque: [0; 32] };
+    let mut next = Cursor { _opaque: [0; 48] };
     let mut attributes = Batch::new(map, limit);
     attributes.in_batch = from.map_or(0, |cursor| address(cursor));
     attributes.out_batch = address(&raw mut next);

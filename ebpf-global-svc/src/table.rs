@@ -15,7 +15,7 @@ use crate::{
     DatapathError,
     abi::{
         BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, NodeKey, NodeValue,
-        PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+        PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
     },
     sys,
 };
@@ -115,6 +115,10 @@ pub struct Tables {
     /// `cm_cluster`: health of every cluster. A cluster that is absent is healthy, and one that is
     /// set to healthy counts as absent: the map is an array, which has no holes.
     pub cluster: Box<dyn Table<u32, ClusterState>>,
+    /// `cm_policy`: what policies allow and deny the pods of this node, by identity.
+    pub policy: Box<dyn Table<PolicyKey, PolicyValue>>,
+    /// `cm_cidr`: address ranges outside of the mesh that policies name, and their identities.
+    pub cidr: Box<dyn Table<PrefixKey, u32>>,
 }
 
 impl Tables {
@@ -130,6 +134,8 @@ impl Tables {
             slot: Box::new(MemoryTable::new("cm_slot", sizes.slot.into())),
             backend: Box::new(MemoryTable::new("cm_backend", sizes.backend.into())),
             cluster: Box::new(MemoryTable::array("cm_cluster", MAX_CLUSTERS.into(), ClusterState::default())),
+            policy: Box::new(MemoryTable::new("cm_policy", sizes.policy.into())),
+            cidr: Box::new(MemoryTable::new("cm_cidr", sizes.cidr.into())),
         }
     }
 }
@@ -155,6 +161,16 @@ pub struct MapSizes {
     pub sock_rev: u32,
     /// Recently seen (identity, node) pairs, per CPU (preallocated).
     pub overlay_rx: u32,
+    /// Entries of the policies that select pods of this node.
+    pub policy: u32,
+    /// Address ranges outside of the mesh that policies name.
+    pub cidr: u32,
+    /// Flows of pods that a policy selects (preallocated: about 120 bytes each).
+    pub ct: u32,
+    /// Rules that have decided lately, per CPU (preallocated).
+    pub verdict: u32,
+    /// Packets on their way in fragments (preallocated: about 100 bytes each).
+    pub fragment: u32,
 }
 
 impl Default for MapSizes {
@@ -169,6 +185,11 @@ impl Default for MapSizes {
             backend: 262_144,
             sock_rev: 65_536,
             overlay_rx: 8_192,
+            policy: 262_144,
+            cidr: 16_384,
+            ct: 131_072,
+            verdict: 8_192,
+            fragment: 8_192,
         }
     }
 }

@@ -1,9 +1,4 @@
-//! Two nodes of two clusters, each with a pod, over a real VXLAN device:
-//!
-//! ```text
-//! pod a 10.1.0.10 -- lxc0 | node 1 | eth0 ==== eth0 | node 2 | lxc0 -- pod b 10.2.0.10
-//!                          cm_vxlan                  cm_vxlan
-//! ```
+//! Two nodes of two clusters, each with a pod, over a real VXLAN device.
 
 #![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
 
@@ -11,195 +6,20 @@ mod support;
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, TcpStream, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     thread,
-    time::Duration,
 };
 
 use ebpf_global_svc::{
-    Datapath, DatapathOptions, Tables,
-    abi::{EndpointValue, OverlayKey, identity, reason},
+    Datapath,
+    abi::{EndpointValue, identity, reason},
 };
-use support::{Netns, Root, endpoint, ip_key, ip_value, metric, node, prefix_key, prefix_value, wait_until};
-
-const PATIENCE: Duration = Duration::from_secs(5);
-const ECHO: u16 = 7;
-
-struct Node {
-    cluster: u16,
-    datapath: Option<Datapath>,
-    tables: Tables,
-    options: DatapathOptions,
-    _root: Root,
-    netns: Netns,
-    pod: Netns,
-}
-
-fn underlay(cluster: u16) -> Ipv4Addr {
-    Ipv4Addr::new(192, 168, 77, cluster.to_be_bytes()[1])
-}
-
-fn address(cluster: u16, n: u8, family: u8) -> IpAddr {
-    match family {
-        4 => Ipv4Addr::new(10, cluster.to_be_bytes()[1], 0, n).into(),
-        _ => Ipv6Addr::new(0xfd00, 10, cluster, 0, 0, 0, 0, n.into()).into(),
-    }
-}
-
-/// The one pod of a cluster.
-fn pod(cluster: u16, family: u8) -> IpAddr {
-    address(cluster, 10, family)
-}
-
-/// The node's own address in its pod CIDR.
-fn router(cluster: u16, family: u8) -> IpAddr {
-    address(cluster, 1, family)
-}
-
-fn pod_identity(cluster: u16) -> u32 {
-    u32::from(cluster) << 16 | 0x1000
-}
-
-impl Node {
-    fn new(cluster: u16) -> Self {
-        let netns = Netns::new(&format!("node{cluster}"));
-        let pod_netns = Netns::new(&format!("pod{cluster}"));
-        let EndpointValue { pod_mac, host_mac, .. } = endpoint(0, 0);
-        let (pod_mac, host_mac) = (mac(pod_mac), mac(host_mac));
-        netns.sysctl("net/ipv4/ip_forward", "1");
-        netns.sysctl("net/ipv6/conf/all/forwarding", "1");
-        netns.ip(&format!(
-            "link add lxc0 address {host_mac} mtu 1450 type veth peer name eth0 address {pod_mac} mtu 1450 netns {}",
-            pod_netns.name()
-        ));
-        netns.ip("link set lxc0 up");
-        netns.ip("link add cm_vxlan mtu 1450 type vxlan external dstport 8472 nolearning");
-        netns.ip("link set cm_vxlan arp off up");
-        pod_netns.ip("link set eth0 up");
-        for (family, gateway, length) in [(4, "169.254.1.1", 32), (6, "fe80::1", 128)] {
-            let ip = pod(cluster, family);
-            pod_netns.ip(&format!("addr add {ip}/{length} dev eth0"));
-            pod_netns.ip(&format!("neigh add {gateway} lladdr {host_mac} dev eth0 nud permanent"));
-            if family == 4 {
-                pod_netns.ip(&format!("route add {gateway} dev eth0 scope link"));
-            }
-            pod_netns.ip(&format!("-{family} route add default via {gateway} dev eth0"));
-            netns.ip(&format!("addr add {}/{length} dev lo", router(cluster, family)));
-            netns.ip(&format!("-{family} route add {ip} dev lxc0"));
-            netns.ip(&format!("neigh add {ip} lladdr {pod_mac} dev lxc0 nud permanent"));
-        }
-        for ip in [4, 6].map(|family| pod(cluster, family)).into_iter().chain([router(cluster, 4)]) {
-            echo(if ip == router(cluster, 4) { &netns } else { &pod_netns }, ip);
-        }
-
-        let root = Root::new();
-        let options = DatapathOptions { node_ip: Some(underlay(cluster)), ..root.options(cluster) };
-        let mut datapath = Datapath::open(&options).unwrap();
-        let (veth, overlay) = (netns.ifindex("lxc0"), netns.ifindex("cm_vxlan"));
-        netns.run(|| {
-            datapath.attach_overlay(overlay).unwrap();
-            datapath.attach_pod(veth).unwrap();
-        });
-        let mut tables = datapath.tables().unwrap();
-        for family in [4, 6] {
-            let entry = (ip_key(cluster, pod(cluster, family)), endpoint(veth, pod_identity(cluster)));
-            tables.endpoint.upsert(&[entry]).unwrap();
-        }
-        for other in [1, 2] {
-            tables.node.upsert(&[node(underlay(other), other)]).unwrap();
-            for (family, length) in [(4, 24), (6, 64)] {
-                let entry =
-                    (prefix_key(address(other, 0, family), length), prefix_value(other, underlay(other)));
-                tables.prefix.upsert(&[entry]).unwrap();
-                let entry =
-                    (ip_key(other, pod(other, family)), ip_value(pod_identity(other), underlay(other)));
-                tables.ipcache.upsert(&[entry]).unwrap();
-            }
-        }
-        Self { cluster, datapath: Some(datapath), tables, options, _root: root, netns, pod: pod_netns }
-    }
-
-    fn pair() -> [Self; 2] {
-        let nodes = [Self::new(1), Self::new(2)];
-        nodes[0].netns.ip(&format!("link add eth0 type veth peer name eth0 netns {}", nodes[1].netns.name()));
-        for node in &nodes {
-            let peer = 3 - node.cluster;
-            node.netns.ip(&format!("addr add {}/24 dev eth0", underlay(node.cluster)));
-            node.netns.ip("link set eth0 up");
-            for (family, length) in [(4, 24), (6, 64)] {
-                let (to, source) = (address(peer, 0, family), router(node.cluster, family));
-                node.netns.ip(&format!("-{family} route add {to}/{length} dev cm_vxlan src {source}"));
-            }
-        }
-        nodes
-    }
-
-    fn datapath(&self) -> &Datapath {
-        self.datapath.as_ref().unwrap()
-    }
-
-    /// Packets that came with an identity from a node.
-    fn received(&self, identity: u32, from: Ipv4Addr) -> u64 {
-        let key = OverlayKey { identity, node_ip: from.octets() };
-        let counters = self.datapath().overlay_rx().unwrap();
-        counters.iter().find(|(other, _)| *other == key).map_or(0, |(_, counter)| counter.packets)
-    }
-
-    /// Gives the pod another identity.
-    fn claim(&mut self, identity: u32) {
-        let veth = self.netns.ifindex("lxc0");
-        for family in [4, 6] {
-            let entry = (ip_key(self.cluster, pod(self.cluster, family)), endpoint(veth, identity));
-            self.tables.endpoint.upsert(&[entry]).unwrap();
-        }
-    }
-}
-
-fn mac(bytes: [u8; 6]) -> String {
-    bytes.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-/// Answers datagrams and streams at `ip` with what they bring.
-fn echo(netns: &Netns, ip: IpAddr) {
-    netns.run(|| {
-        let socket = UdpSocket::bind((ip, ECHO)).unwrap();
-        thread::spawn(move || {
-            let mut buffer = [0; 2048];
-            while let Ok((length, client)) = socket.recv_from(&mut buffer) {
-                let _ = socket.send_to(&buffer[..length], client);
-            }
-        });
-        let listener = TcpListener::bind((ip, ECHO)).unwrap();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let stream = stream.unwrap();
-                let _ = std::io::copy(&mut &stream, &mut &stream);
-            }
-        });
-    });
-}
-
-/// One datagram to `to` and back.
-fn call(netns: &Netns, to: IpAddr) -> std::io::Result<SocketAddr> {
-    netns.run(|| {
-        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.send_to(b"hello", (to, ECHO))?;
-        let mut buffer = [0; 64];
-        let (length, from) = socket.recv_from(&mut buffer)?;
-        assert_eq!(&buffer[..length], b"hello");
-        Ok(from)
-    })
-}
-
-/// One datagram to `to`, whatever becomes of it.
-fn send(netns: &Netns, to: IpAddr) {
-    netns.run(|| {
-        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
-        socket.send_to(b"hello", (to, ECHO)).unwrap();
-    });
-}
+use support::{
+    Netns, endpoint, ip_key, ip_value, metric, node,
+    pair::{ECHO, Node, PATIENCE, address, call, pod, pod_identity, router, send, underlay},
+    prefix_key, prefix_value, wait_until,
+};
 
 /// A datagram from pod b to pod a is dropped by node 1 for `reason`, in both families.
 #[track_caller]

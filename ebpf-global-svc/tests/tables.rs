@@ -6,7 +6,11 @@ mod support;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ebpf_global_svc::{Datapath, DatapathError, Tables, abi::ClusterState, table::Table};
+use ebpf_global_svc::{
+    Datapath, DatapathError, Tables,
+    abi::{ClusterState, POLICY_PEER_BITS, POLICY_PORT_BITS, PolicyKey, PolicyValue, direction},
+    table::Table,
+};
 use support::{Root, ip_key, ip_value, prefix_key, prefix_value};
 
 fn ip(n: u32) -> IpAddr {
@@ -117,6 +121,24 @@ fn opening_again_finds_everything_and_refuses_what_does_not_fit() {
 }
 
 #[test]
+fn a_datapath_without_policies_is_taken_over() {
+    let root = Root::new();
+    let entry = (ip_key(2, ip(1)), ip_value(0x2_0001, Ipv4Addr::LOCALHOST));
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    datapath.tables().unwrap().ipcache.upsert(&[entry]).unwrap();
+    drop(datapath);
+    // As an older version leaves it.
+    for map in ["cm_policy", "cm_cidr", "cm_ct", "cm_verdict", "cm_fragment"] {
+        std::fs::remove_file(root.path().join("maps").join(map)).unwrap();
+    }
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let tables = datapath.tables().unwrap();
+    assert_eq!(tables.ipcache.dump().unwrap(), [entry]);
+    assert_eq!((tables.policy.count().unwrap(), tables.cidr.count().unwrap()), (0, 0));
+    assert_eq!(datapath.flows().unwrap(), []);
+}
+
+#[test]
 fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     let root = Root::new();
     assert!(Datapath::remains(root.path()).unwrap().is_none());
@@ -126,7 +148,7 @@ fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     drop(datapath);
 
     let remains = Datapath::remains(root.path()).unwrap().unwrap();
-    assert_eq!((remains.maps().len(), remains.links()), (12, &[][..]));
+    assert_eq!((remains.maps().len(), remains.links()), (17, &[][..]));
     assert_eq!(remains.config().unwrap().cluster, 7);
     let error = Datapath::open(&root.options(7)).unwrap_err();
     assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");
@@ -156,7 +178,7 @@ fn programs_stay_far_below_the_verifiers_limit() {
     let datapath = Datapath::open(&root.options(1)).unwrap();
     let mut programs = datapath.programs().unwrap();
     programs.sort_by(|a, b| a.name.cmp(&b.name));
-    assert_eq!(programs.len(), 11);
+    assert_eq!(programs.len(), 12);
     for program in programs {
         println!(
             "{:16} {:6} verified, {:5} long",
@@ -164,6 +186,38 @@ fn programs_stay_far_below_the_verifiers_limit() {
         );
         assert!((1..100_000).contains(&program.verified_instructions), "{program:?}");
     }
+}
+
+#[test]
+fn policies_and_address_ranges_are_kept_by_their_length() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let mut tables = datapath.tables().unwrap();
+    let any = PolicyKey {
+        prefixlen: POLICY_PEER_BITS,
+        subject: 0x1_0001,
+        peer: 0x2_0001,
+        direction: direction::EGRESS,
+        proto: 0,
+        port: 0,
+    };
+    let port = PolicyKey { prefixlen: POLICY_PORT_BITS, proto: support::TCP, port: 80_u16.to_be(), ..any };
+    let mut entries = [any, port].map(|key| (key, PolicyValue { flags: 0, rule: key.prefixlen }));
+    entries.sort_by_key(|(key, _)| *key);
+    tables.policy.upsert(&entries).unwrap();
+    let mut installed = tables.policy.dump().unwrap();
+    installed.sort_by_key(|(key, _)| *key);
+    assert_eq!(installed, entries);
+    let other_port = PolicyKey { port: 81_u16.to_be(), ..port };
+    assert_eq!(tables.policy.get(&[other_port]).unwrap(), [Some(entries[0].1)], "the wider one");
+
+    let ranges = [(prefix_key(ip(0), 8), 1 << 24), (prefix_key(ip(0), 24), (1 << 24) + 1)];
+    tables.cidr.upsert(&ranges).unwrap();
+    assert_eq!(tables.cidr.count().unwrap(), 2);
+    tables.cidr.remove(&[ranges[0].0]).unwrap();
+    assert_eq!(tables.cidr.dump().unwrap(), [ranges[1]]);
+    assert_eq!(datapath.flows().unwrap(), []);
+    assert_eq!(datapath.verdicts().unwrap(), []);
 }
 
 /// All entries, by pages.

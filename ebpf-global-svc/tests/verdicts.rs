@@ -7,7 +7,7 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ebpf_global_svc::{
-    Datapath, Tables, Trial,
+    Arrival, Datapath, Tables, Trial,
     abi::{ENDPOINT_VIA_STACK, EndpointValue, reason},
 };
 use support::{Netns, Root, endpoint, ip_key, ip_value, metric, prefix_key, prefix_value};
@@ -61,7 +61,7 @@ impl Node {
 
     fn run(&self, program: &str, frame: &[u8]) -> Trial {
         let Self { datapath, pod_ifindex: ifindex, .. } = self;
-        self.netns.run(|| datapath.trial(program, frame, *ifindex, 1).unwrap())
+        self.netns.run(|| datapath.trial(program, frame, at(*ifindex), 1).unwrap())
     }
 
     /// Runs a packet that leaves a pod, and expects a verdict and one more of one counter.
@@ -78,6 +78,10 @@ impl Node {
         assert_eq!(metric(&self.datapath, reason), before + 1, "counter {reason}");
         trial.packet
     }
+}
+
+fn at(ifindex: u32) -> Arrival {
+    Arrival { ifindex, ..Arrival::default() }
 }
 
 fn pod(cluster: u16, n: u8, family: u8) -> IpAddr {
@@ -266,7 +270,7 @@ fn a_node_without_an_overlay_drops_what_would_need_it() {
     tables.endpoint.upsert(&[(ip_key(OWN, pod(OWN, 1, 4)), endpoint(ifindex, 1))]).unwrap();
     tables.prefix.upsert(&[(prefix_key(pod(PEER, 0, 4), 24), prefix_value(PEER, PEER_NODE))]).unwrap();
     let packet = frame(pod(OWN, 1, 4), pod(PEER, 9, 4));
-    let trial = netns.run(|| datapath.trial("cm_from_pod", &packet, ifindex, 1).unwrap());
+    let trial = netns.run(|| datapath.trial("cm_from_pod", &packet, at(ifindex), 1).unwrap());
     assert_eq!(trial.verdict, DROPPED);
     assert_eq!(metric(&datapath, reason::NO_TUNNEL_ENDPOINT), 1);
 }
@@ -283,7 +287,7 @@ fn time_per_packet() {
         ("spoofed source", frame(pod(OWN, 77, 4), pod(PEER, 9, 4))),
     ] {
         let Node { datapath, pod_ifindex: ifindex, .. } = &node;
-        let trial = node.netns.run(|| datapath.trial("cm_from_pod", &packet, *ifindex, 100_000).unwrap());
+        let trial = node.netns.run(|| datapath.trial("cm_from_pod", &packet, at(*ifindex), 100_000).unwrap());
         println!("{what:24} {:4} ns", trial.duration.as_nanos());
         // No promise, but a program that takes this long has a loop that it should not have.
         assert!(trial.duration.as_micros() < 20, "{what}: {trial:?}");

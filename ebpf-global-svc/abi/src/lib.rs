@@ -42,7 +42,7 @@ plain! {
     NodeKey = 20, NodeValue = 8, ServiceKey = 24, ServiceValue = 264, Group = 8, SlotKey = 12,
     BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
-    CtValue = 16,
+    CtValue = 16, FragmentKey = 40, FragmentValue = 8,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -186,7 +186,7 @@ pub struct VerdictKey {
     pub pad: u16,
 }
 
-/// `cm_ct` (LRU_HASH) key: a flow of a pod of this node that its policy has let through. The answers to it
+/// `cm_ct` (LRU_HASH) key: a flow of a pod that a policy selects, and that was let through. The answers to it
 /// pass without a look at the policy of the other direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -217,13 +217,49 @@ pub struct CtKey {
 pub struct CtValue {
     /// In nanoseconds of the monotonic clock; a later packet begins a new flow.
     pub expires: u64,
-    /// [`CT_CLOSING`].
+    /// [`CT_CLOSING`] and those behind it.
     pub flags: u32,
     /// Identity of the other end.
     pub peer: u32,
 }
-/// [`CtValue::flags`]: a FIN or RST was seen.
+/// [`CtValue::flags`]: both ends have sent a FIN, or one a RST.
 pub const CT_CLOSING: u32 = 1;
+/// [`CtValue::flags`]: who began has sent a FIN.
+pub const CT_FIN: u32 = 2;
+/// [`CtValue::flags`]: the other end has sent a FIN.
+pub const CT_FIN_ANSWERED: u32 = 4;
+
+/// `cm_fragment` (LRU_HASH) key: a packet that is on its way in fragments.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FragmentKey {
+    /// Network order; IPv4 in the first four bytes.
+    pub source: [u8; 16],
+    /// The same.
+    pub destination: [u8; 16],
+    /// As it stands in the packet; IPv4 has it in the first two bytes.
+    pub id: [u8; 4],
+    /// IP protocol number; IPv6: 0.
+    pub proto: u8,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
+    pub family: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// `cm_fragment` value: what only the first fragment says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentValue {
+    /// Network order; ICMP: the identifier.
+    pub source_port: u16,
+    /// Network order; ICMP: the type.
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
 
 /// `cm_node` (HASH) key: an underlay address.
 #[repr(C)]
@@ -396,7 +432,7 @@ pub struct Config {
     pub reserved: [u32; 3],
 }
 
-/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]) and `cm_overlay_rx` value.
+/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx` and `cm_verdict` value.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counter {

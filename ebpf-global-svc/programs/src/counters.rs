@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-//! `cm_metrics` and `cm_overlay_rx`.
+//! `cm_metrics`, `cm_overlay_rx` and `cm_verdict`.
 
-use ebpf_global_svc_abi::{Counter, OverlayKey};
+use ebpf_global_svc_abi::{Counter, OverlayKey, VerdictKey};
 
-use crate::maps::{METRICS, OVERLAY_RX};
+use crate::maps::{METRICS, OVERLAY_RX, VERDICT};
 
 /// Adds one event of `bytes` bytes under a reason code.
 #[inline(always)]
@@ -24,6 +24,20 @@ pub fn count_overlay(key: &OverlayKey, bytes: u32) {
             // A failure loses a count, never a packet.
             let first = Counter { packets: 1, bytes: bytes.into() };
             let _ = OVERLAY_RX.insert(key, first, 0);
+        }
+    }
+}
+
+/// Adds one packet to what a rule has decided.
+#[inline(always)]
+pub fn count_verdict(key: &VerdictKey, bytes: u32) {
+    match VERDICT.get_ptr_mut(key) {
+        // SAFETY: the element belongs to this CPU, and programs do not migrate.
+        Some(counter) => unsafe { add(counter, bytes) },
+        None => {
+            // A failure loses a count, never a packet.
+            let first = Counter { packets: 1, bytes: bytes.into() };
+            let _ = VERDICT.insert(key, first, 0);
         }
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! What can become of a packet, each with its counter.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
     helpers::{
@@ -11,7 +13,7 @@ use aya_ebpf::{
 };
 use ebpf_global_svc_abi::{Config, ENDPOINT_VIA_STACK, EndpointValue, reason};
 
-use crate::counters::count;
+use crate::{counters::count, zero::zero};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
@@ -31,10 +33,16 @@ pub fn to_stack(ctx: &TcContext) -> i32 {
     TC_ACT_OK
 }
 
+/// Whether packets reach the pod through the stack, and so through `cm_to_pod`.
+#[inline(always)]
+pub fn is_via_stack(pod: &EndpointValue) -> bool {
+    pod.flags & ENDPOINT_VIA_STACK != 0
+}
+
 /// Moves the packet into a pod of this node, past the node's routing and queues.
 #[inline(always)]
 pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
-    if pod.flags & ENDPOINT_VIA_STACK != 0 {
+    if is_via_stack(pod) {
         return to_stack(ctx);
     }
     let (mac, host) = (pod.pod_mac, pod.host_mac);
@@ -50,8 +58,9 @@ pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
     }
 }
 
-/// Sends the packet to a node through the overlay, under the sender's identity.
-#[inline(always)]
+/// Sends the packet to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
+/// not lie on the stack while policy is asked.
+#[inline(never)]
 pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
         return drop(ctx, reason::NO_TUNNEL_ENDPOINT);
@@ -73,8 +82,9 @@ pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]
 /// Tells the VXLAN device where to send the packet and which identity to write into its VNI.
 #[inline(always)]
 pub fn set_tunnel(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> bool {
-    // SAFETY: integers only, for which zero is valid.
-    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+    // SAFETY: integers only.
+    let key = unsafe { zero(&mut key) };
     key.tunnel_id = identity;
     key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(node_ip);
     // Peers know this node by this address, whatever else its interfaces have.
@@ -82,7 +92,7 @@ pub fn set_tunnel(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8;
     key.tunnel_ttl = TUNNEL_TTL;
     let size = size_of::<bpf_tunnel_key>() as u32;
     // SAFETY: the context is the program's own; the key is initialised and has the size that is passed.
-    unsafe { bpf_skb_set_tunnel_key(ctx.skb.skb, &raw mut key, size, BPF_F_ZERO_CSUM_TX.into()) == 0 }
+    unsafe { bpf_skb_set_tunnel_key(ctx.skb.skb, key, size, BPF_F_ZERO_CSUM_TX.into()) == 0 }
 }
 
 /// Makes a decapsulated frame acceptable to whoever gets it next: its Ethernet addresses are those

@@ -3,23 +3,33 @@
 //!
 //! * `sockets`: cgroup hooks; an application that names a service talks to a backend.
 //! * `selection`: which backend; two levels, clusters then slots.
-//! * `pod`: traffic that leaves a pod of this node.
+//! * `pod`: traffic that leaves a pod of this node, or reaches one through the stack.
 //! * `overlay`: traffic that enters or leaves the VXLAN device.
-//! * `packet`, `delivery`: what both need: addresses in, verdicts out.
+//! * `policy`: whether a pod may send or receive it; `peer` says who the other end is, `flow` what it is,
+//!   `conntrack` whether it is an answer.
+//! * `mark`: what a packet carries through the stack.
+//! * `packet`, `delivery`: what all need: addresses in, verdicts out.
 //! * `maps`, `counters`: everything shared with user space.
+//! * `zero`: zeros that cost nothing.
 //!
 //! Every program is loaded once per node; what differs per pod is in `cm_endpoint`.
 #![no_std]
 #![no_main]
 
+mod conntrack;
 mod counters;
 mod delivery;
+mod flow;
 mod maps;
+mod mark;
 mod overlay;
 mod packet;
+mod peer;
 mod pod;
+mod policy;
 mod selection;
 mod sockets;
+mod zero;
 
 /// The kernel lends most helpers to programs under its own licence only.
 #[unsafe(link_section = "license")]

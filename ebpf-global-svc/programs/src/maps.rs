@@ -10,8 +10,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use ebpf_global_svc_abi::{
-    BackendValue, ClusterState, Config, Counter, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS,
-    NodeKey, NodeValue, OverlayKey, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+    BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey, FragmentValue,
+    IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue,
+    ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -52,13 +53,46 @@ pub static METRICS: PerCpuArray<Counter, { MAX_REASONS as usize }> = PerCpuArray
 #[btf_map(name = "cm_overlay_rx")]
 pub static OVERLAY_RX: LruPerCpuHashMap<OverlayKey, Counter, 1> = LruPerCpuHashMap::new();
 
+#[btf_map(name = "cm_policy")]
+static POLICY: LpmTrie<PolicyBytes, PolicyValue, 1> = LpmTrie::new();
+
+#[btf_map(name = "cm_cidr")]
+static CIDR: LpmTrie<PrefixBytes, u32, 1> = LpmTrie::new();
+
+#[btf_map(name = "cm_ct")]
+pub static CT: LruHashMap<CtKey, CtValue, 1> = LruHashMap::new();
+
+#[btf_map(name = "cm_verdict")]
+pub static VERDICT: LruPerCpuHashMap<VerdictKey, Counter, 1> = LruPerCpuHashMap::new();
+
+#[btf_map(name = "cm_fragment")]
+pub static FRAGMENT: LruHashMap<FragmentKey, FragmentValue, 1> = LruHashMap::new();
+
+/// What `PolicyKey` holds after its length.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct PolicyBytes {
+    pub subject: u32,
+    pub peer: u32,
+    pub direction: u8,
+    pub proto: u8,
+    pub port: u16,
+}
+
 /// What `PrefixKey` holds after its length.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PrefixBytes {
-    family: u8,
-    pad: [u8; 3],
+    /// The family and its padding.
+    family: u32,
     ip: [u8; 16],
+}
+
+impl PrefixBytes {
+    #[inline(always)]
+    fn of(address: &IpKey) -> Self {
+        Self { family: u32::from_ne_bytes([address.family, 0, 0, 0]), ip: address.ip }
+    }
 }
 
 /// What this node is. The map always has its one element; the verifier wants to see a check.
@@ -70,6 +104,18 @@ pub fn config() -> Option<&'static Config> {
 /// The longest pod CIDR of the mesh that holds an address.
 #[inline(always)]
 pub fn prefix_of(address: &IpKey) -> Option<&'static PrefixValue> {
-    let bytes = PrefixBytes { family: address.family, pad: [0; 3], ip: address.ip };
-    PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, bytes))
+    PREFIX.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, PrefixBytes::of(address)))
+}
+
+/// The identity of the longest address range outside of the mesh that a policy names and that holds an address.
+#[inline(always)]
+pub fn cidr_of(address: &IpKey) -> Option<u32> {
+    CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, PrefixBytes::of(address))).copied()
+}
+
+/// The longest policy entry for a subject, peer, direction, protocol and port. `bits` leaves out the port of
+/// what has none.
+#[inline(always)]
+pub fn policy_of(bits: u32, bytes: PolicyBytes) -> Option<&'static PolicyValue> {
+    POLICY.get(&Key::new(bits, bytes))
 }

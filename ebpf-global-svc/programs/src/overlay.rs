@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Both directions of the VXLAN device. The VNI of every packet is the identity of its sender.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{TC_ACT_OK, bpf_tunnel_key},
     helpers::bpf_skb_get_tunnel_key,
     macros::classifier,
     programs::TcContext,
 };
-use ebpf_global_svc_abi::{Config, FAMILY_V4, NodeKey, OverlayKey, identity, reason};
+use ebpf_global_svc_abi::{
+    Config, EndpointValue, FAMILY_V4, NodeKey, OverlayKey, direction, identity, reason,
+};
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, set_tunnel, to_pod, to_stack},
+    delivery::{accept_frame, drop, is_via_stack, set_tunnel, to_pod, to_stack},
     maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
-    packet::{Addresses, Packet, parse},
+    mark,
+    packet::{Addresses, Packet},
+    peer, policy,
+    zero::zero,
 };
 
 /// Ingress: a packet from another node.
@@ -25,12 +32,14 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
         Ok(cluster) => cluster,
         Err(reason) => return drop(&ctx, reason),
     };
-    let addresses = match parse(&ctx, config.cluster) {
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
     // A node that speaks for one cluster must not send from the addresses of another.
-    if let Some(prefix) = prefix_of(&addresses.source)
+    let prefix = prefix_of(&addresses.source);
+    if let Some(prefix) = prefix
         && prefix.cluster != speaker
     {
         return drop(&ctx, reason::INVALID_SOURCE_IP);
@@ -38,11 +47,15 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     count_overlay(&origin, ctx.len());
     accept_frame(&ctx);
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
-    if let Some(pod) = unsafe { ENDPOINT.get(addresses.destination) } {
+    if let Some(pod) = unsafe { ENDPOINT.get(&addresses.destination) } {
+        let cluster = if prefix.is_some() { speaker } else { 0 };
+        if let Err(reason) = admit(&ctx, config, pod, addresses, origin.identity, cluster) {
+            return drop(&ctx, reason);
+        }
         count(reason::DECAPSULATED, ctx.len());
         return to_pod(&ctx, pod);
     }
-    if !belongs_here(config, &addresses) {
+    if !belongs_here(config, addresses) {
         return drop(&ctx, reason::UNKNOWN_TARGET);
     }
     count(reason::DECAPSULATED, ctx.len());
@@ -57,7 +70,8 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
         return TC_ACT_OK;
     }
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
-    let addresses = match parse(&ctx, config.cluster) {
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
@@ -73,14 +87,39 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
     TC_ACT_OK
 }
 
+/// What the policy of a pod says of a packet from another node. If the stack delivers it, `cm_to_pod` asks,
+/// and has the identity from the packet's mark.
+#[inline(always)]
+fn admit(
+    ctx: &TcContext,
+    config: &Config,
+    pod: &EndpointValue,
+    addresses: &Addresses,
+    sender: u32,
+    cluster: u16,
+) -> Result<(), u8> {
+    if !policy::selects(pod) {
+        return Ok(());
+    }
+    if is_via_stack(pod) {
+        mark::set(ctx, sender);
+        return Ok(());
+    }
+    let source = &addresses.source;
+    let mut flow = MaybeUninit::uninit();
+    let flow = policy::flow(ctx, &mut flow, source.family, (cluster, config.cluster));
+    policy::check(ctx, flow, pod, direction::INGRESS, peer::remote(sender, source))
+}
+
 /// VNI and outer source of a decapsulated packet (or, on egress, what `set_tunnel` has set).
 #[inline(always)]
 fn tunnel_origin(ctx: &TcContext) -> Option<OverlayKey> {
-    // SAFETY: integers only, for which zero is valid.
-    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+    // SAFETY: integers only.
+    let key = unsafe { zero(&mut key) };
     let size = size_of::<bpf_tunnel_key>() as u32;
     // SAFETY: the context is the program's own, and the key has the size that is passed.
-    if unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut key, size, 0) } != 0 {
+    if unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, key, size, 0) } != 0 {
         return None;
     }
     // SAFETY: the helper fails for an IPv6 underlay unless asked for it, so this is the IPv4 member.
@@ -131,7 +170,7 @@ fn belongs_here(config: &Config, addresses: &Addresses) -> bool {
 
 /// The node behind which a destination lives.
 #[inline(always)]
-fn node_of(addresses: Addresses) -> Option<[u8; 4]> {
+fn node_of(addresses: &Addresses) -> Option<[u8; 4]> {
     let mut destination = addresses.destination;
     let prefix = prefix_of(&destination)?;
     destination.cluster = prefix.cluster;

@@ -1,87 +1,123 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //! Addresses of a packet, in the form in which every map has them.
 
-use aya_ebpf::{helpers::bpf_skb_pull_data, programs::TcContext};
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_pull_data, programs::TcContext};
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, IpKey};
 
-const ETHERNET: usize = 14;
+use crate::zero::zero;
+
+pub const ETHERNET: usize = 14;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// What arrived.
-pub enum Packet {
-    Ip(Addresses),
+pub enum Packet<'a> {
+    Ip(&'a Addresses),
     /// ARP and whatever else is between the two ends of the wire.
     NotIp,
     /// Claims to be IP, and is not.
     Malformed,
 }
 
-/// Source and destination, as addresses of the cluster that was asked for.
+/// Source and destination, as addresses of the cluster that was asked for. Aligned to be copied by words: the
+/// compiler does not know that IP headers are.
+#[repr(C, align(8))]
 pub struct Addresses {
     pub source: IpKey,
     pub destination: IpKey,
 }
 
 impl Addresses {
+    /// Reads the addresses of an Ethernet frame.
+    #[inline(always)]
+    pub fn read<'a>(ctx: &TcContext, cluster: u16, place: &'a mut MaybeUninit<Self>) -> Packet<'a> {
+        // SAFETY: integers only.
+        let addresses = unsafe { zero(place) };
+        addresses.source.cluster = cluster;
+        addresses.destination.cluster = cluster;
+        // SAFETY: the context is the program's own.
+        match unsafe { read_addresses(ctx.skb.skb, addresses) } {
+            IS_IP => Packet::Ip(addresses),
+            IS_NOT_IP => Packet::NotIp,
+            _ => Packet::Malformed,
+        }
+    }
+
     /// Multicast, broadcast and link-local destinations never leave the link: neighbour discovery,
     /// router solicitation, DHCP, mDNS. They are the stack's.
     #[inline(always)]
     pub fn stay_on_link(&self) -> bool {
         let ip = &self.destination.ip;
         match self.destination.family {
-            FAMILY_V4 => ip[0] >= 224 || (ip[0] == 169 && ip[1] == 254),
+            FAMILY_V4 => ip[0] >= 224 || self.to_ipv4_link_local(),
             _ => ip[0] == 0xff || (ip[0] == 0xfe && ip[1] & 0xc0 == 0x80),
         }
     }
+
+    /// Clouds have services there, and Linux forwards to them.
+    #[inline(always)]
+    pub fn to_ipv4_link_local(&self) -> bool {
+        let ip = &self.destination.ip;
+        self.destination.family == FAMILY_V4 && ip[0] == 169 && ip[1] == 254
+    }
 }
 
-/// Reads the addresses of an Ethernet frame.
-#[inline(always)]
-pub fn parse(ctx: &TcContext, cluster: u16) -> Packet {
+const IS_IP: u32 = 0;
+const IS_NOT_IP: u32 = 1;
+const IS_MALFORMED: u32 = 2;
+
+/// Global to the verifier, as what `policy` calls is: it would go on from here once for each family.
+///
+/// # Safety
+/// `skb` is the program's own context.
+#[inline(never)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn read_addresses(skb: *mut __sk_buff, addresses: *mut Addresses) -> u32 {
+    // SAFETY: callers pass a reference; the verifier does not know.
+    let Some(addresses) = (unsafe { addresses.as_mut() }) else { return IS_MALFORMED };
+    let ctx = TcContext::new(skb);
     // SAFETY: the context is valid for the program's run.
-    let ethertype = u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16);
-    match ethertype {
-        ETHERTYPE_IPV4 => parse_ipv4(ctx, cluster),
-        ETHERTYPE_IPV6 => parse_ipv6(ctx, cluster),
-        _ => Packet::NotIp,
-    }
-}
-
-#[inline(always)]
-fn parse_ipv4(ctx: &TcContext, cluster: u16) -> Packet {
-    const HEADER: usize = 20;
-    let Some(header) = header::<HEADER>(ctx) else { return Packet::Malformed };
-    // Version 4, and at least five words of header.
-    if header[0] >> 4 != 4 || header[0] & 0x0f < 5 {
-        return Packet::Malformed;
-    }
-    let address = |at: usize| {
-        let mut ip = [0; 16];
-        ip[0] = header[at];
-        ip[1] = header[at + 1];
-        ip[2] = header[at + 2];
-        ip[3] = header[at + 3];
-        IpKey { cluster, family: FAMILY_V4, pad: 0, ip }
+    let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
+    let read = match ethertype {
+        ETHERTYPE_IPV4 => read_ipv4(&ctx, addresses),
+        ETHERTYPE_IPV6 => read_ipv6(&ctx, addresses),
+        _ => return IS_NOT_IP,
     };
-    Packet::Ip(Addresses { source: address(12), destination: address(16) })
+    if read.is_some() { IS_IP } else { IS_MALFORMED }
 }
 
 #[inline(always)]
-fn parse_ipv6(ctx: &TcContext, cluster: u16) -> Packet {
-    const HEADER: usize = 40;
-    let Some(header) = header::<HEADER>(ctx) else { return Packet::Malformed };
-    if header[0] >> 4 != 6 {
-        return Packet::Malformed;
+fn read_ipv4(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
+    let header = header::<5>(ctx)?;
+    let first = header[0].to_ne_bytes()[0];
+    // Version 4, and at least five words of header.
+    if first >> 4 != 4 || first & 0x0f < 5 {
+        return None;
     }
-    let mut source = [0; 16];
-    let mut destination = [0; 16];
-    for n in 0..16 {
-        source[n] = header[8 + n];
-        destination[n] = header[24 + n];
+    set(&mut addresses.source, FAMILY_V4, [header[3], 0, 0, 0]);
+    set(&mut addresses.destination, FAMILY_V4, [header[4], 0, 0, 0]);
+    Some(())
+}
+
+#[inline(always)]
+fn read_ipv6(ctx: &TcContext, addresses: &mut Addresses) -> Option<()> {
+    let header = header::<10>(ctx)?;
+    if header[0].to_ne_bytes()[0] >> 4 != 6 {
+        return None;
     }
-    let address = |ip| IpKey { cluster, family: FAMILY_V6, pad: 0, ip };
-    Packet::Ip(Addresses { source: address(source), destination: address(destination) })
+    set(&mut addresses.source, FAMILY_V6, [header[2], header[3], header[4], header[5]]);
+    set(&mut addresses.destination, FAMILY_V6, [header[6], header[7], header[8], header[9]]);
+    Some(())
+}
+
+#[inline(always)]
+fn set(address: &mut IpKey, family: u8, ip: [u32; 4]) {
+    address.family = family;
+    let words: *mut [u32; 4] = (&raw mut address.ip).cast();
+    // SAFETY: of the same size; and within `Addresses`, both are at multiples of four.
+    unsafe { *words = ip };
 }
 
 /// Destination port of an IPv4 UDP datagram, unless this is a later fragment of one. The overlay
@@ -93,37 +129,42 @@ pub fn udp_port(ctx: &TcContext, destination: &IpKey) -> Option<u16> {
     if destination.family != FAMILY_V4 {
         return None;
     }
-    let header = header::<20>(ctx)?;
-    if header[9] != UDP || u16::from_be_bytes([header[6], header[7]]) & FRAGMENT_OFFSET != 0 {
+    let header = header::<5>(ctx)?;
+    let [first, ..] = header[0].to_ne_bytes();
+    let [_, _, flags, offset] = header[1].to_ne_bytes();
+    let [_, proto, ..] = header[2].to_ne_bytes();
+    if proto != UDP || u16::from_be_bytes([flags, offset]) & FRAGMENT_OFFSET != 0 {
         return None;
     }
-    let length = usize::from(header[0] & 0x0f) * 4;
+    let length = usize::from(first & 0x0f) * 4;
     ctx.load(ETHERNET + length + 2).ok().map(u16::from_be)
 }
 
-/// The first `N` bytes behind the Ethernet header, pulled into reach if they are in a fragment.
+/// The first `N` words behind the Ethernet header, pulled into reach if they are in a fragment.
 /// Valid until the next helper that changes the packet.
 #[inline(always)]
-fn header<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+fn header<const N: usize>(ctx: &TcContext) -> Option<&'static [u32; N]> {
     if let Some(header) = in_reach(ctx) {
         return Some(header);
     }
-    if (ctx.len() as usize) < ETHERNET + N {
+    let end = ETHERNET + N * 4;
+    if (ctx.len() as usize) < end {
         return None;
     }
     // SAFETY: the context is the program's own.
-    if unsafe { bpf_skb_pull_data(ctx.skb.skb, (ETHERNET + N) as u32) } != 0 {
+    if unsafe { bpf_skb_pull_data(ctx.skb.skb, end as u32) } != 0 {
         return None;
     }
     in_reach(ctx)
 }
 
 #[inline(always)]
-fn in_reach<const N: usize>(ctx: &TcContext) -> Option<&'static [u8; N]> {
+fn in_reach<const N: usize>(ctx: &TcContext) -> Option<&'static [u32; N]> {
     let start = ctx.data() + ETHERNET;
-    if start + N > ctx.data_end() {
+    if start + N * 4 > ctx.data_end() {
         return None;
     }
-    // SAFETY: the N bytes lie before data_end, which the verifier checks too.
-    Some(unsafe { &*(start as *const [u8; N]) })
+    // SAFETY: the N words lie before data_end, which the verifier checks too. The kernel aligns IP headers to
+    // words on machines that need it.
+    Some(unsafe { &*(start as *const [u32; N]) })
 }

@@ -1,44 +1,114 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-//! Traffic that leaves a pod of this node: ingress of the host side of its veth.
+//! Both directions of the host side of a pod's veth: what the pod sends, and what the node's stack sends to
+//! it. What comes straight from another pod or from the overlay does not pass the second.
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
-use ebpf_global_svc_abi::{Config, EndpointValue, reason};
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
+use ebpf_global_svc_abi::{Config, EndpointValue, direction, identity, reason};
 
 use crate::{
     counters::count,
-    delivery::{drop, to_node, to_pod, to_stack},
+    delivery::{drop, is_via_stack, to_node, to_pod, to_stack},
+    flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
-    packet::{Addresses, Packet, parse, udp_port},
+    mark,
+    packet::{Addresses, Packet, udp_port},
+    peer, policy,
 };
 
+/// Ingress: a packet from the pod.
 #[classifier]
 pub fn cm_from_pod(ctx: TcContext) -> i32 {
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
-    let addresses = match parse(&ctx, config.cluster) {
+    // The sender is known by its address; nobody else has a say.
+    mark::clear(&ctx);
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp => return to_stack(&ctx),
         Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
-    if addresses.stay_on_link() {
+    let on_link = addresses.stay_on_link();
+    if on_link && !addresses.to_ipv4_link_local() {
         return to_stack(&ctx);
     }
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
-    let sender = match unsafe { ENDPOINT.get(addresses.source) } {
+    let sender = match unsafe { ENDPOINT.get(&addresses.source) } {
         // SAFETY: the context is valid for the program's run.
         Some(endpoint) if endpoint.ifindex == unsafe { (*ctx.skb.skb).ifindex } => endpoint,
+        _ if on_link => return to_stack(&ctx),
         _ => return drop(&ctx, reason::INVALID_SOURCE_IP),
     };
-    forward(&ctx, config, sender, addresses)
+    let way = match way(&ctx, config, sender, addresses) {
+        Ok(way) => way,
+        Err(reason) => return drop(&ctx, reason),
+    };
+    if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
+        return drop(&ctx, reason);
+    }
+    match way.to {
+        To::Stack => to_stack(&ctx),
+        To::Pod(pod) => {
+            count(reason::FORWARDED, ctx.len());
+            to_pod(&ctx, pod)
+        }
+        To::Node(ip) => to_node(&ctx, config, sender.identity, ip),
+    }
+}
+
+/// Egress: a packet from the node's stack. Whoever comes next on this hook has a say too.
+#[classifier]
+pub fn cm_to_pod(ctx: TcContext) -> i32 {
+    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    let mut addresses = MaybeUninit::uninit();
+    let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
+        Packet::Ip(addresses) => addresses,
+        Packet::NotIp => return TC_ACT_UNSPEC,
+        Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+    };
+    let source = &addresses.source;
+    // SAFETY: as above.
+    let pod = match unsafe { ENDPOINT.get(&addresses.destination) } {
+        Some(pod) if policy::selects(pod) => pod,
+        // Multicast and link-local addresses are no endpoints.
+        _ => return TC_ACT_UNSPEC,
+    };
+    let prefix = prefix_of(source);
+    let sender = peer::through_stack(&ctx, config, source, prefix);
+    let cluster = prefix.map_or(0, |prefix| prefix.cluster);
+    let mut flow = MaybeUninit::uninit();
+    let flow = policy::flow(&ctx, &mut flow, source.family, (cluster, config.cluster));
+    match policy::check(&ctx, flow, pod, direction::INGRESS, sender) {
+        Ok(()) => TC_ACT_UNSPEC,
+        Err(reason) => drop(&ctx, reason),
+    }
+}
+
+/// Where a packet goes, and who is there.
+struct Way {
+    to: To,
+    /// See [`peer`]; not looked for if no policy selects the sender.
+    peer: u32,
+    /// 0: outside of the mesh.
+    cluster: u16,
+}
+
+enum To {
+    Stack,
+    Pod(&'static EndpointValue),
+    Node([u8; 4]),
 }
 
 #[inline(always)]
-fn forward(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: Addresses) -> i32 {
-    let mut destination = addresses.destination;
-    let Some(prefix) = prefix_of(&destination) else {
+fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Addresses) -> Result<Way, u8> {
+    let destination = &addresses.destination;
+    let Some(prefix) = prefix_of(destination) else {
         // Masquerading would make a pod's own VXLAN packet one of this node, with any identity.
-        return match udp_port(ctx, &destination) {
-            Some(port) if port == config.overlay_port => drop(ctx, reason::ENCAPSULATION_PROHIBITED),
-            _ => to_stack(ctx),
+        return match udp_port(ctx, destination) {
+            Some(port) if port == config.overlay_port => Err(reason::ENCAPSULATION_PROHIBITED),
+            _ if !policy::selects(sender) => Ok(Way { to: To::Stack, peer: identity::UNKNOWN, cluster: 0 }),
+            _ => Ok(Way { to: To::Stack, peer: peer::outside(config, destination), cluster: 0 }),
         };
     };
 
@@ -46,21 +116,54 @@ fn forward(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: 
     if local {
         // SAFETY: as above.
         if let Some(pod) = unsafe { ENDPOINT.get(destination) } {
-            count(reason::FORWARDED, ctx.len());
-            return to_pod(ctx, pod);
+            return Ok(Way { to: To::Pod(pod), peer: pod.identity, cluster: prefix.cluster });
         }
     }
+    let mut destination = *destination;
     destination.cluster = prefix.cluster;
     // SAFETY: as above.
-    let node_ip = match unsafe { IPCACHE.get(destination) } {
-        Some(entry) => entry.node_ip,
-        // Not known (yet): its node may know better.
-        None => prefix.node_ip,
-    };
-    match node_ip {
+    let entry = unsafe { IPCACHE.get(&destination) };
+    // Not known (yet): its node may know better.
+    let node_ip = entry.map_or(prefix.node_ip, |entry| entry.node_ip);
+    let to = match node_ip {
         // The node's own address in its pod CIDR, or a pod that the agent has not seen yet.
-        ip if local && (ip == config.node_ip || ip == [0; 4]) => to_stack(ctx),
-        [0, 0, 0, 0] => drop(ctx, reason::NO_TUNNEL_ENDPOINT),
-        ip => to_node(ctx, config, sender.identity, ip),
+        ip if local && (ip == config.node_ip || ip == [0; 4]) => To::Stack,
+        [0, 0, 0, 0] => return Err(reason::NO_TUNNEL_ENDPOINT),
+        ip => To::Node(ip),
+    };
+    Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster })
+}
+
+/// What the policies of the sender, and of a receiver on this node, say of a packet.
+#[inline(always)]
+fn allow(
+    ctx: &TcContext,
+    config: &Config,
+    sender: &EndpointValue,
+    addresses: &Addresses,
+    way: &Way,
+) -> Result<(), u8> {
+    let receiver = match way.to {
+        To::Pod(pod) if policy::selects(pod) => Some(pod),
+        _ => None,
+    };
+    if !policy::selects(sender) && receiver.is_none() {
+        return Ok(());
     }
+    let mut flow = MaybeUninit::uninit();
+    let flow = policy::flow(ctx, &mut flow, addresses.source.family, (config.cluster, way.cluster));
+    // Its gateway, whatever address that has there: a pod whose neighbour cannot find it has no network.
+    let is_link = matches!(way.to, To::Stack) && way.cluster != 0;
+    if !(is_link && flow.is(traits::NEIGHBOUR)) {
+        policy::check(ctx, flow, sender, direction::EGRESS, way.peer)?;
+    }
+    match receiver {
+        // `cm_to_pod` will ask.
+        Some(pod) if is_via_stack(pod) => mark::set(ctx, sender.identity),
+        Some(pod) => {
+            policy::check(ctx, flow, pod, direction::INGRESS, sender.identity)?;
+        }
+        None => {}
+    }
+    Ok(())
 }

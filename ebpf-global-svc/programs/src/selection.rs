@@ -21,6 +21,9 @@ use crate::{
 /// that the service really has nothing to offer.
 const ATTEMPTS: u32 = 4;
 
+const NO_BACKEND: BackendValue =
+    BackendValue { ip: [0; 16], cluster: 0, port: 0, proto: 0, family: 0, state: 0, flags: 0, generation: 0 };
+
 /// What became of a frontend.
 pub enum Selection {
     /// Nobody's frontend: leave the address alone.
@@ -34,7 +37,9 @@ pub enum Selection {
 /// Chooses a backend. The same `seed` gives the same backend as long as the service does not change.
 #[inline(always)]
 pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
-    let mut draining = None;
+    // Not an option: the compiler leaves what it would hold unwritten, and reads it ahead of the test, which
+    // kernels before 6.3 refuse.
+    let (mut terminating, mut service_of_it, mut is_one) = (NO_BACKEND, 0, false);
     for attempt in 0..ATTEMPTS {
         // SAFETY: the element stays readable until the program ends; what it holds is checked below.
         let Some(service) = (unsafe { SERVICE.get(frontend) }) else {
@@ -57,13 +62,17 @@ pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
                 return Selection::Backend { backend, service: service_id };
             }
             // Serves until it is gone: better than refusing, if nothing else turns up.
-            Some(backend) => draining = Some((backend, service_id)),
+            Some(backend) => {
+                terminating = backend;
+                service_of_it = service_id;
+                is_one = true;
+            }
             None => count(reason::LB_NO_BACKEND_SLOT, 0),
         }
     }
-    if let Some((backend, service)) = draining {
+    if is_one {
         count(reason::LB_SELECTED, 0);
-        return Selection::Backend { backend, service };
+        return Selection::Backend { backend: terminating, service: service_of_it };
     }
     count(reason::LB_NO_BACKEND, 0);
     Selection::NoBackend

@@ -12,9 +12,10 @@ use super::pins::Pins;
 use crate::{
     DatapathError, MapSizes,
     abi::{
-        BackendValue, ClusterState, Config, Counter, EndpointValue, IpKey, IpValue, MAX_CLUSTERS,
-        MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain, PrefixKey, PrefixValue, SCHEMA_VERSION,
-        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+        BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey,
+        FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain,
+        PolicyKey, PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION, ServiceKey, ServiceValue, SlotKey,
+        SockRevKey, SockRevValue, VerdictKey,
     },
     sys,
 };
@@ -29,8 +30,11 @@ pub(super) struct MapSpec {
     pub(super) max_entries: u32,
 }
 
+/// How many maps there are.
+pub(super) const MAPS: usize = 17;
+
 /// All maps of the programs.
-pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; 12] {
+pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
     [
         spec::<u32, Config>("cm_config", MapType::Array, 1),
         spec::<u32, ClusterState>("cm_cluster", MapType::Array, MAX_CLUSTERS),
@@ -44,6 +48,11 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; 12] {
         spec::<SockRevKey, SockRevValue>("cm_sock_rev", MapType::LruHash, sizes.sock_rev),
         spec::<u32, Counter>("cm_metrics", MapType::PerCpuArray, MAX_REASONS),
         spec::<OverlayKey, Counter>("cm_overlay_rx", MapType::LruPerCpuHash, sizes.overlay_rx),
+        spec::<PolicyKey, PolicyValue>("cm_policy", MapType::LpmTrie, sizes.policy),
+        spec::<PrefixKey, u32>("cm_cidr", MapType::LpmTrie, sizes.cidr),
+        spec::<CtKey, CtValue>("cm_ct", MapType::LruHash, sizes.ct),
+        spec::<VerdictKey, Counter>("cm_verdict", MapType::LruPerCpuHash, sizes.verdict),
+        spec::<FragmentKey, FragmentValue>("cm_fragment", MapType::LruHash, sizes.fragment),
     ]
 }
 

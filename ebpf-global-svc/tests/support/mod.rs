@@ -1,6 +1,8 @@
 //! Places to test in, each with this process's ID in its name and gone when dropped, also by a panic.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its part")]
 
+pub mod pair;
+
 use std::{
     fs::{self, File},
     net::{IpAddr, Ipv4Addr},
@@ -75,6 +77,11 @@ pub const SMALL: MapSizes = MapSizes {
     backend: 4_096,
     sock_rev: 1_024,
     overlay_rx: 1_024,
+    policy: 16_384,
+    cidr: 1_024,
+    ct: 1_024,
+    verdict: 1_024,
+    fragment: 256,
 };
 
 /// A cgroup that this process is in, alone among its tests: the kernel looks at the cgroup of the

@@ -12,7 +12,7 @@ use ebpf_global_svc::abi::{
     BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
     ServiceKey, ServiceValue, SlotKey,
 };
-use ebpf_global_svc::table::{Cursor, Table};
+use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 
 use crate::broken::{self, Broken};
@@ -461,5 +461,7 @@ pub fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         endpoint: checked::<EndpointMap>(kernel),
         node: checked::<NodeMap>(kernel),
         cluster: checked::<ClusterMap>(kernel),
+        policy: Box::new(MemoryTable::new("cm_policy", 1 << 20)),
+        cidr: Box::new(MemoryTable::new("cm_cidr", 1 << 20)),
     }
 }
