@@ -1,5 +1,6 @@
 //! What the server knows about itself: for `/readyz` and `/metrics`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -13,7 +14,7 @@ use tokio::sync::watch;
 use crate::export::Exporter;
 use crate::http::Subject;
 use crate::metrics::{Families, number};
-use crate::objects::ObjectKind;
+use crate::objects::{GapReason, ObjectKind};
 
 /// Shared between the server, which writes, and HTTP, which reads.
 #[derive(Debug)]
@@ -42,6 +43,10 @@ pub struct Progress {
     pub keys: Vec<(Kind, usize)>,
     /// Pods for which there is no identity left.
     pub pods_without_identity: usize,
+    /// Parts of policies that are not understood, by reason.
+    pub policy_gaps: BTreeMap<GapReason, usize>,
+    /// Policies with such a part.
+    pub flawed_policies: usize,
     /// Changes of the source since the start.
     pub changes: u64,
     /// Things that could not be exported, since the start.
@@ -54,6 +59,8 @@ impl Progress {
         self.objects = ObjectKind::ALL.map(|kind| (kind, exporter.object_count(kind))).into();
         self.keys = Exporter::KINDS.map(|kind| (kind, exporter.published_count(kind))).into();
         self.pods_without_identity = exporter.starved_count();
+        self.policy_gaps = exporter.policy_gaps();
+        self.flawed_policies = exporter.flawed_policies();
     }
 }
 
@@ -123,6 +130,14 @@ impl Collector for Status {
             "pods_without_identity",
             "Pods for which no identity is left",
             progress.pods_without_identity,
+        )?;
+        let gaps = progress.policy_gaps.iter();
+        let gaps = gaps.map(|(reason, count)| ([("reason", reason.as_str())], number(*count)));
+        out.gauges("policy_gaps", "Parts of network policies that are not understood, by reason", gaps)?;
+        out.gauge(
+            "flawed_policies",
+            "Network policies of which a part is not understood",
+            progress.flawed_policies,
         )?;
         out.gauge("source_errors", "Inputs of the source that are broken now", progress.broken_inputs)?;
         out.counter("source_changes", "Changes of objects that the source reported", progress.changes)?;

@@ -176,7 +176,7 @@ fn exporter() -> Exporter {
     let max = MaxConnectedClusters::C255;
     let cluster = Cluster { name: "alpha".parse().unwrap(), id: ClusterId::new(1, max).unwrap() };
     let allocator = Allocator::new(cluster.id, max, Duration::from_secs(600));
-    Exporter::new(cluster, allocator, Rules { default_global: true, complete: true })
+    Exporter::new(cluster, allocator, Rules { default_global: true, complete: true, ..Rules::default() })
 }
 
 /// Serves recorded bytes; what was not recorded is an empty list or a watch that says nothing.

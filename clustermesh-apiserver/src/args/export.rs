@@ -50,6 +50,17 @@ pub struct ExportArgs {
         value_name = "true|false"
     )]
     pub default_global_namespace: bool,
+    /// Whether selectors of network policies that name no cluster mean pods of this one, or of all clusters.
+    #[arg(
+        long,
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_name = "true|false"
+    )]
+    pub policy_default_local_cluster: bool,
     /// The cluster's etcd: endpoints and TLS files, in the form that Cilium uses.
     #[arg(long, value_name = "FILE")]
     pub etcd_config: PathBuf,
@@ -85,11 +96,12 @@ impl ExportArgs {
         self.cluster_users_config_path.as_deref().filter(|_| self.cluster_users_enabled)
     }
 
-    /// What other clusters get to know.
+    /// What other clusters get to know, and what policies mean.
     pub fn rules(&self) -> Rules {
         Rules {
             default_global: self.default_global_namespace,
             complete: self.source == SourceSpec::Kubernetes,
+            policy_default_local_cluster: self.policy_default_local_cluster,
         }
     }
 
@@ -149,7 +161,7 @@ mod tests {
         let args = parse(&good).unwrap();
         assert_eq!(args.source, SourceSpec::Manifests("/m".into()));
         assert!(args.cluster().is_err());
-        assert_eq!(args.rules(), Rules { default_global: true, complete: false });
+        assert_eq!(args.rules(), Rules::default());
         let args = parse(&[&good[..], &["--max-connected-clusters", "511"]].concat()).unwrap();
         assert_eq!(args.cluster().unwrap().id.get(), 300);
     }
@@ -160,7 +172,10 @@ mod tests {
         let more = ["--k8s-kubeconfig-path", "/k", "--context", "c", "--default-global-namespace=false"];
         let args = parse(&[&good[..], &more].concat()).unwrap();
         assert_eq!((args.kubeconfig.as_deref(), args.context.as_deref()), (Some("/k".as_ref()), Some("c")));
-        assert_eq!(args.rules(), Rules { default_global: false, complete: true });
+        let expected = Rules { default_global: false, complete: true, policy_default_local_cluster: true };
+        assert_eq!(args.rules(), expected);
+        let any = ["--policy-default-local-cluster=false"];
+        assert!(!parse(&[&good[..], &any].concat()).unwrap().rules().policy_default_local_cluster);
         let cilium = ["--clustermesh-default-global-namespace=false"];
         assert!(!parse(&[&good[..], &cilium].concat()).unwrap().default_global_namespace);
         assert!(parse(&[&good[..], &["--context", "c"]].concat()).is_err());

@@ -197,7 +197,11 @@ fn namespaces_may_have_to_ask_for_it() {
     let max = clustermesh_kvstore::cluster::MaxConnectedClusters::C255;
     let cluster = Cluster { name: "alpha".parse().unwrap(), id: ClusterId::new(1, max).unwrap() };
     let identities = Allocator::new(cluster.id, max, std::time::Duration::from_secs(600));
-    let mut exporter = Exporter::new(cluster, identities, Rules { default_global: false, complete: true });
+    let mut exporter = Exporter::new(
+        cluster,
+        identities,
+        Rules { default_global: false, complete: true, ..Rules::default() },
+    );
     exporter.apply(upserts(&pod("web-0", "10.1.0.1", "")), now);
     exporter.apply(upserts("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}"), now);
     assert!(value(&exporter, IP).is_none() && value(&exporter, LOCAL_IP).is_some());

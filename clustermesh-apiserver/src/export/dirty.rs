@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::PolicyName;
 
 use crate::endpoints::selects;
 use crate::objects::{EndpointSlice, Namespace, Node, Object, Objects, Pod};
@@ -13,6 +14,7 @@ pub(super) struct Dirty {
     pub(super) pods: BTreeSet<NamespacedName>,
     pub(super) ips: BTreeSet<IpAddr>,
     pub(super) services: BTreeSet<NamespacedName>,
+    pub(super) policies: BTreeSet<PolicyName>,
     /// Of Cilium's identities, the names.
     pub(super) cilium_identities: BTreeSet<String>,
     /// Which identities are shown at all may have changed.
@@ -59,6 +61,9 @@ impl Dirty {
             }
             Object::CiliumNode(node) => {
                 self.nodes.insert(node.record.name.clone());
+            }
+            Object::Policy(policy) => {
+                self.policies.insert(policy.name.clone());
             }
             // Who owns which address tells what changes: see `Owners`.
             Object::CiliumEndpoint(_) | Object::CiliumEndpointSlice(_) => {}

@@ -13,6 +13,7 @@ mod basis;
 mod dirty;
 mod identities;
 mod owners;
+mod policies;
 mod record;
 mod rules;
 
@@ -23,11 +24,11 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, NamespacedName};
 use clustermesh_kvstore::key::{self, Kind, Layout};
-use clustermesh_kvstore::record::{MAX_VALUE, Record};
+use clustermesh_kvstore::record::{MAX_VALUE, PolicyName, Record};
 
 use crate::endpoints;
 use crate::identity::{Allocator, Exhausted};
-use crate::objects::{Change, Object, ObjectKind, Objects};
+use crate::objects::{Change, Gap, Object, ObjectKind, Objects};
 
 use basis::Choice;
 use dirty::Dirty;
@@ -75,6 +76,8 @@ pub struct Exporter {
     /// Keys that stand elsewhere now, and when they go; see [`MOVE`].
     moved: BTreeMap<(Kind, String), Instant>,
     prefixes: BTreeMap<Kind, String>,
+    /// Parts of policies that are not understood.
+    gaps: BTreeMap<PolicyName, Vec<Gap>>,
     problems: Vec<Problem>,
 }
 
@@ -108,11 +111,19 @@ pub enum Problem {
         /// Bytes of the value.
         size: usize,
     },
+    /// A part of a policy is not understood.
+    #[error("policy {policy}: {gap}")]
+    Policy {
+        /// The policy.
+        policy: PolicyName,
+        /// What it is, and what becomes of it.
+        gap: Gap,
+    },
 }
 
 impl Exporter {
     /// The kinds of keys that come out.
-    pub const KINDS: [Kind; 7] = [
+    pub const KINDS: [Kind; 8] = [
         Kind::Nodes,
         Kind::Identities,
         Kind::LocalIdentities,
@@ -120,6 +131,7 @@ impl Exporter {
         Kind::LocalIp,
         Kind::Services,
         Kind::LocalServices,
+        Kind::LocalPolicies,
     ];
 
     /// An exporter without objects. What `identities` has adopted is published from the first batch on.
@@ -140,6 +152,7 @@ impl Exporter {
             published: Self::KINDS.map(|kind| (kind, BTreeMap::new())).into(),
             moved: BTreeMap::new(),
             prefixes,
+            gaps: BTreeMap::new(),
             problems: Vec::new(),
         }
     }
@@ -260,6 +273,9 @@ impl Exporter {
         }
         for name in dirty.services {
             self.recompute_service(&name, &mut out);
+        }
+        for name in dirty.policies {
+            self.recompute_policy(&name, &mut out);
         }
         out.upserts.append(&mut out.deletes);
         out.upserts

@@ -10,12 +10,14 @@ pub struct Rules {
     /// The source knows everything that there is. Then a service without endpoint slices has no backends,
     /// and nothing is shown of a namespace before the namespace itself is known.
     pub complete: bool,
+    /// Whether selectors of policies that name no cluster mean pods of the own one, or of all.
+    pub policy_default_local_cluster: bool,
 }
 
 impl Default for Rules {
-    /// All namespaces; objects that refer to others may be all that there is.
+    /// All namespaces; objects that refer to others may be all that there is; policies are about the own cluster.
     fn default() -> Self {
-        Self { default_global: true, complete: false }
+        Self { default_global: true, complete: false, policy_default_local_cluster: true }
     }
 }
 

@@ -47,8 +47,10 @@ pub(crate) fn namespace_of(labels: &str) -> Option<&str> {
     labels.split(';').find_map(|label| label.strip_prefix("k8s:io.kubernetes.pod.namespace="))
 }
 
-const NAMESPACE: &str = "io.kubernetes.pod.namespace";
-const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
+/// Key of the label with the namespace of a pod.
+pub(crate) const NAMESPACE: &str = "io.kubernetes.pod.namespace";
+/// What the keys of labels begin with that a pod has from its namespace; a dot follows.
+pub(crate) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 const SERVICE_ACCOUNT: &str = "io.cilium.k8s.policy.serviceaccount";
 
 /// Keys that only the control plane may set: a pod that could set them could name its own policy.

@@ -10,6 +10,7 @@ mod endpoint_slice;
 mod meta;
 mod node;
 mod pod;
+mod policy;
 mod service;
 mod store;
 
@@ -17,6 +18,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::{PolicyKind, PolicyName};
 
 pub use cilium::{CiliumEndpoint, CiliumEndpointSlice, CiliumIdentity, CiliumNode};
 pub(crate) use cilium::{EndpointResource, IdentityResource, NodeResource, SliceResource};
@@ -25,6 +27,8 @@ pub use meta::{Namespace, ObjectError};
 pub(crate) use meta::{lean, lean_with_annotations};
 pub use node::Node;
 pub use pod::{ContainerPort, Pod};
+pub(crate) use policy::{ClusterwideResource, NamespacedResource};
+pub use policy::{Effect, Gap, GapReason, Policy};
 pub use service::{IpFamily, Service, ServicePort, TargetPort};
 pub use store::Objects;
 
@@ -49,6 +53,8 @@ pub enum Object {
     CiliumEndpointSlice(Arc<CiliumEndpointSlice>),
     /// A node that Cilium runs on.
     CiliumNode(Arc<CiliumNode>),
+    /// A network policy of any kind.
+    Policy(Arc<Policy>),
 }
 
 impl Object {
@@ -64,6 +70,10 @@ impl Object {
             Self::CiliumEndpoint(o) => (ObjectKind::CiliumEndpoint, o.name.clone()),
             Self::CiliumEndpointSlice(o) => (ObjectKind::CiliumEndpointSlice, cluster_scoped(&o.name)),
             Self::CiliumNode(o) => (ObjectKind::CiliumNode, cluster_scoped(&o.record.name)),
+            Self::Policy(o) => {
+                let PolicyName { kind, namespace, name } = o.name.clone();
+                (ObjectKind::of_policy(kind), NamespacedName { namespace, name })
+            }
         };
         ObjectKey { kind, name }
     }
@@ -94,11 +104,17 @@ pub enum ObjectKind {
     CiliumEndpointSlice,
     /// cilium.io/v2 CiliumNode.
     CiliumNode,
+    /// networking.k8s.io/v1 NetworkPolicy.
+    NetworkPolicy,
+    /// cilium.io/v2 CiliumNetworkPolicy.
+    CiliumNetworkPolicy,
+    /// cilium.io/v2 CiliumClusterwideNetworkPolicy.
+    CiliumClusterwideNetworkPolicy,
 }
 
 impl ObjectKind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Namespace,
         Self::Node,
         Self::Pod,
@@ -108,6 +124,9 @@ impl ObjectKind {
         Self::CiliumEndpoint,
         Self::CiliumEndpointSlice,
         Self::CiliumNode,
+        Self::NetworkPolicy,
+        Self::CiliumNetworkPolicy,
+        Self::CiliumClusterwideNetworkPolicy,
     ];
 
     /// The kind as manifests spell it.
@@ -122,6 +141,28 @@ impl ObjectKind {
             Self::CiliumEndpoint => "CiliumEndpoint",
             Self::CiliumEndpointSlice => "CiliumEndpointSlice",
             Self::CiliumNode => "CiliumNode",
+            Self::NetworkPolicy => "NetworkPolicy",
+            Self::CiliumNetworkPolicy => "CiliumNetworkPolicy",
+            Self::CiliumClusterwideNetworkPolicy => "CiliumClusterwideNetworkPolicy",
+        }
+    }
+
+    /// The kind of the objects that a kind of policies comes from.
+    pub const fn of_policy(kind: PolicyKind) -> Self {
+        match kind {
+            PolicyKind::Network => Self::NetworkPolicy,
+            PolicyKind::Cilium => Self::CiliumNetworkPolicy,
+            PolicyKind::CiliumClusterwide => Self::CiliumClusterwideNetworkPolicy,
+        }
+    }
+
+    /// The kind of policies that the objects are, if they are.
+    pub const fn policy(self) -> Option<PolicyKind> {
+        match self {
+            Self::NetworkPolicy => Some(PolicyKind::Network),
+            Self::CiliumNetworkPolicy => Some(PolicyKind::Cilium),
+            Self::CiliumClusterwideNetworkPolicy => Some(PolicyKind::CiliumClusterwide),
+            _ => None,
         }
     }
 }

@@ -2,10 +2,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::NamespacedName;
+use clustermesh_kvstore::record::{PolicyKind, PolicyName};
 
 use super::{
     Change, CiliumEndpoint, CiliumEndpointSlice, CiliumIdentity, CiliumNode, EndpointSlice, Namespace, Node,
-    Object, ObjectKey, ObjectKind, Pod, Service,
+    Object, ObjectKey, ObjectKind, Pod, Policy, Service,
 };
 
 /// All facts, with the look-ups that computing records needs. Maps are ordered by namespace first,
@@ -23,6 +24,7 @@ pub struct Objects {
     cilium_endpoints: BTreeMap<NamespacedName, Arc<CiliumEndpoint>>,
     cilium_slices: BTreeMap<String, Arc<CiliumEndpointSlice>>,
     cilium_nodes: BTreeMap<String, Arc<CiliumNode>>,
+    policies: BTreeMap<PolicyKind, BTreeMap<NamespacedName, Arc<Policy>>>,
 }
 
 impl Objects {
@@ -50,6 +52,11 @@ impl Objects {
             }
             Object::CiliumNode(o) => {
                 self.cilium_nodes.insert(o.record.name.clone(), o).map(Object::CiliumNode)
+            }
+            Object::Policy(o) => {
+                let PolicyName { kind, namespace, name } = o.name.clone();
+                let of_kind = self.policies.entry(kind).or_default();
+                of_kind.insert(NamespacedName { namespace, name }, o).map(Object::Policy)
             }
             Object::Pod(o) => {
                 let old = self.pods.insert(o.name.clone(), Arc::clone(&o));
@@ -83,6 +90,11 @@ impl Objects {
                 self.cilium_slices.remove(&key.name.name).map(Object::CiliumEndpointSlice)
             }
             ObjectKind::CiliumNode => self.cilium_nodes.remove(&key.name.name).map(Object::CiliumNode),
+            ObjectKind::NetworkPolicy => self.remove_policy(PolicyKind::Network, &key.name),
+            ObjectKind::CiliumNetworkPolicy => self.remove_policy(PolicyKind::Cilium, &key.name),
+            ObjectKind::CiliumClusterwideNetworkPolicy => {
+                self.remove_policy(PolicyKind::CiliumClusterwide, &key.name)
+            }
             ObjectKind::Pod => {
                 let old = self.pods.remove(&key.name)?;
                 unindex(&mut self.pods_on, old.node.as_ref(), &old.name);
@@ -94,6 +106,10 @@ impl Objects {
                 Some(Object::EndpointSlice(old))
             }
         }
+    }
+
+    fn remove_policy(&mut self, kind: PolicyKind, name: &NamespacedName) -> Option<Object> {
+        self.policies.get_mut(&kind)?.remove(name).map(Object::Policy)
     }
 
     /// How many objects of a kind there are.
@@ -108,7 +124,20 @@ impl Objects {
             ObjectKind::CiliumEndpoint => self.cilium_endpoints.len(),
             ObjectKind::CiliumEndpointSlice => self.cilium_slices.len(),
             ObjectKind::CiliumNode => self.cilium_nodes.len(),
+            ObjectKind::NetworkPolicy => self.count_policies(PolicyKind::Network),
+            ObjectKind::CiliumNetworkPolicy => self.count_policies(PolicyKind::Cilium),
+            ObjectKind::CiliumClusterwideNetworkPolicy => self.count_policies(PolicyKind::CiliumClusterwide),
         }
+    }
+
+    fn count_policies(&self, kind: PolicyKind) -> usize {
+        self.policies.get(&kind).map_or(0, BTreeMap::len)
+    }
+
+    /// A policy.
+    pub fn policy(&self, name: &PolicyName) -> Option<&Policy> {
+        let PolicyName { kind, namespace, name } = name.clone();
+        self.policies.get(&kind)?.get(&NamespacedName { namespace, name }).map(Arc::as_ref)
     }
 
     /// A namespace.

@@ -181,8 +181,21 @@ pub enum Operator {
     DoesNotExist,
 }
 
-/// Most rules of one object, peers and ports of one rule, and requirements of one selector.
+/// Most rules of one object; entries of one section, peers and ports of one rule, and requirements of one selector.
 const MOST: usize = 4096;
+
+impl PolicyRule {
+    /// Whether these may be all the rules of one object.
+    ///
+    /// # Errors
+    /// There are too many of something, or something that makes no sense. Readers refuse such a record.
+    pub fn check_all(rules: &[Self]) -> Result<(), RecordError> {
+        if rules.len() > MOST {
+            return Err(RecordError::BadPolicy(format!("it has {} rules", rules.len()).into()));
+        }
+        rules.iter().try_for_each(check)
+    }
+}
 
 impl LabelSelector {
     /// Whether an identity with these labels is meant.
@@ -265,10 +278,7 @@ impl Record for LocalPolicy {
     fn decode(suffix: &str, value: &[u8]) -> Result<Self, RecordError> {
         let name = suffix.parse()?;
         let Wire { cluster, cluster_id, rules } = json::decode(value)?;
-        rules.iter().try_for_each(check)?;
-        if rules.len() > MOST {
-            return Err(RecordError::BadPolicy(format!("it has {} rules", rules.len()).into()));
-        }
+        PolicyRule::check_all(&rules)?;
         Ok(Self { cluster, cluster_id, name, rules })
     }
 
@@ -284,7 +294,17 @@ impl Record for LocalPolicy {
 
 fn check(rule: &PolicyRule) -> Result<(), RecordError> {
     let bad = |text: String| Err(RecordError::BadPolicy(text.into()));
+    check_selector(&rule.subject)?;
     let sections = [&rule.ingress, &rule.egress].into_iter().flatten();
+    for section in sections.clone() {
+        if section.allow.len() > MOST || section.deny.len() > MOST {
+            return bad(format!(
+                "a section has {} entries that allow and {} that deny",
+                section.allow.len(),
+                section.deny.len()
+            ));
+        }
+    }
     for traffic in sections.flat_map(|section| section.allow.iter().chain(&section.deny)) {
         if traffic.peers.len() > MOST || traffic.ports.len() > MOST {
             return bad(format!(
@@ -301,12 +321,27 @@ fn check(rule: &PolicyRule) -> Result<(), RecordError> {
             }
         }
         for peer in &traffic.peers {
-            if let Peer::Cidr { net, except } = peer
-                && let Some(outside) = except.iter().find(|except| !net.contains(*except))
-            {
-                return bad(format!("{outside} is not in {net}"));
+            match peer {
+                Peer::Labels(selector) => check_selector(selector)?,
+                Peer::Entity(_) => {}
+                Peer::Cidr { net, except } => {
+                    if let Some(outside) = except.iter().find(|except| !net.contains(*except)) {
+                        return bad(format!("{outside} is not in {net}"));
+                    }
+                    if except.len() > MOST {
+                        return bad(format!("a range has {} exceptions", except.len()));
+                    }
+                }
             }
         }
+    }
+    Ok(())
+}
+
+fn check_selector(LabelSelector(requirements): &LabelSelector) -> Result<(), RecordError> {
+    if requirements.len() > MOST {
+        let text = format!("a selector has {} requirements", requirements.len());
+        return Err(RecordError::BadPolicy(text.into()));
     }
     Ok(())
 }

@@ -81,12 +81,13 @@ pub(crate) struct Page {
 }
 
 /// Group, version, plural and kind of what is there from the beginning.
-const BUILT_IN: [(&str, &str, &str, &str); 5] = [
+const BUILT_IN: [(&str, &str, &str, &str); 6] = [
     ("", "v1", "namespaces", "Namespace"),
     ("", "v1", "nodes", "Node"),
     ("", "v1", "pods", "Pod"),
     ("", "v1", "services", "Service"),
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice"),
+    ("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
 ];
 
 const CILIUM: [(&str, &str, &str, &str); 4] = [
@@ -94,6 +95,11 @@ const CILIUM: [(&str, &str, &str, &str); 4] = [
     ("cilium.io", "v2", "ciliumendpoints", "CiliumEndpoint"),
     ("cilium.io", "v2alpha1", "ciliumendpointslices", "CiliumEndpointSlice"),
     ("cilium.io", "v2", "ciliumnodes", "CiliumNode"),
+];
+
+const CILIUM_POLICIES: [(&str, &str, &str, &str); 2] = [
+    ("cilium.io", "v2", "ciliumnetworkpolicies", "CiliumNetworkPolicy"),
+    ("cilium.io", "v2", "ciliumclusterwidenetworkpolicies", "CiliumClusterwideNetworkPolicy"),
 ];
 
 impl Default for Cluster {
@@ -126,11 +132,17 @@ impl Cluster {
     /// Makes Cilium's kinds known.
     pub fn install_cilium(&self) {
         self.serve(&CILIUM);
+        self.install_cilium_policies();
+    }
+
+    /// Makes only the kinds of its policies known.
+    pub fn install_cilium_policies(&self) {
+        self.serve(&CILIUM_POLICIES);
     }
 
     /// Removes Cilium's objects and kinds.
     pub fn remove_cilium(&self) {
-        for (_, _, plural, _) in CILIUM {
+        for (_, _, plural, _) in CILIUM.into_iter().chain(CILIUM_POLICIES) {
             let names: Vec<_> = {
                 let state = self.state();
                 state

@@ -59,7 +59,7 @@ fn exporter() -> Exporter {
     let id = ClusterId::new(1, MAX).unwrap();
     let cluster = Cluster { name: "alpha".parse().unwrap(), id };
     let allocator = Allocator::new(id, MAX, Duration::from_secs(60));
-    Exporter::new(cluster, allocator, Rules { default_global: true, complete: true })
+    Exporter::new(cluster, allocator, Rules { default_global: true, complete: true, ..Rules::default() })
 }
 
 /// What is written can be read by the own agents and by those of other clusters, and is this cluster's.
@@ -71,7 +71,11 @@ fn check(change: &KeyChange) {
         Some((kind, key.strip_prefix(&prefix)?))
     });
     let (kind, suffix) = place.unwrap_or_else(|| panic!("{key:?} is none of our keys"));
-    let slashes = usize::from(matches!(kind, Kind::Services | Kind::LocalServices));
+    let slashes = match kind {
+        Kind::Services | Kind::LocalServices => 1,
+        Kind::LocalPolicies => 2,
+        _ => 0,
+    };
     assert_eq!(suffix.matches('/').count(), slashes, "{key:?}");
     let Some(value) = value else { return };
     let id = ClusterId::new(1, MAX).unwrap();

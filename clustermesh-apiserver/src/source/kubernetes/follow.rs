@@ -12,7 +12,10 @@ use super::Told;
 use super::lists::{Heard, Item};
 use super::read::{self, Read, Wire};
 use super::trouble::{explain, is_lost, is_refused_stream};
-use crate::objects::{EndpointResource, IdentityResource, NodeResource, ObjectKind, SliceResource};
+use crate::objects::{
+    ClusterwideResource, EndpointResource, IdentityResource, NamespacedResource, NodeResource, ObjectKind,
+    SliceResource,
+};
 
 /// A watch ends after this time and goes on with another one: how long a connection that died silently
 /// stays unnoticed.
@@ -36,6 +39,11 @@ pub(super) async fn follow(client: Client, kind: ObjectKind, api: ApiResource, o
         ObjectKind::CiliumEndpoint => teller.follow::<EndpointResource>(client, &api).await,
         ObjectKind::CiliumEndpointSlice => teller.follow::<SliceResource>(client, &api).await,
         ObjectKind::CiliumNode => teller.follow::<NodeResource>(client, &api).await,
+        ObjectKind::NetworkPolicy => teller.follow::<read::NetworkPolicy>(client, &api).await,
+        ObjectKind::CiliumNetworkPolicy => teller.follow::<NamespacedResource>(client, &api).await,
+        ObjectKind::CiliumClusterwideNetworkPolicy => {
+            teller.follow::<ClusterwideResource>(client, &api).await
+        }
     }
 }
 

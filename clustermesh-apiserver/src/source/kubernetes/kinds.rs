@@ -19,7 +19,7 @@ pub struct Resource {
 }
 
 /// Everything that is read: a role needs `list` and `watch` of these and nothing else.
-pub const KINDS: [Resource; 9] = [
+pub const KINDS: [Resource; 12] = [
     Resource { kind: ObjectKind::Namespace, group: "", version: "v1", plural: "namespaces" },
     Resource { kind: ObjectKind::Node, group: "", version: "v1", plural: "nodes" },
     Resource { kind: ObjectKind::Pod, group: "", version: "v1", plural: "pods" },
@@ -39,12 +39,36 @@ pub const KINDS: [Resource; 9] = [
         plural: "ciliumendpointslices",
     },
     Resource { kind: ObjectKind::CiliumNode, group: CILIUM, version: "v2", plural: "ciliumnodes" },
+    Resource {
+        kind: ObjectKind::NetworkPolicy,
+        group: "networking.k8s.io",
+        version: "v1",
+        plural: "networkpolicies",
+    },
+    Resource {
+        kind: ObjectKind::CiliumNetworkPolicy,
+        group: CILIUM,
+        version: "v2",
+        plural: "ciliumnetworkpolicies",
+    },
+    Resource {
+        kind: ObjectKind::CiliumClusterwideNetworkPolicy,
+        group: CILIUM,
+        version: "v2",
+        plural: "ciliumclusterwidenetworkpolicies",
+    },
 ];
 
 impl Resource {
     /// The resource of a kind.
     pub fn of(kind: ObjectKind) -> Option<&'static Self> {
         KINDS.iter().find(|resource| resource.kind == kind)
+    }
+
+    /// Whether it is one of those in which Cilium says what there is. Its policies are written by people, also
+    /// where it does not run.
+    pub(super) fn speaks_for_cilium(&self) -> bool {
+        self.group == CILIUM && self.kind.policy().is_none()
     }
 
     /// As the client wants it.

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use clustermesh_kvstore::cluster::NamespacedName;
 
-use super::kinds::{CILIUM, KINDS};
+use super::kinds::KINDS;
 use crate::objects::{Change, Object, ObjectError, ObjectKey, ObjectKind};
 use crate::source::SourceEvent;
 
@@ -118,8 +118,10 @@ impl Lists {
 
     /// Pods have to be read: it is known that there is no object of Cilium's.
     pub(super) fn wants_pods(&self) -> bool {
-        let mut kinds = KINDS.iter().map(|resource| resource.kind).filter(|kind| is_cilium(*kind));
-        kinds.all(|kind| self.kinds.get(&kind).is_some_and(|kind| kind.listed && kind.known.is_empty()))
+        let mut kinds = KINDS.iter().filter(|resource| resource.speaks_for_cilium());
+        kinds.all(|resource| {
+            self.kinds.get(&resource.kind).is_some_and(|kind| kind.listed && kind.known.is_empty())
+        })
     }
 
     fn is_listed(&self, kind: ObjectKind) -> bool {
@@ -166,7 +168,7 @@ impl Lists {
 }
 
 fn is_cilium(kind: ObjectKind) -> bool {
-    KINDS.iter().any(|resource| resource.kind == kind && resource.group == CILIUM)
+    KINDS.iter().any(|resource| resource.kind == kind && resource.speaks_for_cilium())
 }
 
 #[cfg(test)]

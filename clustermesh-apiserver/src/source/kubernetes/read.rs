@@ -7,14 +7,15 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::{ApiResource, Resource};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::objects::{
-    EndpointResource, IdentityResource, NodeResource, Object, ObjectError, ObjectKind, SliceResource, lean,
-    lean_with_annotations,
+    ClusterwideResource, EndpointResource, IdentityResource, NamespacedResource, NodeResource, Object,
+    ObjectError, ObjectKind, SliceResource, lean, lean_with_annotations,
 };
 
 /// One object, as a list or a watch tells of it.
@@ -32,6 +33,9 @@ pub fn read(kind: ObjectKind, json: &[u8]) -> Result<Object, ReadError> {
         ObjectKind::CiliumEndpoint => read_as::<EndpointResource>(json),
         ObjectKind::CiliumEndpointSlice => read_as::<SliceResource>(json),
         ObjectKind::CiliumNode => read_as::<NodeResource>(json),
+        ObjectKind::NetworkPolicy => read_as::<NetworkPolicy>(json),
+        ObjectKind::CiliumNetworkPolicy => read_as::<NamespacedResource>(json),
+        ObjectKind::CiliumClusterwideNetworkPolicy => read_as::<ClusterwideResource>(json),
     }
 }
 
@@ -209,6 +213,14 @@ pub(super) struct EndpointSlice {
     ports: Option<Vec<discovery::EndpointPort>>,
 }
 
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct NetworkPolicy {
+    #[serde(default, deserialize_with = "lean")]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Option<networking::NetworkPolicySpec>,
+}
+
 impl From<Namespace> for v1::Namespace {
     fn from(read: Namespace) -> Self {
         Self { metadata: read.metadata, ..Self::default() }
@@ -288,6 +300,12 @@ impl From<EndpointSlice> for discovery::EndpointSlice {
     }
 }
 
+impl From<NetworkPolicy> for networking::NetworkPolicy {
+    fn from(read: NetworkPolicy) -> Self {
+        Self { metadata: read.metadata, spec: read.spec }
+    }
+}
+
 /// What is read, by way of what kind of object, into which [`Object`].
 macro_rules! wire {
     ($($read:ty, $via:ty => $object:ident;)*) => {$(
@@ -318,4 +336,7 @@ wire! {
     EndpointResource, EndpointResource => CiliumEndpoint;
     SliceResource, SliceResource => CiliumEndpointSlice;
     NodeResource, NodeResource => CiliumNode;
+    NetworkPolicy, networking::NetworkPolicy => Policy;
+    NamespacedResource, NamespacedResource => Policy;
+    ClusterwideResource, ClusterwideResource => Policy;
 }

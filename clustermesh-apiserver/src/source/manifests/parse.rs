@@ -1,11 +1,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use k8s_openapi::api::{core::v1, discovery};
+use k8s_openapi::api::{core::v1, discovery, networking};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::objects::{EndpointSlice, Namespace, Node, Object, ObjectError, Pod, Service};
+use crate::objects::{
+    ClusterwideResource, EndpointSlice, Namespace, NamespacedResource, Node, Object, ObjectError, Pod,
+    Policy, Service,
+};
 
 /// The objects of a YAML stream or JSON document, in the form that `kubectl` reads and prints: one
 /// object, a `List`, or several of both, divided by `---`. Objects of other kinds are passed over.
@@ -179,6 +182,15 @@ impl Document<'_> {
             ("v1", "Service") => self.convert::<v1::Service, Service>()?.map(Object::Service),
             ("discovery.k8s.io/v1", "EndpointSlice") => {
                 self.convert::<discovery::v1::EndpointSlice, EndpointSlice>()?.map(Object::EndpointSlice)
+            }
+            ("networking.k8s.io/v1", "NetworkPolicy") => {
+                self.convert::<networking::v1::NetworkPolicy, Policy>()?.map(Object::Policy)
+            }
+            ("cilium.io/v2", "CiliumNetworkPolicy") => {
+                self.convert::<NamespacedResource, Policy>()?.map(Object::Policy)
+            }
+            ("cilium.io/v2", "CiliumClusterwideNetworkPolicy") => {
+                self.convert::<ClusterwideResource, Policy>()?.map(Object::Policy)
             }
             _ => {
                 tracing::debug!(api_version, kind, "passing over an object of a kind that is not exported");
