@@ -52,6 +52,8 @@ pub struct Options {
     pub scan_interval: Option<Duration>,
     /// From one look at all records of a kind whose exporter states no digests to the next; none: never.
     pub relist_interval: Option<Duration>,
+    /// What policies would drop is counted and passes.
+    pub audit_policies: bool,
 }
 
 /// How the kernel is used.
@@ -166,6 +168,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         sizes: options.sizes,
         scan_interval: options.scan_interval,
         census_interval: options.relist_interval,
+        audit_policies: options.audit_policies,
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let channels = Channels {

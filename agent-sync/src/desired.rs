@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
-    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
-    ServiceKey, backend_state,
+    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue,
+    PrefixKey, PrefixValue, ServiceKey, backend_state,
 };
 
 use crate::mesh::RouteChanges;
@@ -87,6 +87,10 @@ pub struct Changes {
     pub endpoint: Vec<(IpKey, Option<EndpointValue>)>,
     /// Frontends.
     pub service: Vec<(ServiceKey, Option<ServicePlan>)>,
+    /// What policies allow and deny.
+    pub policy: Vec<(PolicyKey, Option<PolicyValue>)>,
+    /// Address ranges that policies name.
+    pub cidr: Vec<(PrefixKey, Option<u32>)>,
     /// States of clusters, by ID; healthy ones have none.
     pub cluster: Vec<(u32, Option<ClusterState>)>,
     /// Routes of this node, which are in no table of ours.
@@ -101,6 +105,8 @@ impl Changes {
             + self.node.len()
             + self.endpoint.len()
             + self.service.len()
+            + self.policy.len()
+            + self.cidr.len()
             + self.cluster.len()
     }
 
@@ -123,6 +129,10 @@ pub struct Restored {
     pub endpoint: Vec<(IpKey, EndpointValue)>,
     /// `cm_service`, with its slots and backends followed.
     pub service: Vec<(ServiceKey, ServicePlan)>,
+    /// `cm_policy`.
+    pub policy: Vec<(PolicyKey, PolicyValue)>,
+    /// `cm_cidr`.
+    pub cidr: Vec<(PrefixKey, u32)>,
     /// `cm_cluster`.
     pub cluster: Vec<(u16, ClusterState)>,
 }

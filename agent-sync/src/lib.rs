@@ -16,6 +16,7 @@ pub mod liveness;
 pub mod mesh;
 pub mod netlink;
 pub mod peers;
+pub mod policy;
 pub mod reconcile;
 pub mod serve;
 pub mod trial;

@@ -124,6 +124,9 @@ struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = 3600,
         value_parser = RangedU64ValueParser::<u64>::new().range(0..=604_800))]
     relist_interval: u64,
+    /// Count what network policies would drop, and let it pass
+    #[arg(long, value_enum, default_value_t = Switch::Off, num_args = 0..=1, default_missing_value = "on")]
+    policy_audit_mode: Switch,
     #[command(flatten)]
     map_sizes: MapSizeFlags,
     /// How log lines look; RUST_LOG says which there are
@@ -260,6 +263,7 @@ impl Flags {
             scan_interval: (self.kernel_scan_interval > 0)
                 .then_some(Duration::from_secs(self.kernel_scan_interval)),
             relist_interval: (self.relist_interval > 0).then_some(Duration::from_secs(self.relist_interval)),
+            audit_policies: self.policy_audit_mode == Switch::On,
         })
     }
 }

@@ -28,6 +28,15 @@ pub(crate) struct MapSizeFlags {
     /// Different backends of the whole mesh that fit (cm_backend)
     #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().backend, value_parser = entries())]
     backend_max_entries: u32,
+    /// Allowed and denied peers and ports of this node's pods that fit (cm_policy)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().policy, value_parser = entries())]
+    policy_max_entries: u32,
+    /// Address ranges named by policies that fit (cm_cidr)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().cidr, value_parser = entries())]
+    cidr_max_entries: u32,
+    /// Connections of pods under a policy that fit (cm_ct)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().ct, value_parser = entries())]
+    ct_max_entries: u32,
 }
 
 impl MapSizeFlags {
@@ -40,6 +49,9 @@ impl MapSizeFlags {
             service: self.service_max_entries,
             slot: self.slot_max_entries,
             backend: self.backend_max_entries,
+            policy: self.policy_max_entries,
+            cidr: self.cidr_max_entries,
+            ct: self.ct_max_entries,
             ..MapSizes::default()
         }
     }

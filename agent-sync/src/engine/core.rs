@@ -70,7 +70,7 @@ impl Core {
             ipcache = restored.ipcache.len(),
             "read back what is installed"
         );
-        let mesh = Mesh::new(own.id, node_name, node_ip, restored);
+        let mesh = Mesh::new(own.id, own.max, node_name, node_ip, restored);
         Ok(Self {
             members: Members::new(own.clone()),
             own,
@@ -164,6 +164,11 @@ impl Core {
     /// When [`Self::step`] has something to do even if nothing is applied before.
     pub fn deadline(&self) -> Option<Instant> {
         [self.reconciler.deadline(), self.scan.deadline()].into_iter().flatten().min()
+    }
+
+    /// What policies would drop is counted and passes, from the next change on.
+    pub fn audit_policies(&mut self, audit: bool) {
+        self.mesh.audit_policies(audit);
     }
 
     /// Compares the tables with what is wanted each `interval`; none (the default): never.

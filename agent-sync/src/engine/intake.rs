@@ -106,7 +106,8 @@ pub(super) fn key(kind: Kind, suffix: &str) -> Option<FactKey> {
         Kind::LocalServices => name(suffix).map(FactKey::LocalService),
         Kind::LocalIp => canonical(suffix).map(FactKey::LocalIp),
         Kind::LocalIdentities => canonical(suffix).map(FactKey::LocalIdentity),
-        Kind::ServiceExports | Kind::LocalPolicies => None,
+        Kind::LocalPolicies => canonical(suffix).map(FactKey::LocalPolicy),
+        Kind::ServiceExports => None,
     }
 }
 
@@ -128,10 +129,18 @@ fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
             let (ip, value) = ip_fact(peer, &record);
             if kind == Kind::LocalIp { Fact::LocalIp(ip, value) } else { Fact::Ip(ip, value) }
         }
-        Imported::Identity(record) if kind == Kind::LocalIdentities => Fact::LocalIdentity(record.id.0),
-        Imported::Identity(record) => Fact::Identity(record.id.0),
+        Imported::Identity(record) => {
+            let labels = record.labels.to_string().into_boxed_str();
+            let id = record.id.0;
+            if kind == Kind::LocalIdentities {
+                Fact::LocalIdentity(id, labels)
+            } else {
+                Fact::Identity(id, labels)
+            }
+        }
+        Imported::LocalPolicy(policy) => Fact::LocalPolicy(Box::new(policy)),
         Imported::LocalService(service) => Fact::LocalService(Box::new(service)),
-        Imported::Service(_) | Imported::ServiceExport(_) | Imported::LocalPolicy(_) => return None,
+        Imported::Service(_) | Imported::ServiceExport(_) => return None,
     })
 }
 

@@ -10,6 +10,7 @@ mod explain;
 mod intake;
 mod kernel;
 mod members;
+mod policy_rows;
 mod query;
 
 use std::net::IpAddr;
@@ -128,6 +129,8 @@ pub struct Setup {
     pub scan_interval: Option<Duration>,
     /// From one census of a kind of which nothing is stated to the next; none: never.
     pub census_interval: Option<Duration>,
+    /// What policies would drop is counted and passes.
+    pub audit_policies: bool,
 }
 
 /// Channels of a running engine.
@@ -161,8 +164,7 @@ impl Engine {
     /// # Errors
     /// If the tables cannot be read.
     pub fn new(setup: Setup) -> Result<Self, DatapathError> {
-        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, scan_interval, census_interval } =
-            setup;
+        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, .. } = setup;
         let tables = match &datapath {
             Some(datapath) => datapath.tables()?,
             None => Tables::memory(&sizes),
@@ -170,8 +172,9 @@ impl Engine {
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;
         let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
-        core.scan_tables(scan_interval, started);
-        core.take_census(census_interval);
+        core.scan_tables(setup.scan_interval, started);
+        core.take_census(setup.census_interval);
+        core.audit_policies(setup.audit_policies);
         let batches = Histogram::new(&BATCH_TIMES);
         let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches };
         engine.take_links();

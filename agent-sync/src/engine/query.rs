@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use super::policy_rows;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
@@ -53,9 +54,9 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 11] = [
-    "service", "slot", "backend", "ipcache", "prefix", "endpoint", "node", "cluster", "overlay", "metrics",
-    "sockrev",
+pub const TABLES: [&str; 15] = [
+    "service", "slot", "backend", "ipcache", "prefix", "endpoint", "node", "cluster", "policy", "cidr", "ct",
+    "verdict", "overlay", "metrics", "sockrev",
 ];
 
 /// A table that cannot be dumped.
@@ -222,6 +223,10 @@ impl Engine {
             "endpoint" => rows(&*tables.endpoint, endpoint_row)?,
             "node" => rows(&*tables.node, node_row)?,
             "cluster" => rows(&*tables.cluster, cluster_row)?,
+            "policy" => self.policy_rows()?,
+            "cidr" => rows(&*tables.cidr, policy_rows::range)?,
+            "ct" => self.connection_rows()?,
+            "verdict" => self.verdict_rows()?,
             "overlay" => self.overlay_rows()?,
             "metrics" => self.metric_rows()?,
             "sockrev" => self.socket_rows()?,
@@ -355,6 +360,7 @@ pub(super) fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
     row.push(("pod_mac", mac(value.pod_mac)));
     row.push(("host_mac", mac(value.host_mac)));
     row.push(("delivery", if via_stack { "stack" } else { "direct" }.to_owned()));
+    row.push(("policy", policy_rows::enforced(value.flags)));
     row
 }
 
@@ -416,5 +422,7 @@ fn fills(tables: &Tables) -> Vec<Box<dyn FnOnce() -> Fill + Send>> {
         fill(&*tables.prefix),
         fill(&*tables.endpoint),
         fill(&*tables.node),
+        fill(&*tables.policy),
+        fill(&*tables.cidr),
     ]
 }

@@ -3,7 +3,10 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpKey, IpValue};
+use ebpf_global_svc::abi::{
+    ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, ENDPOINT_VIA_STACK, EndpointValue,
+    IpKey, IpValue,
+};
 
 use super::fact::{Link, Links};
 use super::records::Records;
@@ -87,13 +90,36 @@ impl Endpoints {
         &self.installed
     }
 
-    pub(super) fn compute(&mut self, own: &Records) -> Vec<(IpKey, Option<EndpointValue>)> {
+    /// Identities of the pods of this node, if they may be others than when this was asked last.
+    pub(super) fn take_subjects(&self, own: &Records) -> Option<BTreeSet<u32>> {
+        if self.dirty.is_empty() {
+            return None;
+        }
+        let here = self.local.iter().chain(&self.dirty).filter_map(|ip| own.address(ip));
+        Some(here.filter(|value| self.is_here(value)).map(|value| value.identity).collect())
+    }
+
+    /// Something else may be enforced for pods of these identities.
+    pub(super) fn policies_changed(&mut self, subjects: &BTreeSet<u32>, own: &Records) {
+        if !subjects.is_empty() {
+            let is_subject =
+                |ip: &&IpAddr| own.address(ip).is_some_and(|value| subjects.contains(&value.identity));
+            self.dirty.extend(self.local.iter().filter(is_subject));
+        }
+    }
+
+    /// `flags` gives what policies enforce for an identity, if that is known.
+    pub(super) fn compute(
+        &mut self,
+        own: &Records,
+        flags: impl Fn(u32) -> Option<u32>,
+    ) -> Vec<(IpKey, Option<EndpointValue>)> {
         let mut changes = Vec::new();
         for ip in std::mem::take(&mut self.dirty) {
             let is_local = own.address(&ip).is_some_and(|value| self.is_here(&value));
             self.moved |= if is_local { self.local.insert(ip) } else { self.local.remove(&ip) };
             let before = self.installed.get(&ip).copied();
-            let after = self.value(ip, own, before);
+            let after = self.value(ip, own, before).and_then(|value| police(value, before, &flags));
             if before != after {
                 match after {
                     Some(value) => drop(self.installed.insert(ip, value)),
@@ -127,6 +153,23 @@ impl Endpoints {
         }
     }
 }
+
+/// Nothing of a pod passes before its policies are known; one that is installed goes on under those that it
+/// had.
+fn police(
+    value: EndpointValue,
+    before: Option<EndpointValue>,
+    flags: impl Fn(u32) -> Option<u32>,
+) -> Option<EndpointValue> {
+    let enforced = match flags(value.identity) {
+        Some(flags) => flags,
+        None => before?.flags & POLICED,
+    };
+    Some(EndpointValue { flags: value.flags & !POLICED | enforced, ..value })
+}
+
+/// Flags that come from policies.
+const POLICED: u32 = ENDPOINT_ENFORCE_INGRESS | ENDPOINT_ENFORCE_EGRESS | ENDPOINT_AUDIT;
 
 fn endpoint(identity: u32, link: Link) -> EndpointValue {
     let zero = [0; 6];

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{Backends, LocalService};
+use clustermesh_kvstore::record::{Backends, LocalPolicy, LocalService, PolicyName};
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
 
@@ -17,8 +17,8 @@ pub enum Fact {
     Node(String, NodeFact),
     /// A pod's address.
     Ip(IpAddr, IpValue),
-    /// An identity.
-    Identity(u32),
+    /// An identity and its labels, as [`clustermesh_kvstore::labels::Labels`] are written.
+    Identity(u32, Box<str>),
     /// A service of another cluster.
     Service(NamespacedName, RemoteService),
     /// A service of the own cluster.
@@ -26,7 +26,9 @@ pub enum Fact {
     /// An address that the own cluster keeps to itself.
     LocalIp(IpAddr, IpValue),
     /// An identity that the own cluster keeps to itself.
-    LocalIdentity(u32),
+    LocalIdentity(u32, Box<str>),
+    /// A policy of the own cluster.
+    LocalPolicy(Box<LocalPolicy>),
 }
 
 /// The key of a [`Fact`] within its cluster and kind.
@@ -46,6 +48,8 @@ pub enum FactKey {
     LocalIp(IpAddr),
     /// An identity that the own cluster keeps to itself.
     LocalIdentity(u32),
+    /// A policy of the own cluster.
+    LocalPolicy(PolicyName),
 }
 
 impl Fact {
@@ -54,11 +58,12 @@ impl Fact {
         match self {
             Self::Node(name, _) => FactKey::Node(name.clone()),
             Self::Ip(ip, _) => FactKey::Ip(*ip),
-            Self::Identity(id) => FactKey::Identity(*id),
+            Self::Identity(id, _) => FactKey::Identity(*id),
             Self::Service(name, _) => FactKey::Service(name.clone()),
             Self::LocalService(service) => FactKey::LocalService(service.name.clone()),
             Self::LocalIp(ip, _) => FactKey::LocalIp(*ip),
-            Self::LocalIdentity(id) => FactKey::LocalIdentity(*id),
+            Self::LocalIdentity(id, _) => FactKey::LocalIdentity(*id),
+            Self::LocalPolicy(policy) => FactKey::LocalPolicy(policy.name.clone()),
         }
     }
 }
@@ -74,6 +79,7 @@ impl FactKey {
             Self::LocalService(_) => Kind::LocalServices,
             Self::LocalIp(_) => Kind::LocalIp,
             Self::LocalIdentity(_) => Kind::LocalIdentities,
+            Self::LocalPolicy(_) => Kind::LocalPolicies,
         }
     }
 }

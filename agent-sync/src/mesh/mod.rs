@@ -16,6 +16,7 @@ mod lists;
 mod lookup;
 mod moves;
 mod placement;
+mod policed;
 mod records;
 mod routes;
 mod service;
@@ -25,11 +26,12 @@ mod wanted;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 
-use clustermesh_kvstore::cluster::ClusterId;
+use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
 
 use crate::desired::{Changes, Restored};
+use crate::policy::Policies;
 use crate::wire_key;
 use endpoint::Endpoints;
 use placement::Placement;
@@ -57,6 +59,7 @@ pub struct Mesh {
     placement: Placement,
     endpoints: Endpoints,
     services: Services,
+    policies: Policies,
     /// Clusters that are not healthy; what they are in the kernel.
     states: BTreeMap<u16, ClusterState>,
     changed_states: BTreeSet<u16>,
@@ -87,7 +90,13 @@ pub struct Counts {
 impl Mesh {
     /// Starts from what is installed. `node_ip` is this node's underlay address if it is known before
     /// the node's record is.
-    pub fn new(own: ClusterId, node_name: &str, node_ip: Option<Ipv4Addr>, restored: Restored) -> Self {
+    pub fn new(
+        own: ClusterId,
+        max: MaxConnectedClusters,
+        node_name: &str,
+        node_ip: Option<Ipv4Addr>,
+        restored: Restored,
+    ) -> Self {
         let own = own.get();
         let (endpoints, foreign_endpoints) = Endpoints::new(own, node_ip, restored.endpoint);
         let mut mesh = Self {
@@ -100,6 +109,7 @@ impl Mesh {
             placement: Placement::default(),
             endpoints,
             services: Services::new(own, restored.service),
+            policies: Policies::new(max, restored.policy, restored.cidr),
             states: BTreeMap::new(),
             changed_states: BTreeSet::new(),
             foreign: Changes { endpoint: foreign_endpoints, ..Changes::default() },
@@ -139,8 +149,22 @@ impl Mesh {
         let cluster = cluster.get();
         let records = self.clusters.entry(cluster).or_default();
         match fact {
-            Fact::Identity(id) => drop(records.identities.upsert(id, (), hash)),
-            Fact::LocalIdentity(id) => drop(records.local_identities.upsert(id, (), hash)),
+            Fact::Identity(id, labels) => {
+                if records.identities.upsert(id, labels, hash).is_change() {
+                    self.labels_changed(cluster, id);
+                }
+            }
+            Fact::LocalIdentity(id, labels) => {
+                if records.local_identities.upsert(id, labels, hash).is_change() {
+                    self.labels_changed(cluster, id);
+                }
+            }
+            Fact::LocalPolicy(policy) => {
+                let name = policy.name.clone();
+                if records.local_policies.upsert(name.clone(), *policy, hash).is_change() {
+                    self.policy_changed(&name);
+                }
+            }
             Fact::Node(name, node) => {
                 let before = match records.nodes.upsert(name.clone(), node.clone(), hash) {
                     Change::None => return,
@@ -184,8 +208,21 @@ impl Mesh {
         let cluster = cluster.get();
         let Some(records) = self.clusters.get_mut(&cluster) else { return };
         match key {
-            FactKey::Identity(id) => drop(records.identities.delete(id)),
-            FactKey::LocalIdentity(id) => drop(records.local_identities.delete(id)),
+            FactKey::Identity(id) => {
+                if records.identities.delete(id).is_some() {
+                    self.labels_changed(cluster, *id);
+                }
+            }
+            FactKey::LocalIdentity(id) => {
+                if records.local_identities.delete(id).is_some() {
+                    self.labels_changed(cluster, *id);
+                }
+            }
+            FactKey::LocalPolicy(name) => {
+                if records.local_policies.delete(name).is_some() {
+                    self.policy_changed(name);
+                }
+            }
             FactKey::Node(name) => {
                 if let Some(before) = records.nodes.delete(name) {
                     self.topology.node_changed(cluster, name, Some(&before), None);
@@ -229,6 +266,7 @@ impl Mesh {
             FactKey::LocalService(name) => records.local_services.disown(name),
             FactKey::LocalIp(ip) => records.local_ips.disown(ip),
             FactKey::LocalIdentity(id) => records.local_identities.disown(id),
+            FactKey::LocalPolicy(name) => records.local_policies.disown(name),
         }
     }
 
@@ -243,7 +281,8 @@ impl Mesh {
             Kind::LocalServices => records.local_services.begin_list(),
             Kind::LocalIdentities => records.local_identities.begin_list(),
             Kind::LocalIp => records.local_ips.begin_list(),
-            Kind::ServiceExports | Kind::LocalPolicies => {}
+            Kind::LocalPolicies => records.local_policies.begin_list(),
+            Kind::ServiceExports => {}
         }
     }
 
@@ -252,8 +291,22 @@ impl Mesh {
         let cluster = cluster.get();
         let records = self.clusters.entry(cluster).or_default();
         match kind {
-            Kind::Identities => drop(records.identities.finish_list()),
-            Kind::LocalIdentities => drop(records.local_identities.finish_list()),
+            Kind::Identities | Kind::LocalIdentities => {
+                let list = match kind {
+                    Kind::Identities => &mut records.identities,
+                    _ => &mut records.local_identities,
+                };
+                for (id, _) in list.finish_list() {
+                    self.labels_changed(cluster, id);
+                }
+                self.identities_told(cluster);
+            }
+            Kind::LocalPolicies => {
+                for (name, _) in records.local_policies.finish_list() {
+                    self.policy_changed(&name);
+                }
+                self.identities_told(cluster);
+            }
             Kind::Nodes => {
                 for (name, before) in records.nodes.finish_list() {
                     self.topology.node_changed(cluster, &name, Some(&before), None);
@@ -285,7 +338,7 @@ impl Mesh {
                 }
                 self.services.own_synced();
             }
-            Kind::ServiceExports | Kind::LocalPolicies => {}
+            Kind::ServiceExports => {}
         }
     }
 
@@ -333,8 +386,10 @@ impl Mesh {
         self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
+        self.compute_policies(&mut changes);
         if let Some(own) = self.clusters.get(&self.own) {
-            changes.endpoint.extend(self.endpoints.compute(own));
+            let flags = |identity| self.policies.flags(identity);
+            changes.endpoint.extend(self.endpoints.compute(own, flags));
         }
         let standing = |cluster, ip| self.placement.standing(&self.topology, cluster, ip);
         changes.service.extend(self.services.compute(&self.clusters, standing));
@@ -401,6 +456,7 @@ impl Mesh {
             FactKey::LocalService(name) => records.local_services.get(name).is_some(),
             FactKey::LocalIp(ip) => records.local_ips.get(ip).is_some(),
             FactKey::LocalIdentity(id) => records.local_identities.get(id).is_some(),
+            FactKey::LocalPolicy(name) => records.local_policies.get(name).is_some(),
         })
     }
 
@@ -500,6 +556,7 @@ impl Mesh {
         for (ip, _) in records.addresses() {
             self.address_changed(cluster, ip, None);
         }
+        self.forget_identities(cluster, &records);
         for (name, before) in records.nodes.iter() {
             self.topology.node_changed(cluster, name, Some(before), None);
         }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::LocalService;
+use clustermesh_kvstore::record::{LocalPolicy, LocalService, PolicyName};
 use ebpf_global_svc::abi::IpValue;
 
 use super::addresses::Addresses;
@@ -19,13 +19,15 @@ use super::lists::Lists;
 pub(super) struct Records {
     pub(super) nodes: Store<String, NodeFact>,
     pub(super) ips: Addresses,
-    pub(super) identities: Store<u32, ()>,
+    /// With their labels, as they are written.
+    pub(super) identities: Store<u32, Box<str>>,
     pub(super) services: Store<NamespacedName, RemoteService>,
     pub(super) local_services: Store<NamespacedName, LocalService>,
     /// What the own cluster keeps to itself. An address moves between this and `ips` when its namespace
     /// becomes private or public; it may be in both meanwhile.
     pub(super) local_ips: Addresses,
-    pub(super) local_identities: Store<u32, ()>,
+    pub(super) local_identities: Store<u32, Box<str>>,
+    pub(super) local_policies: Store<PolicyName, LocalPolicy>,
 }
 
 impl Records {
@@ -38,6 +40,17 @@ impl Records {
     pub(super) fn addresses(&self) -> impl Iterator<Item = (IpAddr, IpValue)> {
         let local = self.local_ips.iter().filter(|(ip, _)| self.ips.get(ip).is_none());
         self.ips.iter().chain(local)
+    }
+
+    /// The labels of an identity, in whichever list it is.
+    pub(super) fn labels(&self, id: u32) -> Option<&str> {
+        self.identities.get(&id).or_else(|| self.local_identities.get(&id)).map(|labels| &**labels)
+    }
+
+    /// All identities of both lists.
+    pub(super) fn labelled(&self) -> impl Iterator<Item = (u32, &str)> {
+        let all = self.identities.iter().chain(self.local_identities.iter());
+        all.map(|(id, labels)| (*id, &**labels))
     }
 
     /// Whether an address that is in no list is none of the cluster's.
@@ -70,7 +83,8 @@ impl Records {
             Kind::LocalServices => self.local_services.is_synced(),
             Kind::LocalIdentities => self.local_identities.is_synced(),
             Kind::LocalIp => self.local_ips.is_synced(),
-            Kind::ServiceExports | Kind::LocalPolicies => false,
+            Kind::LocalPolicies => self.local_policies.is_synced(),
+            Kind::ServiceExports => false,
         }
     }
 
@@ -83,7 +97,8 @@ impl Records {
             Kind::LocalServices => self.local_services.len(),
             Kind::LocalIdentities => self.local_identities.len(),
             Kind::LocalIp => self.local_ips.len(),
-            Kind::ServiceExports | Kind::LocalPolicies => 0,
+            Kind::LocalPolicies => self.local_policies.len(),
+            Kind::ServiceExports => 0,
         }
     }
 
@@ -97,7 +112,8 @@ impl Records {
             Kind::LocalServices => self.local_services.digest(),
             Kind::LocalIdentities => self.local_identities.digest(),
             Kind::LocalIp => self.local_ips.digest(),
-            Kind::ServiceExports | Kind::LocalPolicies => 0,
+            Kind::LocalPolicies => self.local_policies.digest(),
+            Kind::ServiceExports => 0,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What the tables should hold by now, key by key: for who compares them with what they do hold.
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey,
+    PrefixValue,
 };
 
 use super::Mesh;
@@ -58,6 +59,26 @@ impl Mesh {
     /// Keys of `cm_endpoint`.
     pub fn endpoint_keys(&self) -> impl Iterator<Item = IpKey> {
         self.endpoints.wanted().keys().map(|ip| wire_key::ip_key(self.own, *ip))
+    }
+
+    /// Of `cm_policy`.
+    pub fn wanted_policy(&self, key: &PolicyKey) -> Option<PolicyValue> {
+        self.policies.wanted(key)
+    }
+
+    /// Keys of `cm_policy`.
+    pub fn policy_keys(&self) -> impl Iterator<Item = PolicyKey> {
+        self.policies.keys()
+    }
+
+    /// Of `cm_cidr`.
+    pub fn wanted_cidr(&self, key: &PrefixKey) -> Option<u32> {
+        self.policies.wanted_range(key)
+    }
+
+    /// Keys of `cm_cidr`.
+    pub fn cidr_keys(&self) -> impl Iterator<Item = PrefixKey> {
+        self.policies.range_keys()
     }
 
     /// Of `cm_cluster`.

@@ -20,8 +20,15 @@ use super::ids::Ids;
 use crate::engine::Input;
 
 /// Kinds that an agent reads of its own cluster.
-pub(crate) const OWN_KINDS: [Kind; 6] =
-    [Kind::Nodes, Kind::Identities, Kind::LocalIdentities, Kind::Ip, Kind::LocalIp, Kind::LocalServices];
+pub(crate) const OWN_KINDS: [Kind; 7] = [
+    Kind::Nodes,
+    Kind::Identities,
+    Kind::LocalIdentities,
+    Kind::Ip,
+    Kind::LocalIp,
+    Kind::LocalServices,
+    Kind::LocalPolicies,
+];
 /// Kinds that it reads of others.
 pub(crate) const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services];
 

@@ -5,7 +5,7 @@
 //! written stays pending and is retried with back-off. No I/O of its own and no clock, so a test can
 //! check every invariant after every single write.
 //!
-//! One round writes addresses, nodes and prefixes, then backends, then slots, then the services'
+//! One round writes policies, then addresses, nodes and prefixes, then backends, then slots, then the services'
 //! values, which alone make slots reachable; then it removes services, and addresses last. Slots and
 //! backends that nothing reaches any more stay for a grace period (see [`services`]): a program that
 //! read the old count a moment ago may still follow it.
@@ -19,7 +19,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey,
+    PrefixValue,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
@@ -39,6 +40,8 @@ pub struct Reconciler {
     prefix: Plain<PrefixKey, PrefixValue>,
     node: Plain<NodeKey, NodeValue>,
     endpoint: Plain<IpKey, EndpointValue>,
+    policy: Plain<PolicyKey, PolicyValue>,
+    cidr: Plain<PrefixKey, u32>,
     services: Services,
     cluster: Plain<u32, ClusterState>,
     failures: u32,
@@ -62,6 +65,8 @@ impl Reconciler {
             prefix: tables.prefix.dump()?,
             node: tables.node.dump()?,
             endpoint: tables.endpoint.dump()?,
+            policy: tables.policy.dump()?,
+            cidr: tables.cidr.dump()?,
             service,
         };
         Ok((Self { services, ..Self::default() }, restored))
@@ -73,6 +78,8 @@ impl Reconciler {
         self.prefix.accept(changes.prefix);
         self.node.accept(changes.node);
         self.endpoint.accept(changes.endpoint);
+        self.policy.accept(changes.policy);
+        self.cidr.accept(changes.cidr);
         self.services.accept(changes.service);
         self.cluster.accept(changes.cluster);
     }
@@ -86,12 +93,17 @@ impl Reconciler {
             self.prefix.retry();
             self.node.retry();
             self.endpoint.retry();
+            self.policy.retry();
+            self.cidr.retry();
             self.services.retry();
             self.cluster.retry();
         }
         let mut round = write::Round::default();
         // One write ends calls to a dead cluster; it need not wait for anything.
         self.cluster.upsert(&mut *tables.cluster, &mut round);
+        // What is allowed comes before those who are named in it, and before it is enforced.
+        self.policy.upsert(&mut *tables.policy, &mut round);
+        self.cidr.upsert(&mut *tables.cidr, &mut round);
         self.ipcache.upsert(&mut *tables.ipcache, &mut round);
         self.node.upsert(&mut *tables.node, &mut round);
         self.prefix.upsert(&mut *tables.prefix, &mut round);
@@ -101,6 +113,8 @@ impl Reconciler {
         self.prefix.remove(&mut *tables.prefix, &mut round);
         self.node.remove(&mut *tables.node, &mut round);
         self.ipcache.remove(&mut *tables.ipcache, &mut round);
+        self.cidr.remove(&mut *tables.cidr, &mut round);
+        self.policy.remove(&mut *tables.policy, &mut round);
         // A cluster returns when everything of it is as desired.
         self.cluster.remove(&mut *tables.cluster, &mut round);
         self.services.sweep(now, tables, &mut round);
@@ -121,6 +135,8 @@ impl Reconciler {
             + self.prefix.pending()
             + self.node.pending()
             + self.endpoint.pending()
+            + self.policy.pending()
+            + self.cidr.pending()
             + self.services.pending()
             + self.cluster.pending()
     }

@@ -28,7 +28,7 @@ impl Agent {
     fn start(kernel: Arc<Mutex<Kernel>>, tables: Tables) -> Self {
         let now = kernel.lock().unwrap().now;
         let (reconciler, restored) = Reconciler::restore(&tables, now).unwrap();
-        let mut mesh = Mesh::new(id(1), "n1", None, restored);
+        let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "n1", None, restored);
         mesh.set_links(Links::Absent);
         Self { kernel, tables, mesh, reconciler }
     }

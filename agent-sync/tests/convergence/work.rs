@@ -50,7 +50,7 @@ fn name(number: u16) -> NamespacedName {
 
 /// Each node has pods, and a service of its own with two of them as backends.
 fn mesh(size: u16, rules: PlacementRules) -> Mesh {
-    let mut mesh = Mesh::new(id(1), "here", None, Default::default());
+    let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "here", None, Default::default());
     let here = NodeFact { internal_ips: vec![Ipv4Addr::new(198, 51, 100, 1).into()], ..NodeFact::default() };
     mesh.upsert(id(1), Fact::Node("here".into(), here), 0);
     mesh.set_placement(id(2), rules);
@@ -163,7 +163,13 @@ fn pods_that_a_restart_finds_again_have_come_although_nothing_is_written() {
         flags: ENDPOINT_VIA_STACK,
     };
     let endpoint = vec![(wire_key::ip_key(1, ip), installed)];
-    let mut mesh = Mesh::new(id(1), "n3", None, Restored { endpoint, ..Restored::default() });
+    let mut mesh = Mesh::new(
+        id(1),
+        MaxConnectedClusters::C255,
+        "n3",
+        None,
+        Restored { endpoint, ..Restored::default() },
+    );
     mesh.set_links(Links::Absent);
     mesh.begin_list(id(1), Kind::Ip);
     mesh.upsert(id(1), Fact::Ip(ip, value), 0);

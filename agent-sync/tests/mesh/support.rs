@@ -230,6 +230,7 @@ impl Agent {
         let options = Options {
             sizes: MapSizes::default(),
             scan_interval: None,
+            audit_policies: false,
             relist_interval: Some(Duration::from_secs(1)),
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),

@@ -21,8 +21,15 @@ use crate::claims::{Claim, claim, digest, revision};
 const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
 /// The own cluster first.
 const CLUSTERS: [&str; 3] = ["alpha", "beta", "gamma"];
-const OWN_KINDS: [Kind; 6] =
-    [Kind::Nodes, Kind::Identities, Kind::LocalIdentities, Kind::Ip, Kind::LocalIp, Kind::LocalServices];
+const OWN_KINDS: [Kind; 7] = [
+    Kind::Nodes,
+    Kind::Identities,
+    Kind::LocalIdentities,
+    Kind::Ip,
+    Kind::LocalIp,
+    Kind::LocalServices,
+    Kind::LocalPolicies,
+];
 const REMOTE_KINDS: [Kind; 4] = [Kind::Nodes, Kind::Identities, Kind::Ip, Kind::Services];
 const MOST: usize = 96;
 

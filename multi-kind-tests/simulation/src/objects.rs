@@ -219,6 +219,7 @@ impl Truth {
             global: service.global,
             shared: service.shared,
             affinity: service.affinity,
+            failover_threshold: None,
         }))
     }
 }

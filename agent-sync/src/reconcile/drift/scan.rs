@@ -14,7 +14,7 @@ const CHUNK: usize = 2048;
 /// From one go to the next.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Tables that are looked at, one after the other.
-const TABLES: usize = 8;
+const TABLES: usize = 10;
 
 /// Compares all tables with what is wanted, again and again.
 ///
@@ -151,6 +151,14 @@ impl Scan {
             6 => {
                 let want = |key: &_| reconciler.endpoint.want(key, mesh.wanted_endpoint(key));
                 self.table(limit, now, &mut *tables.endpoint, want, || mesh.endpoint_keys())
+            }
+            7 => {
+                let want = |key: &_| reconciler.policy.want(key, mesh.wanted_policy(key));
+                self.table(limit, now, &mut *tables.policy, want, || mesh.policy_keys())
+            }
+            8 => {
+                let want = |key: &_| reconciler.cidr.want(key, mesh.wanted_cidr(key));
+                self.table(limit, now, &mut *tables.cidr, want, || mesh.cidr_keys())
             }
             _ => {
                 let want = |id: &u32| reconciler.cluster.want(id, mesh.wanted_state(*id));

@@ -45,7 +45,7 @@ impl World {
         Self {
             rng: SmallRng::seed_from_u64(seed),
             now,
-            mesh: Mesh::new(cluster(1), "n1", node_ip, Restored::default()),
+            mesh: Mesh::new(cluster(1), MaxConnectedClusters::C255, "n1", node_ip, Restored::default()),
             reconciler: Reconciler::default(),
             scan,
             tables: Tables::memory(&MapSizes::default()),
