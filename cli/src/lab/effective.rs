@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::addressing::cluster_ip;
-use super::objects::ObjectName;
+use super::objects::{ObjectName, PolicyKind};
 use super::state::{ClusterState, PodState, write_atomically};
 use super::topology::{Cluster, Node};
 
@@ -78,6 +78,15 @@ pub(crate) fn render(cluster: &Cluster, state: &ClusterState) -> anyhow::Result<
         slice.metadata.namespace = Some(name.namespace.clone());
         let slice = document("discovery.k8s.io/v1", "EndpointSlice", &slice)?;
         add(format!("{}.endpointslices.yaml", name.namespace), slice);
+    }
+    for (kind, policies) in &state.objects.policies {
+        for (name, policy) in policies {
+            let mut policy = policy.clone();
+            let is_clusterwide = *kind == PolicyKind::CiliumClusterwideNetworkPolicy;
+            policy.metadata.namespace = (!is_clusterwide).then(|| name.namespace.clone());
+            let (version, kind) = kind.written();
+            add(format!("{}.policies.yaml", name.namespace), document(version, kind, &policy)?);
+        }
     }
     let mut files = Files::new();
     for (file, documents) in documents {

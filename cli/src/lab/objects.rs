@@ -80,6 +80,41 @@ pub(crate) enum Kind {
     Service,
     EndpointSlice,
     ConfigMap,
+    Policy(PolicyKind),
+}
+
+/// Kinds of network policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum PolicyKind {
+    NetworkPolicy,
+    CiliumNetworkPolicy,
+    CiliumClusterwideNetworkPolicy,
+}
+
+impl PolicyKind {
+    pub(crate) const ALL: [Self; 3] =
+        [Self::NetworkPolicy, Self::CiliumNetworkPolicy, Self::CiliumClusterwideNetworkPolicy];
+
+    /// As manifests spell it: version and kind.
+    pub(crate) const fn written(self) -> (&'static str, &'static str) {
+        match self {
+            Self::NetworkPolicy => ("networking.k8s.io/v1", "NetworkPolicy"),
+            Self::CiliumNetworkPolicy => ("cilium.io/v2", "CiliumNetworkPolicy"),
+            Self::CiliumClusterwideNetworkPolicy => ("cilium.io/v2", "CiliumClusterwideNetworkPolicy"),
+        }
+    }
+
+    fn of(version: &str, kind: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.written() == (version, kind))
+    }
+}
+
+/// A network policy. A lab passes it on to the apiserver, whose business it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Policy {
+    pub(crate) metadata: ObjectMeta,
+    #[serde(flatten)]
+    pub(crate) content: BTreeMap<String, Value>,
 }
 
 impl FromStr for Kind {
@@ -93,10 +128,17 @@ impl FromStr for Kind {
             "service" | "services" | "svc" => Self::Service,
             "endpointslice" | "endpointslices" => Self::EndpointSlice,
             "configmap" | "configmaps" | "cm" => Self::ConfigMap,
+            "networkpolicy" | "networkpolicies" | "netpol" => Self::Policy(PolicyKind::NetworkPolicy),
+            "ciliumnetworkpolicy" | "ciliumnetworkpolicies" | "cnp" => {
+                Self::Policy(PolicyKind::CiliumNetworkPolicy)
+            }
+            "ciliumclusterwidenetworkpolicy" | "ciliumclusterwidenetworkpolicies" | "ccnp" => {
+                Self::Policy(PolicyKind::CiliumClusterwideNetworkPolicy)
+            }
             _ => {
                 return Err(format!(
                     "{text:?} is not a kind that a lab knows; use namespace, deployment, pod, service, \
-                     endpointslice or configmap"
+                     endpointslice, configmap, networkpolicy, cnp or ccnp"
                 ));
             }
         })
@@ -122,7 +164,11 @@ impl FromStr for ObjectRef {
 
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", format!("{:?}", self.kind).to_lowercase(), self.name)
+        let kind = match self.kind {
+            Kind::Policy(policy) => policy.written().1.to_owned(),
+            other => format!("{other:?}"),
+        };
+        write!(f, "{}/{}", kind.to_lowercase(), self.name)
     }
 }
 
@@ -135,6 +181,8 @@ pub(crate) struct Objects {
     pub(crate) services: BTreeMap<ObjectName, Service>,
     pub(crate) endpoint_slices: BTreeMap<ObjectName, EndpointSlice>,
     pub(crate) config_maps: BTreeMap<ObjectName, ConfigMap>,
+    #[serde(default)]
+    pub(crate) policies: BTreeMap<PolicyKind, BTreeMap<ObjectName, Policy>>,
 }
 
 impl Objects {
@@ -182,6 +230,9 @@ impl Objects {
             Kind::Service => self.services.remove(name).is_some(),
             Kind::EndpointSlice => self.endpoint_slices.remove(name).is_some(),
             Kind::ConfigMap => self.config_maps.remove(name).is_some(),
+            Kind::Policy(kind) => {
+                self.policies.get_mut(&kind).is_some_and(|policies| policies.remove(name).is_some())
+            }
         };
         if removed { Ok(()) } else { Err(self.not_found(object)) }
     }
@@ -200,6 +251,10 @@ impl Objects {
             Kind::Service => self.services.get_mut(name).map(|o| &mut o.metadata),
             Kind::EndpointSlice => self.endpoint_slices.get_mut(name).map(|o| &mut o.metadata),
             Kind::ConfigMap => self.config_maps.get_mut(name).map(|o| &mut o.metadata),
+            Kind::Policy(kind) => {
+                let policy = self.policies.get_mut(&kind).and_then(|policies| policies.get_mut(name));
+                policy.map(|policy| &mut policy.metadata)
+            }
         }
         .ok_or(missing)
     }
@@ -227,6 +282,12 @@ impl Objects {
         self.services.retain(|name, _| keep(name));
         self.endpoint_slices.retain(|name, _| keep(name));
         self.config_maps.retain(|name, _| keep(name));
+        for (kind, policies) in &mut self.policies {
+            // Those of the whole cluster are in no namespace.
+            if *kind != PolicyKind::CiliumClusterwideNetworkPolicy {
+                policies.retain(|name, _| keep(name));
+            }
+        }
         self.len() != before
     }
 
@@ -271,7 +332,13 @@ impl Objects {
                 let (name, object) = typed::<ConfigMap>(document, |o| &o.metadata)?;
                 self.config_maps.insert(name, object);
             }
-            _ => return Ok(Some(format!("{version} {kind}"))),
+            _ => {
+                let Some(policy) = PolicyKind::of(version, kind) else {
+                    return Ok(Some(format!("{version} {kind}")));
+                };
+                let (name, object) = typed::<Policy>(document, |o| &o.metadata)?;
+                self.policies.entry(policy).or_default().insert(name, object);
+            }
         }
         Ok(None)
     }
@@ -284,6 +351,13 @@ impl Objects {
             Kind::Service => self.services.keys().map(ToString::to_string).collect(),
             Kind::EndpointSlice => self.endpoint_slices.keys().map(ToString::to_string).collect(),
             Kind::ConfigMap => self.config_maps.keys().map(ToString::to_string).collect(),
+            Kind::Policy(kind) => self
+                .policies
+                .get(&kind)
+                .into_iter()
+                .flat_map(BTreeMap::keys)
+                .map(ToString::to_string)
+                .collect(),
         };
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
         usage(format!("there is no {object} in this cluster (there are: {known})"))
@@ -296,6 +370,7 @@ impl Objects {
             + self.services.len()
             + self.endpoint_slices.len()
             + self.config_maps.len()
+            + self.policies.values().map(BTreeMap::len).sum::<usize>()
     }
 }
 
@@ -329,18 +404,22 @@ apiVersion: v1
 kind: List
 items:
 - {apiVersion: v1, kind: Pod, metadata: {name: client}, spec: {containers: []}}
-- {apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: x}}
+- {apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: x, namespace: shop}, spec: {ingress: []}}
+- {apiVersion: v1, kind: Secret, metadata: {name: x}}
 ";
 
     #[test]
     fn documents_and_lists_are_read_and_other_kinds_reported() {
         let mut objects = Objects::default();
-        assert_eq!(objects.parse(SERVICE).unwrap(), ["cilium.io/v2 CiliumNetworkPolicy"]);
+        assert_eq!(objects.parse(SERVICE).unwrap(), ["v1 Secret"]);
         assert!(objects.services.contains_key(&ObjectName::new("shop", "orders")));
         assert!(objects.pods.contains_key(&ObjectName::new("default", "client")));
         let saved = serde_json::to_string(&objects).unwrap();
         let restored: Objects = serde_json::from_str(&saved).unwrap();
         assert_eq!(restored.services, objects.services);
+        assert_eq!(restored.policies, objects.policies);
+        let policies = &objects.policies[&PolicyKind::CiliumNetworkPolicy];
+        assert!(policies[&ObjectName::new("shop", "x")].content.contains_key("spec"));
     }
 
     #[test]
@@ -374,6 +453,7 @@ items:
         objects.parse(SERVICE).unwrap();
         objects.remove(&"ns/shop".parse().unwrap()).unwrap();
         assert!(objects.services.is_empty() && objects.pods.len() == 1);
+        assert!(objects.remove(&"cnp/shop/x".parse().unwrap()).is_err());
         assert!(objects.remove(&"svc/shop/orders".parse().unwrap()).is_err());
     }
 }

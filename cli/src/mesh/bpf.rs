@@ -45,6 +45,14 @@ enum TableName {
     Node,
     /// State of clusters: healthy, draining, dead.
     Cluster,
+    /// What policies allow and deny each identity of this node's pods
+    Policy,
+    /// Address ranges that policies name
+    Cidr,
+    /// Connections that policies let through
+    Ct,
+    /// How often each rule of a policy has decided
+    Verdict,
     /// Packets received from other nodes, by identity.
     Overlay,
     /// Packets and connections, by reason.

@@ -7,8 +7,8 @@ use crate::evidence::CallReport;
 use crate::lab::{Lab, micros, ordered};
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready, Rotation,
-    Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
+    Annotate, Apply, Call, Check, Delete, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready,
+    Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,6 +48,7 @@ pub(super) fn title(step: &Step) -> String {
             Some(file) => format!("apply {} in {}", file.display(), apply.cluster),
             None => format!("apply a manifest in {}", apply.cluster),
         },
+        Step::Delete(delete) => format!("{} deletes {}", delete.cluster, delete.object),
         Step::Annotate(annotate) => {
             format!("{} annotates {}: {}", annotate.cluster, annotate.object, annotate.set.join(" "))
         }
@@ -137,6 +138,7 @@ impl<'a> Stage<'a> {
             Step::Ready(ready) => self.ready(ready),
             Step::Apply(apply) => self.apply(apply),
             Step::Annotate(annotate) => self.annotate(annotate),
+            Step::Delete(delete) => self.delete(delete),
             Step::Scale(scale) => self.scale(scale),
             Step::Kill(process) => self.process("kill", process, &[]),
             Step::Stop(process) => self.process("stop", process, &[]),
@@ -234,6 +236,12 @@ impl<'a> Stage<'a> {
         arguments.extend(annotate.set.iter().map(String::as_str));
         lab.clustermesh(&arguments)?;
         self.manifest_changed(&annotate.cluster)
+    }
+
+    fn delete(&mut self, delete: &Delete) -> anyhow::Result<Option<String>> {
+        let lab = self.lab()?;
+        lab.clustermesh(&["lab", "delete", &lab.context(&delete.cluster), &delete.object])?;
+        self.manifest_changed(&delete.cluster)
     }
 
     fn scale(&mut self, scale: &Scale) -> anyhow::Result<Option<String>> {

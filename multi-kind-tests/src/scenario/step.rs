@@ -23,6 +23,8 @@ pub enum Step {
     Apply(Apply),
     /// `lab annotate`.
     Annotate(Annotate),
+    /// `clustermesh lab delete`.
+    Delete(Delete),
     /// `lab scale`.
     Scale(Scale),
 
@@ -123,6 +125,16 @@ pub struct Annotate {
     pub object: String,
     /// `key=value` or `key-`.
     pub set: Vec<String>,
+}
+
+/// Delete an object.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Delete {
+    /// Where.
+    pub cluster: String,
+    /// `KIND/NAMESPACE/NAME`.
+    pub object: String,
 }
 
 /// Change the number of replicas.
