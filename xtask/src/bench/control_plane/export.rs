@@ -60,8 +60,8 @@ impl Exporter {
             "wait".to_owned(),
             format!("--etcd={}", self.etcd.endpoint()),
             "--prefix=cilium/synced/".to_owned(),
-            // Five kinds that other clusters read, three that the own agents do.
-            "--count=8".to_owned(),
+            // Five kinds that other clusters read, four that the own agents do.
+            "--count=9".to_owned(),
         ]
     }
 }
