@@ -226,6 +226,60 @@ async fn pods_are_read_only_without_cilium() {
     bed.until("Cilium's end", |bed| bed.exporter.object_count(ObjectKind::CiliumEndpoint) == 0).await;
 }
 
+const POLICIES: &str = "clustermesh/local/policies/v1/alpha/";
+
+/// Kubernetes' policies are always there; Cilium's may be unknown, come later, and be there without Cilium.
+#[tokio::test]
+async fn policies_come_change_and_go() {
+    let cluster = Cluster::new();
+    let load = Load { nodes: 2, identities: 2, endpoints: 4, services: 1, backends: 2, cilium: false };
+    load.apply(&cluster);
+    cluster.apply(&json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"namespace": "shop", "name": "db"}, "spec": {"podSelector": {}},
+    }));
+    let mut bed = Bed::synced(&cluster).await;
+    assert!(bed.keys.contains_key(&format!("{POLICIES}knp/shop/db")));
+
+    cluster.install_cilium_policies();
+    let cilium = |name: &str, port: &str| {
+        json!({
+            "apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy",
+            "metadata": {"namespace": "shop", "name": name, "managedFields": [{"manager": "kubectl"}]},
+            "spec": {
+                "endpointSelector": {"matchLabels": {"app": "web"}},
+                "ingress": [{"toPorts": [{"ports": [{"port": port, "protocol": "TCP"}]}]}],
+            },
+        })
+    };
+    let clusterwide = json!({
+        "apiVersion": "cilium.io/v2", "kind": "CiliumClusterwideNetworkPolicy", "metadata": {"name": "all"},
+        "spec": {"endpointSelector": {}, "ingress": [{"fromEntities": ["cluster"]}]},
+    });
+    cluster.apply(&cilium("web", "80"));
+    cluster.apply(&clusterwide);
+    bed.until("Cilium's policies", |bed| {
+        bed.has_policy("cnp/shop/web", r#""first":80"#) && bed.has_policy("ccnp//all", "cluster")
+    })
+    .await;
+    // They do not stand in for pods.
+    assert_eq!(bed.exporter.object_count(ObjectKind::Pod), 4);
+    assert!(bed.text("cilium/state/ip/").contains("10.1.0."));
+
+    cluster.apply(&cilium("web", "81"));
+    bed.until("the other port", |bed| bed.has_policy("cnp/shop/web", r#""first":81"#)).await;
+    cluster.delete("networkpolicies", "shop", "db");
+    bed.until("the end of one", |bed| !bed.has_policy("knp/shop/db", "")).await;
+    cluster.cut();
+    cluster.expire();
+    cluster.apply(&cilium("till", "80"));
+    bed.until("another one", |bed| bed.has_policy("cnp/shop/till", "")).await;
+    bed.converge(&cluster).await;
+    cluster.remove_cilium();
+    bed.until("the end of Cilium's", |bed| bed.text(POLICIES).is_empty()).await;
+    assert_eq!(bed.exporter.object_count(ObjectKind::Pod), 4);
+}
+
 #[tokio::test]
 async fn who_may_not_read_is_told_what_to_do() {
     let cluster = Cluster::new();
@@ -412,6 +466,12 @@ impl Bed {
             };
             self.take(event.unwrap());
         }
+    }
+
+    /// Whether there is a record of this policy that says this.
+    fn has_policy(&self, name: &str, what: &str) -> bool {
+        self.text(&format!("{POLICIES}{name}")).contains(what)
+            && self.keys.contains_key(&format!("{POLICIES}{name}"))
     }
 
     fn text(&self, prefix: &str) -> String {

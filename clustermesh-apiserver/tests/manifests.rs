@@ -39,6 +39,31 @@ async fn files_come_change_and_go() {
     seen.until(&["b"]).await;
 }
 
+/// Of a policy that makes no sense the last good state stands: its pods are not open meanwhile.
+#[tokio::test]
+async fn policies_are_objects_like_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.yaml");
+    let policies = |cidr: &str| {
+        format!(
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{namespace: shop, name: a}}\n\
+             spec: {{endpointSelector: {{}}, ingress: [{{fromCIDR: [{cidr}]}}]}}\n---\n\
+             apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{namespace: shop, name: b}}\n\
+             spec: {{podSelector: {{}}}}\n---\n\
+             apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {{name: c}}\n\
+             spec: {{endpointSelector: {{}}, egress: [{{}}]}}\n"
+        )
+    };
+    fs::write(&path, policies("10.0.0.0/8")).unwrap();
+    let mut seen = Seen::of(dir.path()).await;
+    assert_eq!(seen.names, names(&["a", "b", "c"]));
+    fs::write(&path, policies("10.0.0.0/88")).unwrap();
+    while seen.next().await != SourceEvent::Broken(1) {}
+    assert_eq!((seen.deleted, &seen.names), (0, &names(&["a", "b", "c"])));
+    fs::remove_file(&path).unwrap();
+    seen.until(&[]).await;
+}
+
 #[tokio::test]
 async fn a_file_that_is_saved_by_moving_the_old_one_away_never_vanishes() {
     let dir = tempfile::tempdir().unwrap();

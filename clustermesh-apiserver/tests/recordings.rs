@@ -261,6 +261,11 @@ async fn answer(State(served): State<Arc<Served>>, uri: Uri) -> Response<Body> {
         },
         ("services" | "pods", false) => list(recorded(&format!("list-{plural}.json"))),
         (plural, false) if WHOLE.contains(&plural) => list(recorded(&format!("list-{plural}.json"))),
+        // Nobody had written any.
+        ("networkpolicies", false) => list(
+            r#"{"kind":"NetworkPolicyList","apiVersion":"networking.k8s.io/v1","metadata":{"resourceVersion":"1"},"items":[]}"#
+                .to_owned(),
+        ),
         // Which of Cilium's kinds there are.
         _ => response(StatusCode::NOT_FOUND, Body::from("404 page not found\n")),
     }

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One key for each thing that somebody may or may not read.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "cilium/.heartbeat",
     "cilium/cluster-config/alpha",
     "cilium/cluster-config/gamma",
@@ -34,6 +34,7 @@ const KEYS: [&str; 12] = [
     "cilium/cache/nodes/v1/gamma/n1",
     "cilium/.initlock/1",
     "clustermesh/local/services/v1/alpha/shop/cart",
+    "clustermesh/local/policies/v1/alpha/cnp/shop/cart",
     "elsewhere",
 ];
 
@@ -62,7 +63,7 @@ async fn each_client_may_do_what_it_needs_and_nothing_else() {
 
     let remote = [KEYS[0], KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]];
     let local = [KEYS[0], KEYS[1], KEYS[2], KEYS[6], KEYS[7], KEYS[8]];
-    let agent = [&KEYS[..9], &[KEYS[10]]].concat();
+    let agent = [&KEYS[..9], &KEYS[10..12]].concat();
     for (user, readable, writable) in [
         ("admin-alpha", &KEYS[..], &KEYS[..]),
         ("remote-beta", &remote, &[]),

@@ -1,16 +1,20 @@
 //! Objects as an API server tells of them, written by anybody who may in that cluster. Each line is
 //! `KIND JSON`, or `KIND NAMESPACE/NAME` of one that goes.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clustermesh_apiserver::export::{Cluster, Exporter, KeyChange, Rules};
 use clustermesh_apiserver::identity::Allocator;
-use clustermesh_apiserver::objects::{Change, ObjectKey, ObjectKind};
+use clustermesh_apiserver::objects::{Change, Effect, Object, ObjectKey, ObjectKind, Policy};
 use clustermesh_apiserver::source::kubernetes;
 use clustermesh_apiserver::source::manifests;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::import_policy::{PeerPolicy, Reason, admit};
 use clustermesh_kvstore::key::{Kind, Layout, data_prefix};
+use clustermesh_kvstore::labels::CLUSTER_LABEL;
+use clustermesh_kvstore::record::{LocalPolicy, Record, Requirement};
 
 const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
 const MOST: usize = 64;
@@ -18,12 +22,20 @@ const MOST: usize = 64;
 pub(crate) fn run(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     let mut exporter = exporter();
+    let mut policies = BTreeMap::new();
     let mut now = Instant::now();
     for line in text.lines().take(MOST) {
         let Some((kind, rest)) = line.split_once(' ') else { continue };
         let Some(kind) = ObjectKind::ALL.into_iter().find(|known| known.as_str() == kind) else { continue };
         let Some(change) = change(kind, rest) else { continue };
+        match &change {
+            Change::Upsert(Object::Policy(policy)) => {
+                drop(policies.insert(change_key(&change), Arc::clone(policy)))
+            }
+            _ => drop(policies.remove(&change_key(&change))),
+        }
         exporter.apply(vec![change], now).iter().for_each(check);
+        check_policies(&exporter, &policies);
         now += Duration::from_secs(1);
     }
     now += Duration::from_secs(3600);
@@ -51,6 +63,37 @@ fn change(kind: ObjectKind, text: &str) -> Option<Change> {
         Err(error) => {
             assert!(!error.to_string().is_empty());
             None
+        }
+    }
+}
+
+fn change_key(change: &Change) -> ObjectKey {
+    match change {
+        Change::Upsert(object) => object.key(),
+        Change::Delete(key) => key.clone(),
+    }
+}
+
+/// A policy has a record if it is there and not refused; it is about pods of the own cluster and of its namespace.
+fn check_policies(exporter: &Exporter, policies: &BTreeMap<ObjectKey, Arc<Policy>>) {
+    let prefix = data_prefix(Kind::LocalPolicies, &"alpha".parse().unwrap(), Layout::State);
+    let mut count = 0;
+    for policy in policies.values() {
+        let is_refused = policy.gaps.iter().any(|gap| gap.effect == Effect::Refused);
+        assert!(!is_refused || policy.rules.is_empty(), "{policy:?}");
+        count += usize::from(!policy.rules.is_empty());
+    }
+    assert_eq!(exporter.published_count(Kind::LocalPolicies), count);
+    let records =
+        exporter.published().filter_map(|(key, value)| Some((key.strip_prefix(&prefix)?.to_owned(), value)));
+    for (suffix, value) in records {
+        let record = LocalPolicy::decode(&suffix, value).unwrap();
+        let namespace = &record.name.namespace;
+        for rule in &record.rules {
+            assert!(rule.subject.0.contains(&Requirement::is("k8s", CLUSTER_LABEL, "alpha")), "{rule:?}");
+            let own = Requirement::is("k8s", "io.kubernetes.pod.namespace", namespace);
+            assert!(namespace.is_empty() || rule.subject.0.contains(&own), "{rule:?}");
+            assert!(rule.ingress.is_some() || rule.egress.is_some(), "{rule:?}");
         }
     }
 }
