@@ -155,7 +155,7 @@ impl Endpoints {
 }
 
 /// Nothing of a pod passes before its policies are known; one that is installed goes on under those that it
-/// had.
+/// had, unless it is another one by now.
 fn police(
     value: EndpointValue,
     before: Option<EndpointValue>,
@@ -163,7 +163,7 @@ fn police(
 ) -> Option<EndpointValue> {
     let enforced = match flags(value.identity) {
         Some(flags) => flags,
-        None => before?.flags & POLICED,
+        None => before.filter(|before| before.identity == value.identity)?.flags & POLICED,
     };
     Some(EndpointValue { flags: value.flags & !POLICED | enforced, ..value })
 }
@@ -179,5 +179,23 @@ fn endpoint(identity: u32, link: Link) -> EndpointValue {
         pod_mac: link.macs.map_or(zero, |macs| macs.pod),
         host_mac: link.macs.map_or(zero, |macs| macs.host),
         flags: if link.macs.is_some() { 0 } else { ENDPOINT_VIA_STACK },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_keeps_its_policies_until_others_are_known() {
+        let pod =
+            |identity, flags| EndpointValue { flags, ..endpoint(identity, Link { ifindex: 7, macs: None }) };
+        let enforced = ENDPOINT_VIA_STACK | ENDPOINT_ENFORCE_INGRESS;
+        let plain = pod(300, ENDPOINT_VIA_STACK);
+        assert_eq!(police(plain, None, |_| None), None, "a new one waits");
+        assert_eq!(police(plain, Some(pod(300, enforced)), |_| None), Some(pod(300, enforced)));
+        assert_eq!(police(plain, Some(pod(301, ENDPOINT_VIA_STACK)), |_| None), None, "this one is new, too");
+        assert_eq!(police(plain, Some(pod(300, enforced)), |_| Some(0)), Some(plain));
+        assert_eq!(police(plain, None, |_| Some(ENDPOINT_ENFORCE_INGRESS)), Some(pod(300, enforced)));
     }
 }

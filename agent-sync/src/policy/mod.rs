@@ -250,8 +250,11 @@ impl Policies {
         if !self.complete {
             return None;
         }
-        let is_known = self.policies.is_empty() || id < identity::FIRST_USER || self.selectors.knows(id);
-        is_known.then(|| self.subjects.get(&id).map_or(0, |subject| subject.flags))
+        if self.policies.is_empty() || id < identity::FIRST_USER {
+            return Some(0);
+        }
+        // Somebody who is not known to be here (yet) is not unrestricted.
+        self.subjects.get(&id).filter(|_| self.selectors.knows(id)).map(|subject| subject.flags)
     }
 
     /// What is to be installed in `cm_policy` under a key.

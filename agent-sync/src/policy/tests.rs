@@ -410,4 +410,7 @@ fn nobody_is_let_through_before_policies_are_known() {
     policies.identity_changed(pod, Some(&Labels::parse("k8s:app=a;").unwrap()));
     policies.compute();
     assert_eq!(policies.flags(pod), Some(ENDPOINT_ENFORCE_INGRESS));
+    policies.set_subjects(&BTreeSet::new());
+    policies.compute();
+    assert_eq!(policies.flags(pod), None, "it is not known to be here: what was enforced for it stays");
 }
