@@ -95,16 +95,17 @@ impl Endpoints {
         if self.dirty.is_empty() {
             return None;
         }
-        let here = self.local.iter().chain(&self.dirty).filter_map(|ip| own.address(ip));
-        Some(here.filter(|value| self.is_here(value)).map(|value| value.identity).collect())
+        let ips = self.local.iter().chain(&self.dirty).chain(self.installed.keys());
+        Some(ips.filter_map(|ip| self.subject(ip, own)).collect())
     }
 
     /// Something else may be enforced for pods of these identities.
     pub(super) fn policies_changed(&mut self, subjects: &BTreeSet<u32>, own: &Records) {
         if !subjects.is_empty() {
-            let is_subject =
-                |ip: &&IpAddr| own.address(ip).is_some_and(|value| subjects.contains(&value.identity));
-            self.dirty.extend(self.local.iter().filter(is_subject));
+            let is_subject = |ip: &&IpAddr| self.subject(ip, own).is_some_and(|id| subjects.contains(&id));
+            let changed = self.local.iter().chain(self.installed.keys()).filter(is_subject);
+            let changed: Vec<IpAddr> = changed.copied().collect();
+            self.dirty.extend(changed);
         }
     }
 
@@ -133,6 +134,19 @@ impl Endpoints {
 
     fn is_here(&self, value: &IpValue) -> bool {
         self.node_ip.is_some_and(|node_ip| value.node_ip == node_ip.octets())
+    }
+
+    /// Identity of the pod that is behind an address on this node. Until it is known who is here, a pod that
+    /// a predecessor installed is.
+    fn subject(&self, ip: &IpAddr, own: &Records) -> Option<u32> {
+        let installed = || self.installed.get(ip).map(|value| value.identity);
+        if self.node_ip.is_none() {
+            return installed();
+        }
+        match own.address(ip) {
+            Some(value) => self.is_here(&value).then_some(value.identity),
+            None => installed().filter(|_| !own.knows_addresses()),
+        }
     }
 
     fn value(&self, ip: IpAddr, own: &Records, before: Option<EndpointValue>) -> Option<EndpointValue> {

@@ -5,6 +5,7 @@
 mod costs;
 mod kernel;
 mod model;
+mod policies;
 mod schedule;
 mod work;
 
