@@ -168,7 +168,11 @@ impl Policies {
         }
         if was_empty != self.policies.is_empty() {
             // Without policies nobody's labels matter.
-            self.unsettled.extend(self.subjects.keys());
+            let subjects: Vec<u32> = self.subjects.keys().copied().collect();
+            for subject in subjects {
+                self.all_pairs_of(subject);
+                self.unsettled.insert(subject);
+            }
         }
     }
 
@@ -228,7 +232,8 @@ impl Policies {
         }
         changes.cidr.extend(self.ranges.take_new());
         for pair in std::mem::take(&mut self.dirty) {
-            if !self.is_unsure_of(pair.1) || self.orphaned.contains(&pair) {
+            let stays = self.is_unlabelled(pair.0) || self.is_unsure_of(pair.1);
+            if !stays || self.orphaned.contains(&pair) {
                 self.compute_pair(pair, &mut changes);
             }
         }
@@ -374,6 +379,12 @@ impl Policies {
             after.iter().filter(|(key, value)| before.get(*key) != Some(*value)).map(|(k, v)| (*k, Some(*v))),
         );
         changes.policy.extend(before.keys().filter(|key| !after.contains_key(*key)).map(|key| (*key, None)));
+    }
+
+    /// A pod is here, but not (or no more) its labels: it goes on under the policies that it had, as its
+    /// flags do.
+    fn is_unlabelled(&self, subject: u32) -> bool {
+        self.subjects.contains_key(&subject) && self.flags(subject).is_none()
     }
 
     /// The peer was named by a predecessor, and its cluster has not told yet whether it still exists.

@@ -328,3 +328,20 @@ fn a_restart_writes_nothing_in_whichever_order_lists_come() {
         }
     }
 }
+
+/// A namespace that becomes private moves its identities into another list, and the delete may come first.
+#[test]
+fn a_pod_keeps_its_policies_while_its_labels_are_unknown() {
+    let mut agent = Agent::guarded();
+    agent.mesh.delete(id(1), &FactKey::Identity(WEB));
+    assert_eq!(agent.writes(), []);
+    let Fact::Identity(_, moved) = labels(WEB, "web", "alpha") else { unreachable!() };
+    agent.tell(1, Fact::LocalIdentity(WEB, moved));
+    assert_eq!(agent.writes(), []);
+    // The last policy goes while they are unknown: nothing is enforced, whatever they say.
+    agent.mesh.delete(id(1), &FactKey::LocalIdentity(WEB));
+    agent.mesh.delete(id(1), &FactKey::LocalPolicy(guard().name));
+    let end = agent.writes();
+    assert_eq!(end[0], open(WEB));
+    assert_eq!(agent.tables.policy.count().unwrap() + agent.tables.cidr.count().unwrap(), 0, "{end:?}");
+}
