@@ -137,6 +137,9 @@ impl Mesh {
         for cluster in mesh.services.restored_clusters() {
             mesh.clusters.entry(cluster).or_default();
         }
+        for cluster in mesh.policies.restored_clusters() {
+            mesh.clusters.entry(cluster).or_default();
+        }
         for (cluster, state) in restored.cluster {
             mesh.clusters.entry(cluster).or_default();
             mesh.states.insert(cluster, state);

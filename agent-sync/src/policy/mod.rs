@@ -262,6 +262,11 @@ impl Policies {
         self.subjects.get(&id).filter(|_| self.selectors.knows(id)).map(|subject| subject.flags)
     }
 
+    /// Clusters with identities in entries that a predecessor left, by ID.
+    pub fn restored_clusters(&self) -> BTreeSet<u16> {
+        self.installed.keys().filter_map(|(_, peer)| cluster_of(*peer, self.max)).collect()
+    }
+
     /// What is to be installed in `cm_policy` under a key.
     pub fn wanted(&self, key: &PolicyKey) -> Option<PolicyValue> {
         self.installed.get(&(key.subject, key.peer))?.get(key).copied()

@@ -345,3 +345,15 @@ fn a_pod_keeps_its_policies_while_its_labels_are_unknown() {
     assert_eq!(end[0], open(WEB));
     assert_eq!(agent.tables.policy.count().unwrap() + agent.tables.cidr.count().unwrap(), 0, "{end:?}");
 }
+
+/// An agent that ended while it removed a cluster left entries that name nothing else any more.
+#[test]
+fn entries_for_a_cluster_that_is_gone_go() {
+    let mut agent = Agent::guarded().restart();
+    agent.list_node();
+    agent.list_addresses();
+    agent.list_policies([guard()]);
+    assert_eq!(agent.writes(), []);
+    agent.mesh.keep_only(&BTreeSet::new());
+    assert_eq!(agent.writes(), [Write::PolicyGone { subject: WEB, peer: CLIENT }]);
+}
