@@ -39,7 +39,7 @@ impl Mesh {
     pub(super) fn policy_changed(&mut self, name: &PolicyName) {
         let Self { clusters, policies, own, .. } = self;
         let policy = clusters.get(own).and_then(|records| records.local_policies.get(name));
-        policies.policy_changed(name, policy, || clusters.values().flat_map(Records::labelled));
+        policies.policy_changed(name, policy);
     }
 
     /// A list that policies wait for is complete.
@@ -67,14 +67,14 @@ impl Mesh {
 
     /// Policies of this node's pods, before their flags are computed.
     pub(super) fn compute_policies(&mut self, changes: &mut Changes) {
-        if let Some(own) = self.clusters.get(&self.own) {
-            if let Some(subjects) = self.endpoints.take_subjects(own) {
-                self.policies.set_subjects(&subjects);
-            }
-            let computed = self.policies.compute();
-            changes.policy.extend(computed.policy);
-            changes.cidr.extend(computed.cidr);
-            self.endpoints.policies_changed(&computed.subjects, own);
+        let Self { clusters, policies, endpoints, own, .. } = self;
+        let Some(own) = clusters.get(own) else { return };
+        if let Some(subjects) = endpoints.take_subjects(own) {
+            policies.set_subjects(&subjects);
         }
+        let computed = policies.compute(|| clusters.values().flat_map(Records::labelled));
+        changes.policy.extend(computed.policy);
+        changes.cidr.extend(computed.cidr);
+        endpoints.policies_changed(&computed.subjects, own);
     }
 }

@@ -49,7 +49,8 @@ impl Records {
 
     /// All identities of both lists.
     pub(super) fn labelled(&self) -> impl Iterator<Item = (u32, &str)> {
-        let all = self.identities.iter().chain(self.local_identities.iter());
+        let local = self.local_identities.iter().filter(|(id, _)| self.identities.get(id).is_none());
+        let all = self.identities.iter().chain(local);
         all.map(|(id, labels)| (*id, &**labels))
     }
 

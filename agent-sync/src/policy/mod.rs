@@ -6,7 +6,8 @@
 //! Entries belong to a pair: the identity of a pod here (the subject) and that of a peer. A pair is computed
 //! anew as a whole, from all rules that select the subject; what happens only decides which pairs these are.
 //! An identity that comes or goes touches the pairs with the subjects whose rules select it, a policy touches
-//! the pairs of its subjects.
+//! the pairs of its subjects. Whom policies select is looked up once for all that are new, as an agent that
+//! starts hears of all of them at once.
 //!
 //! * `selectors`: which identities each label selector selects.
 //! * `ranges`: identities of address ranges outside of the mesh.
@@ -47,6 +48,10 @@ pub struct Policies {
     ranges: Ranges,
     texts: RuleTexts,
     subjects: BTreeMap<u32, Subject>,
+    /// Policies whose subjects are still to be looked up.
+    fresh: BTreeSet<PolicyName>,
+    /// Subjects whose policies are still to be looked up.
+    unchosen: BTreeSet<u32>,
     /// What is to be installed, by subject and peer.
     installed: BTreeMap<(u32, u32), Pair>,
     dirty: BTreeSet<(u32, u32)>,
@@ -101,6 +106,8 @@ impl Policies {
             ranges: Ranges::restore(cidr),
             texts: RuleTexts::default(),
             subjects: BTreeMap::new(),
+            fresh: BTreeSet::new(),
+            unchosen: BTreeSet::new(),
             installed,
             dirty: BTreeSet::new(),
             orphaned: BTreeSet::new(),
@@ -129,37 +136,29 @@ impl Policies {
             self.dirty.extend(of_peer.filter(|pair| self.installed.contains_key(pair)));
         }
         if self.subjects.contains_key(&id) {
-            self.choose_policies(id);
+            self.unchosen.insert(id);
         }
     }
 
-    /// A policy says this from now on; none: it is gone. `identities` are all that are known.
-    pub fn policy_changed<'a, I>(
-        &mut self,
-        name: &PolicyName,
-        policy: Option<&LocalPolicy>,
-        identities: impl Fn() -> I,
-    ) where
-        I: Iterator<Item = (u32, &'a str)> + 'a,
-    {
+    /// A policy says this from now on; none: it is gone.
+    pub fn policy_changed(&mut self, name: &PolicyName, policy: Option<&LocalPolicy>) {
         let was_empty = self.policies.is_empty();
         let before = self.policies.remove(name);
-        let mut touched = before.as_ref().map_or_else(BTreeSet::new, |before| self.subjects_of(before));
+        if let Some(before) = &before {
+            self.unchosen.extend(self.subjects_of(before));
+        }
         // The new one first: what both name is kept.
         if let Some(policy) = policy {
             let Self { texts, selectors, .. } = self;
-            let mut acquire = |selector: &LabelSelector| selectors.acquire(selector, &identities);
-            let after = Policy::resolve(policy, texts, &mut acquire);
+            let after =
+                Policy::resolve(policy, texts, &mut |selector: &LabelSelector| selectors.acquire(selector));
             for range in after.ranges() {
                 if let Some(id) = self.ranges.acquire(range) {
                     self.range_changed(id);
                 }
             }
-            touched.extend(self.subjects_of(&after));
             self.policies.insert(name.clone(), after);
-        }
-        for subject in touched {
-            self.choose_policies(subject);
+            self.fresh.insert(name.clone());
         }
         if let Some(before) = before {
             before.selectors().for_each(|selector| self.selectors.release(selector));
@@ -187,7 +186,7 @@ impl Policies {
         for id in subjects {
             if !self.subjects.contains_key(id) {
                 self.subjects.insert(*id, Subject::default());
-                self.choose_policies(*id);
+                self.unchosen.insert(*id);
             }
         }
     }
@@ -222,11 +221,17 @@ impl Policies {
     }
 
     /// Computes what the facts since the last call touched. Nothing before [`Self::set_complete`].
-    pub fn compute(&mut self) -> PolicyChanges {
+    /// `identities` are all that are known, with their labels as they are written.
+    pub fn compute<'a, I: Iterator<Item = (u32, &'a str)>>(
+        &mut self,
+        identities: impl FnOnce() -> I,
+    ) -> PolicyChanges {
         let mut changes = PolicyChanges::default();
         if !self.complete {
             return changes;
         }
+        self.selectors.resolve(identities);
+        self.choose_all();
         for id in self.ranges.drop_unused() {
             self.range_changed(id);
         }
@@ -315,6 +320,20 @@ impl Policies {
     fn subjects_of(&self, policy: &Policy) -> BTreeSet<u32> {
         let selected = policy.rules.iter().flat_map(|rule| self.selectors.selected(rule.subject));
         selected.filter(|id| self.subjects.contains_key(*id)).copied().collect()
+    }
+
+    fn choose_all(&mut self) {
+        for name in std::mem::take(&mut self.fresh) {
+            if let Some(policy) = self.policies.get(&name) {
+                self.unchosen.extend(self.subjects_of(policy));
+            }
+        }
+        for id in std::mem::take(&mut self.unchosen) {
+            // Somebody who is not here any more was forgotten.
+            if self.subjects.contains_key(&id) {
+                self.choose_policies(id);
+            }
+        }
     }
 
     /// Finds the policies with a rule about a subject, and what they may touch.

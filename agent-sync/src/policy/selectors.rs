@@ -1,4 +1,5 @@
-//! Which identities each label selector selects. Equal selectors of all policies are kept once.
+//! Which identities each label selector selects. Equal selectors of all policies are kept once. What new
+//! ones select is found for all of them together: there may be many more identities than anything else.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -19,6 +20,8 @@ pub(super) struct Selectors {
     by_label: HashMap<(String, String), Vec<SelectorId>>,
     /// All others: they have to be asked for every identity.
     others: Vec<SelectorId>,
+    /// Those that were not compared with all identities yet.
+    unresolved: BTreeSet<SelectorId>,
     /// Identities whose labels are known.
     known: HashSet<u32>,
     /// Selectors by the identities that they select.
@@ -40,27 +43,17 @@ struct Slot {
 const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
 
 impl Selectors {
-    /// The number of a selector, used once more. `identities` are asked for if it is new.
-    pub(super) fn acquire<'a, I: Iterator<Item = (u32, &'a str)>>(
-        &mut self,
-        selector: &LabelSelector,
-        identities: impl FnOnce() -> I,
-    ) -> SelectorId {
+    /// The number of a selector, used once more. What a new one selects is known after [`Self::resolve`].
+    pub(super) fn acquire(&mut self, selector: &LabelSelector) -> SelectorId {
         if let Some(id) = self.by_value.get(selector).copied() {
             if let Some(slot) = &mut self.slots[id.0] {
                 slot.uses += 1;
             }
             return id;
         }
-        let matches = |text: &str| Labels::parse(text).is_ok_and(|labels| selector.matches(&labels));
-        let selected: BTreeSet<u32> =
-            identities().filter(|(_, text)| matches(text)).map(|(id, _)| id).collect();
         let id = SelectorId(self.free.pop().unwrap_or(self.slots.len()));
         if id.0 == self.slots.len() {
             self.slots.push(None);
-        }
-        for identity in &selected {
-            self.selecting.entry(*identity).or_default().push(id);
         }
         match indexed(selector) {
             Some(Requirement { key, values, .. }) => {
@@ -71,9 +64,49 @@ impl Selectors {
             None => self.others.push(id),
         }
         self.by_value.insert(selector.clone(), id);
-        let slot = Slot { selector: selector.clone(), uses: 1, selected, subjects: BTreeSet::new() };
+        let slot = Slot {
+            selector: selector.clone(),
+            uses: 1,
+            selected: BTreeSet::new(),
+            subjects: BTreeSet::new(),
+        };
         self.slots[id.0] = Some(slot);
+        self.unresolved.insert(id);
         id
+    }
+
+    /// Compares new selectors with all identities, given with their labels as they are written: one look at
+    /// each, however many selectors are new.
+    pub(super) fn resolve<'a, I: Iterator<Item = (u32, &'a str)>>(&mut self, identities: impl FnOnce() -> I) {
+        let new = std::mem::take(&mut self.unresolved);
+        let new: Vec<(SelectorId, LabelSelector)> = new
+            .into_iter()
+            .filter_map(|id| Some((id, self.slots[id.0].as_ref()?.selector.clone())))
+            .collect();
+        if new.is_empty() {
+            return;
+        }
+        let (mut by_label, mut others) = (HashMap::<(&str, &str), Vec<_>>::new(), Vec::new());
+        for entry in &new {
+            match indexed(&entry.1) {
+                Some(Requirement { key, values, .. }) => {
+                    values.iter().for_each(|value| by_label.entry((key, value)).or_default().push(entry));
+                }
+                None => others.push(entry),
+            }
+        }
+        for (identity, text) in identities() {
+            let asking = pairs(text).filter_map(|pair| by_label.get(&pair)).flatten();
+            let mut asking = asking.chain(&others).peekable();
+            // Most are asked for by none, and need not be parsed.
+            if asking.peek().is_none() {
+                continue;
+            }
+            let Ok(labels) = Labels::parse(text) else { continue };
+            for (id, _) in asking.filter(|(_, selector)| selector.matches(&labels)) {
+                self.select(*id, identity);
+            }
+        }
     }
 
     /// Undoes one [`Self::acquire`].
@@ -85,6 +118,7 @@ impl Selectors {
         }
         let Some(slot) = self.slots[id.0].take() else { return };
         self.free.push(id.0);
+        self.unresolved.remove(&id);
         self.by_value.remove(&slot.selector);
         for identity in &slot.selected {
             forget(&mut self.selecting, identity, id);
@@ -160,6 +194,14 @@ impl Selectors {
         }
     }
 
+    fn select(&mut self, id: SelectorId, identity: u32) {
+        if let Some(slot) = &mut self.slots[id.0]
+            && slot.selected.insert(identity)
+        {
+            self.selecting.entry(identity).or_default().push(id);
+        }
+    }
+
     fn matching(&self, labels: &Labels) -> BTreeSet<SelectorId> {
         let by_label = labels
             .iter()
@@ -176,6 +218,11 @@ fn indexed(selector: &LabelSelector) -> Option<&Requirement> {
     let mut wanted: Vec<_> = selector.0.iter().filter(|asked| asked.operator == Operator::In).collect();
     wanted.sort_by_key(|asked| [CLUSTER_LABEL, NAMESPACE_LABEL].contains(&asked.key.as_str()));
     wanted.first().copied()
+}
+
+/// Keys and values of labels as [`Labels`] write them: `source:key=value;` each.
+fn pairs(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.split(';').filter_map(|label| label.split_once(':')?.1.split_once('='))
 }
 
 fn forget<K: std::hash::Hash + Eq>(map: &mut HashMap<K, Vec<SelectorId>>, key: &K, id: SelectorId) {

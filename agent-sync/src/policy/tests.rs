@@ -86,9 +86,7 @@ impl World {
     }
 
     fn tell_policy(&mut self, name: &PolicyName, policy: Option<LocalPolicy>) {
-        let identities = &self.identities;
-        let all = || identities.iter().map(|(id, labels)| (*id, labels.as_str()));
-        self.policies.policy_changed(name, policy.as_ref(), all);
+        self.policies.policy_changed(name, policy.as_ref());
         match policy {
             Some(policy) => drop(self.rules.insert(name.clone(), policy)),
             None => drop(self.rules.remove(name)),
@@ -173,7 +171,8 @@ impl World {
     }
 
     fn compute(&mut self) {
-        let changes = self.policies.compute();
+        let identities = &self.identities;
+        let changes = self.policies.compute(|| written(identities));
         for (key, value) in changes.policy {
             match value {
                 Some(value) => drop(self.installed.insert(key, value)),
@@ -303,12 +302,10 @@ impl World {
     fn restart(&mut self) -> PolicyChanges {
         let (policy, cidr) = (self.installed.clone(), self.ranges.clone());
         let mut policies = Policies::new(MAX, policy.into_iter().collect(), cidr.into_iter().collect());
-        let early = policies.compute();
+        let early = policies.compute(std::iter::empty);
         assert!(early.policy.is_empty() && early.cidr.is_empty(), "nothing is known yet");
-        let identities = &self.identities;
-        let all = || identities.iter().map(|(id, labels)| (*id, labels.as_str()));
         for (name, policy) in &self.rules {
-            policies.policy_changed(name, Some(policy), all);
+            policies.policy_changed(name, Some(policy));
         }
         policies.set_subjects(&self.subjects);
         let own = |id: &&u32| **id >> 16 == 1;
@@ -318,7 +315,8 @@ impl World {
         policies.set_known(1);
         policies.set_complete();
         let remote: Vec<u32> = self.identities.keys().filter(|id| !own(id)).copied().collect();
-        let first = policies.compute();
+        let told = || written(&self.identities).filter(|(id, _)| own(&id));
+        let first = policies.compute(told);
         assert!(first.cidr.is_empty(), "{:?}", first.cidr);
         let of_remote = |key: &PolicyKey| remote.contains(&key.peer);
         assert!(first.policy.iter().all(|(key, value)| !of_remote(key) || value.is_some()), "{first:?}");
@@ -326,11 +324,16 @@ impl World {
             policies.identity_changed(id, Some(&Labels::parse(&self.identities[&id]).unwrap()));
         }
         policies.set_known(2);
-        let mut second = policies.compute();
+        let mut second = policies.compute(|| written(&self.identities));
         second.policy.extend(first.policy);
         self.policies = policies;
         second
     }
+}
+
+/// Identities with their labels as they are written.
+fn written(identities: &BTreeMap<u32, String>) -> impl Iterator<Item = (u32, &str)> {
+    identities.iter().map(|(id, labels)| (*id, labels.as_str()))
 }
 
 #[test]
@@ -391,6 +394,36 @@ fn an_identity_touches_only_what_selects_it() {
     world.check(1);
 }
 
+/// An agent that starts may hear of all identities before all policies.
+#[test]
+fn new_policies_look_at_each_identity_once() {
+    let mut world = World::new(1);
+    for id in 0..500 {
+        world.tell_identity(2 << 16 | (300 + id), Some(format!("k8s:app=a{id};k8s:tier=x;")));
+    }
+    for n in 0..100 {
+        let is = |app: usize| LabelSelector(vec![Requirement::is("k8s", "app", &format!("a{app}"))]);
+        let section = PolicySection {
+            default_deny: true,
+            allow: vec![Traffic { peers: vec![Peer::Labels(is(100 + n))], ports: Vec::new() }],
+            deny: Vec::new(),
+        };
+        let rules = vec![PolicyRule { subject: is(n), ingress: Some(section), egress: None }];
+        let name: PolicyName = format!("cnp/shop/p{n}").parse().unwrap();
+        let policy = LocalPolicy { cluster: "alpha".into(), cluster_id: 1, name: name.clone(), rules };
+        world.tell_policy(&name, Some(policy));
+    }
+    let looks = std::cell::Cell::new(0);
+    let counted = || written(&world.identities).inspect(|_| looks.set(looks.get() + 1));
+    world.policies.compute(counted);
+    assert_eq!(looks.get(), 500);
+    let name: PolicyName = "cnp/shop/p0".parse().unwrap();
+    let same = world.rules[&name].clone();
+    world.policies.policy_changed(&name, Some(&same));
+    world.policies.compute(counted);
+    assert_eq!(looks.get(), 500, "no selector is new");
+}
+
 #[test]
 fn nobody_is_let_through_before_policies_are_known() {
     let mut policies = Policies::new(MAX, Vec::new(), Vec::new());
@@ -398,19 +431,19 @@ fn nobody_is_let_through_before_policies_are_known() {
     policies.set_subjects(&BTreeSet::from([pod]));
     assert_eq!(policies.flags(pod), None);
     policies.set_complete();
-    policies.compute();
+    policies.compute(std::iter::empty);
     assert_eq!(policies.flags(pod), Some(0), "there are no policies");
     let name: PolicyName = "cnp/shop/all".parse().unwrap();
     let section = PolicySection { default_deny: true, ..PolicySection::default() };
     let rules = vec![PolicyRule { subject: LabelSelector::default(), ingress: Some(section), egress: None }];
     let policy = LocalPolicy { cluster: "alpha".into(), cluster_id: 1, name: name.clone(), rules };
-    policies.policy_changed(&name, Some(&policy), std::iter::empty);
-    assert!(policies.compute().subjects.contains(&pod));
+    policies.policy_changed(&name, Some(&policy));
+    assert!(policies.compute(std::iter::empty).subjects.contains(&pod));
     assert_eq!(policies.flags(pod), None, "its labels are not known");
     policies.identity_changed(pod, Some(&Labels::parse("k8s:app=a;").unwrap()));
-    policies.compute();
+    policies.compute(std::iter::empty);
     assert_eq!(policies.flags(pod), Some(ENDPOINT_ENFORCE_INGRESS));
     policies.set_subjects(&BTreeSet::new());
-    policies.compute();
+    policies.compute(std::iter::empty);
     assert_eq!(policies.flags(pod), None, "it is not known to be here: what was enforced for it stays");
 }
