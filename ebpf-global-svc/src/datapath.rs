@@ -373,12 +373,36 @@ fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathE
 
 fn load_programs(programs: &mut Ebpf) -> Result<(), DatapathError> {
     for name in SOCKET_PROGRAMS {
-        socket_program(programs, name)?.load().map_err(|error| load_failed(name, error))?;
+        let program = socket_program(programs, name)?;
+        uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
     }
     for name in INTERFACE_PROGRAMS {
-        classifier(programs, name)?.load().map_err(|error| load_failed(name, error))?;
+        let program = classifier(programs, name)?;
+        uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
     }
     Ok(())
+}
+
+/// The verifier gives up when its thread gets a signal: on a busy machine that happens. libbpf tries as often.
+fn uninterrupted<E>(
+    mut load: impl FnMut() -> Result<(), E>,
+    is_interrupted: impl Fn(&E) -> bool,
+) -> Result<(), E> {
+    const ATTEMPTS: u32 = 5;
+    for _ in 1..ATTEMPTS {
+        match load() {
+            Err(error) if is_interrupted(&error) => {}
+            done => return done,
+        }
+    }
+    load()
+}
+
+fn is_interrupted(error: &ProgramError) -> bool {
+    match error {
+        ProgramError::LoadError { io_error, .. } => io_error.raw_os_error() == Some(libc::EAGAIN),
+        _ => false,
+    }
 }
 
 fn socket_program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, DatapathError> {
@@ -436,4 +460,22 @@ fn open_failed(error: EbpfError) -> DatapathError {
 
 fn is_permission(error: &std::io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_verifier_is_asked_again_but_not_for_ever() {
+        for (interrupts, failures, attempts) in [(true, 0, 1), (true, 4, 5), (true, 9, 5), (false, 9, 1)] {
+            let mut asked = 0;
+            let load = || {
+                asked += 1;
+                if asked > failures { Ok(()) } else { Err(interrupts) }
+            };
+            let done = uninterrupted(load, |interrupts| *interrupts);
+            assert_eq!((asked, done.is_ok()), (attempts, attempts > failures));
+        }
+    }
 }
