@@ -28,7 +28,6 @@ use ebpf_global_svc::abi::{
     ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, PolicyKey, PolicyValue, PrefixKey,
     direction, identity,
 };
-
 use ipnet::IpNet;
 
 use entries::{Found, Pair};
@@ -200,7 +199,7 @@ impl Policies {
         }
     }
 
-    /// All identities of a cluster have been told; or it is gone, and has none.
+    /// All identities of a cluster have been told.
     pub fn set_known(&mut self, cluster: u16) {
         if self.known.insert(cluster) {
             let pairs =
@@ -214,10 +213,7 @@ impl Policies {
     pub fn forget_cluster(&mut self, cluster: u16) {
         self.known.remove(&cluster);
         let of_cluster = |peer: u32| cluster_of(peer, self.max) == Some(cluster);
-        let pairs: Vec<_> = self.installed.keys().filter(|(_, peer)| of_cluster(*peer)).copied().collect();
-        for pair in pairs {
-            self.orphaned.insert(pair);
-        }
+        self.orphaned.extend(self.installed.keys().filter(|(_, peer)| of_cluster(*peer)));
     }
 
     /// Computes what the facts since the last call touched. Nothing before [`Self::set_complete`].
@@ -300,16 +296,6 @@ impl Policies {
     /// Where a rule stands, by its number.
     pub fn rule_text(&self, rule: u32) -> Option<&str> {
         self.texts.of(rule)
-    }
-
-    /// Policies that are known.
-    pub fn len(&self) -> usize {
-        self.policies.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.policies.is_empty()
     }
 
     /// Pairs of a subject and a peer that were computed since the start: what a change costs.

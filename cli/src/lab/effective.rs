@@ -82,7 +82,7 @@ pub(crate) fn render(cluster: &Cluster, state: &ClusterState) -> anyhow::Result<
     for (kind, policies) in &state.objects.policies {
         for (name, policy) in policies {
             let mut policy = policy.clone();
-            let is_clusterwide = *kind == PolicyKind::CiliumClusterwideNetworkPolicy;
+            let is_clusterwide = *kind == PolicyKind::CiliumClusterwide;
             policy.metadata.namespace = (!is_clusterwide).then(|| name.namespace.clone());
             let (version, kind) = kind.written();
             add(format!("{}.policies.yaml", name.namespace), document(version, kind, &policy)?);

@@ -86,21 +86,20 @@ pub(crate) enum Kind {
 /// Kinds of network policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum PolicyKind {
-    NetworkPolicy,
-    CiliumNetworkPolicy,
-    CiliumClusterwideNetworkPolicy,
+    Network,
+    Cilium,
+    CiliumClusterwide,
 }
 
 impl PolicyKind {
-    pub(crate) const ALL: [Self; 3] =
-        [Self::NetworkPolicy, Self::CiliumNetworkPolicy, Self::CiliumClusterwideNetworkPolicy];
+    pub(crate) const ALL: [Self; 3] = [Self::Network, Self::Cilium, Self::CiliumClusterwide];
 
     /// As manifests spell it: version and kind.
     pub(crate) const fn written(self) -> (&'static str, &'static str) {
         match self {
-            Self::NetworkPolicy => ("networking.k8s.io/v1", "NetworkPolicy"),
-            Self::CiliumNetworkPolicy => ("cilium.io/v2", "CiliumNetworkPolicy"),
-            Self::CiliumClusterwideNetworkPolicy => ("cilium.io/v2", "CiliumClusterwideNetworkPolicy"),
+            Self::Network => ("networking.k8s.io/v1", "NetworkPolicy"),
+            Self::Cilium => ("cilium.io/v2", "CiliumNetworkPolicy"),
+            Self::CiliumClusterwide => ("cilium.io/v2", "CiliumClusterwideNetworkPolicy"),
         }
     }
 
@@ -128,12 +127,10 @@ impl FromStr for Kind {
             "service" | "services" | "svc" => Self::Service,
             "endpointslice" | "endpointslices" => Self::EndpointSlice,
             "configmap" | "configmaps" | "cm" => Self::ConfigMap,
-            "networkpolicy" | "networkpolicies" | "netpol" => Self::Policy(PolicyKind::NetworkPolicy),
-            "ciliumnetworkpolicy" | "ciliumnetworkpolicies" | "cnp" => {
-                Self::Policy(PolicyKind::CiliumNetworkPolicy)
-            }
+            "networkpolicy" | "networkpolicies" | "netpol" => Self::Policy(PolicyKind::Network),
+            "ciliumnetworkpolicy" | "ciliumnetworkpolicies" | "cnp" => Self::Policy(PolicyKind::Cilium),
             "ciliumclusterwidenetworkpolicy" | "ciliumclusterwidenetworkpolicies" | "ccnp" => {
-                Self::Policy(PolicyKind::CiliumClusterwideNetworkPolicy)
+                Self::Policy(PolicyKind::CiliumClusterwide)
             }
             _ => {
                 return Err(format!(
@@ -284,7 +281,7 @@ impl Objects {
         self.config_maps.retain(|name, _| keep(name));
         for (kind, policies) in &mut self.policies {
             // Those of the whole cluster are in no namespace.
-            if *kind != PolicyKind::CiliumClusterwideNetworkPolicy {
+            if *kind != PolicyKind::CiliumClusterwide {
                 policies.retain(|name, _| keep(name));
             }
         }
@@ -418,7 +415,7 @@ items:
         let restored: Objects = serde_json::from_str(&saved).unwrap();
         assert_eq!(restored.services, objects.services);
         assert_eq!(restored.policies, objects.policies);
-        let policies = &objects.policies[&PolicyKind::CiliumNetworkPolicy];
+        let policies = &objects.policies[&PolicyKind::Cilium];
         assert!(policies[&ObjectName::new("shop", "x")].content.contains_key("spec"));
     }
 

@@ -1,30 +1,16 @@
 //! Packets in pieces.
 
-use std::net::IpAddr;
-
-use ebpf_global_svc::abi::{ENDPOINT_ENFORCE_EGRESS, reason};
+use ebpf_global_svc::abi::reason;
 
 use crate::{
     BOTH, EGRESS, Node, ONE, any, at, far,
     frames::{GRE, SYN, TCP, UDP, echo_types, fragment, icmp, icmp_proto, packet_with, tcp, udp},
-    of, one, two,
+    of, one, pair, two,
 };
-
-/// Pod one may send to port 53 of UDP, wherever.
-fn node() -> Node {
-    let mut node = Node::new();
-    node.flag(ONE, ENDPOINT_ENFORCE_EGRESS);
-    node.allow(1, at(UDP, 53, any(ONE, 0, EGRESS)));
-    node
-}
-
-fn pair(family: u8) -> (IpAddr, IpAddr) {
-    (one(family), far(family))
-}
 
 #[test]
 fn later_fragments_go_with_the_first() {
-    let node = node();
+    let node = Node::with_dns();
     for family in [4, 6] {
         for (id, port, expected) in [(1, 53, Ok(())), (2, 54, Err(reason::POLICY))] {
             let first = fragment(pair(family), UDP, id, (0, true), &udp(1, port));
@@ -40,7 +26,7 @@ fn later_fragments_go_with_the_first() {
 
 #[test]
 fn later_fragments_that_come_first_are_dropped() {
-    let node = node();
+    let node = Node::with_dns();
     for family in [4, 6] {
         let later = fragment(pair(family), UDP, 7, (8, false), &udp(53, 53));
         assert_eq!(node.sends(&later), Err(reason::FRAGMENT_NOT_FOUND));
@@ -58,7 +44,7 @@ fn later_fragments_that_come_first_are_dropped() {
 
 #[test]
 fn fragments_are_followed_behind_extension_headers() {
-    let node = node();
+    let node = Node::with_dns();
     let (source, destination) = pair(6);
     let chained = |offset: u16, more: u16, tail: &[u8]| {
         let fragment = [&[60, 0][..], &(offset | more).to_be_bytes(), &[1, 2, 3, 4]].concat();
@@ -72,7 +58,7 @@ fn fragments_are_followed_behind_extension_headers() {
 
 #[test]
 fn a_first_fragment_without_ports_is_dropped() {
-    let node = node();
+    let node = Node::with_dns();
     for family in [4, 6] {
         for (proto, bytes) in [(UDP, 0), (TCP, 8)] {
             let tiny = fragment(pair(family), proto, 3, (0, true), &tcp(1, 53, SYN)[..bytes]);
@@ -107,7 +93,7 @@ fn fragments_of_an_answer_are_one() {
 
 #[test]
 fn fragments_of_what_has_no_ports() {
-    let mut node = node();
+    let mut node = Node::with_dns();
     node.allow(2, of(GRE, any(ONE, 0, EGRESS)));
     node.allow(3, at(1, 8, any(ONE, 0, EGRESS)));
     for (proto, head) in [(GRE, vec![0; 8]), (1, icmp(8, 0, 5))] {

@@ -1,32 +1,17 @@
 //! Where the ports are, and what has none.
 
-use std::net::IpAddr;
-
-use ebpf_global_svc::abi::{ENDPOINT_ENFORCE_EGRESS, POLICY_PROTO_BITS, PolicyKey, reason, verdict};
+use ebpf_global_svc::Arrival;
+use ebpf_global_svc::abi::{POLICY_PROTO_BITS, PolicyKey, reason, verdict};
 
 use crate::{
-    DROPPED, EGRESS, FAR, Node, ONE, TO_STACK, any, at, far,
+    DROPPED, EGRESS, FAR, Node, ONE, TO_STACK, any, at,
     frames::{GRE, SCTP, SYN, TCP, UDP, frame, packet, packet_with, sctp, tcp, udp},
-    of, one,
+    of, pair,
     support::metric,
 };
-use ebpf_global_svc::Arrival;
-
-/// Pod one may send to port 53 of UDP, wherever.
-fn node() -> Node {
-    let mut node = Node::new();
-    node.flag(ONE, ENDPOINT_ENFORCE_EGRESS);
-    node.allow(1, at(UDP, 53, any(ONE, 0, EGRESS)));
-    node
-}
-
-fn pair(family: u8) -> (IpAddr, IpAddr) {
-    (one(family), far(family))
-}
-
 #[test]
 fn ports_come_behind_ipv4_options() {
-    let node = node();
+    let node = Node::with_dns();
     let (source, destination) = pair(4);
     for words in 1..=10_u8 {
         // No-operation, as often as it fits; a port of its own where the header would end without options.
@@ -40,7 +25,7 @@ fn ports_come_behind_ipv4_options() {
 
 #[test]
 fn ports_come_behind_ipv6_extension_headers() {
-    let node = node();
+    let node = Node::with_dns();
     let (source, destination) = pair(6);
     // Hop by hop (8 bytes), routing (24), destination options (16), an atomic fragment.
     let hop = |next| [&[next, 0, 1, 4][..], &[0; 4]].concat();
@@ -76,7 +61,7 @@ fn ports_come_behind_ipv6_extension_headers() {
 
 #[test]
 fn what_has_no_ports_needs_a_rule_without_ports() {
-    let mut node = node();
+    let mut node = Node::with_dns();
     let (source, destination) = pair(4);
     let gre = packet(source, destination, GRE, &udp(53, 53));
     let unknown = packet(source, destination, 253, &udp(53, 53));
@@ -98,7 +83,7 @@ fn what_has_no_ports_needs_a_rule_without_ports() {
 
 #[test]
 fn what_is_cut_off_is_dropped_where_a_policy_selects() {
-    let mut node = node();
+    let mut node = Node::with_dns();
     node.allow(2, any(ONE, 0, EGRESS));
     let whole = [(UDP, udp(1, 53), 4), (TCP, tcp(1, 53, SYN), 14), (SCTP, sctp(1, 53), 4)];
     for family in [4, 6] {
@@ -128,7 +113,7 @@ fn what_is_cut_off_is_dropped_where_a_policy_selects() {
 
 #[test]
 fn a_frame_with_a_vlan_tag_is_the_stacks() {
-    let node = node();
+    let node = Node::with_dns();
     let (source, destination) = pair(4);
     let mut tagged = frame(&packet(source, destination, UDP, &udp(1, 2)));
     tagged.splice(12..12, [0x81, 0x00, 0, 7]);

@@ -72,6 +72,11 @@ fn far(family: u8) -> IpAddr {
     address(PEER, 9, family)
 }
 
+/// From pod one to the one that is elsewhere.
+fn pair(family: u8) -> (IpAddr, IpAddr) {
+    (one(family), far(family))
+}
+
 fn outside(family: u8) -> IpAddr {
     if family == 4 { Ipv4Addr::new(1, 1, 1, 1).into() } else { "2001:db8::1".parse().unwrap() }
 }
@@ -106,6 +111,14 @@ impl Node {
     }
 
     /// Sets the flags of pod one or two.
+    /// Pod one may send to port 53 of UDP, wherever.
+    fn with_dns() -> Self {
+        let mut node = Self::new();
+        node.flag(ONE, ENDPOINT_ENFORCE_EGRESS);
+        node.allow(1, at(frames::UDP, 53, any(ONE, 0, EGRESS)));
+        node
+    }
+
     fn flag(&mut self, identity: u32, flags: u32) {
         for family in [4, 6] {
             let ip = if identity == ONE { one(family) } else { two(family) };

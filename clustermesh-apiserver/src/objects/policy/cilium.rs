@@ -125,14 +125,12 @@ impl Reader<'_> {
             return Ok(None);
         };
         let defaults = rule.enable_default_deny.unwrap_or_default();
-        let entries = |entries: Option<Vec<_>>| entries.into_iter().flatten().map(Entry::from).collect();
         let ingress = [entries(rule.ingress), entries(rule.ingress_deny)];
         let ingress = self.section(
             [&format!("{field}.ingress"), &format!("{field}.ingressDeny")],
             ingress,
             defaults.ingress,
         )?;
-        let entries = |entries: Option<Vec<_>>| entries.into_iter().flatten().map(Entry::from).collect();
         let egress = [entries(rule.egress), entries(rule.egress_deny)];
         let egress = self.section(
             [&format!("{field}.egress"), &format!("{field}.egressDeny")],
@@ -325,6 +323,10 @@ impl Reader<'_> {
     fn gap(&mut self, field: String, reason: GapReason, effect: Effect) {
         self.gaps.push(Gap { field, reason, effect });
     }
+}
+
+fn entries<T: Into<Entry>>(written: Option<Vec<T>>) -> Vec<Entry> {
+    written.into_iter().flatten().map(Into::into).collect()
 }
 
 /// Fields of an object that are not known, with what they say.
