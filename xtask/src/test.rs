@@ -1,6 +1,6 @@
 //! All tests, one summary line per suite, and a last line that says `N passed, N failed`.
 
-use crate::workspace::{self, Profile};
+use crate::workspace;
 use crate::{demo, fuzz, setup, shell};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
@@ -157,7 +157,7 @@ fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
 
 /// The scenarios, as one suite.
 fn scenarios() -> anyhow::Result<Suite> {
-    let binaries = workspace::build_programs(Profile::Dev)?;
+    let binaries = workspace::build_beside_tests()?;
     let outcomes = demo::run_scenarios(&binaries, &[])?;
     for outcome in outcomes.iter().filter(|outcome| !outcome.passed) {
         println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
@@ -168,7 +168,7 @@ fn scenarios() -> anyhow::Result<Suite> {
 
 /// A long run of random faults, from a seed that it prints.
 fn chaos(minutes: u64) -> anyhow::Result<Suite> {
-    let binaries = workspace::build_programs(Profile::Dev)?;
+    let binaries = workspace::build_beside_tests()?;
     let mut command = Command::new(binaries.join("multi-kind-tests"));
     command.current_dir(workspace::root()).args(["chaos", "--minutes", &minutes.to_string()]);
     let failed = usize::from(shell::run_quietly(&mut command).is_err());

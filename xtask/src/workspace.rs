@@ -57,6 +57,14 @@ pub(crate) fn build(profile: Profile, packages: &[&str]) -> anyhow::Result<PathB
     }))
 }
 
+/// Builds all programs for the tests that run them; gives the folder they are in. Together with the crates'
+/// tests, which are there already: by themselves the programs need fewer features of some libraries, which
+/// would all be compiled once more.
+pub(crate) fn build_beside_tests() -> anyhow::Result<PathBuf> {
+    shell::run(cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
+    Ok(target().join("debug"))
+}
+
 /// Cargo's target folder.
 pub(crate) fn target() -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {

@@ -12,6 +12,7 @@
 
 pub mod drift;
 mod plain;
+mod policy;
 mod services;
 mod write;
 
@@ -19,13 +20,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey,
-    PrefixValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
 use crate::desired::{Changes, Restored};
 use plain::Plain;
+use policy::Policy;
 use services::Services;
 
 /// First pause before failed writes are tried again; doubled with each failure in a row.
@@ -40,7 +41,7 @@ pub struct Reconciler {
     prefix: Plain<PrefixKey, PrefixValue>,
     node: Plain<NodeKey, NodeValue>,
     endpoint: Plain<IpKey, EndpointValue>,
-    policy: Plain<PolicyKey, PolicyValue>,
+    policy: Policy,
     cidr: Plain<PrefixKey, u32>,
     services: Services,
     cluster: Plain<u32, ClusterState>,

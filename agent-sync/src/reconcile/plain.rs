@@ -39,9 +39,38 @@ impl<K: Copy + Eq + Hash, V: Copy> Plain<K, V> {
         }
     }
 
+    /// Puts entries that could not be written among what is written next, if `those` takes their value.
+    pub(super) fn retry_those(&mut self, those: fn(&V) -> bool) {
+        for (key, value) in self.failed.extract_if(|_, value| value.as_ref().is_some_and(those)) {
+            self.fresh.entry(key).or_insert(value);
+        }
+    }
+
+    /// Entries that could not be written.
+    pub(super) fn failed(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.failed.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)))
+    }
+
+    /// An entry that was as desired has been removed for want of room.
+    pub(super) fn displaced(&mut self, key: K, value: V) {
+        if !self.fresh.contains_key(&key) {
+            self.failed.entry(key).or_insert(Some(value));
+        }
+    }
+
     pub(super) fn upsert(&mut self, table: &mut dyn Table<K, V>, round: &mut Round) {
-        let entries: Vec<(K, V)> =
-            self.fresh.iter().filter_map(|(key, value)| value.map(|value| (*key, value))).collect();
+        self.upsert_those(table, round, |_, _| true);
+    }
+
+    /// Writes the entries that `those` takes; the others wait.
+    pub(super) fn upsert_those(
+        &mut self,
+        table: &mut dyn Table<K, V>,
+        round: &mut Round,
+        those: impl Fn(&K, &V) -> bool,
+    ) {
+        let wanted = self.fresh.iter().filter_map(|(key, value)| Some((*key, (*value)?)));
+        let entries: Vec<(K, V)> = wanted.filter(|(key, value)| those(key, value)).collect();
         let written = upsert_each(table, &entries, round);
         for ((key, value), written) in entries.into_iter().zip(written) {
             self.settle(key, Some(value), written);

@@ -65,7 +65,7 @@ impl Cluster {
         let root = if self.cached { "cache" } else { "state" };
         let shared = ["nodes", "services", "serviceexports", "identities", "ip"]
             .map(|kind| format!("cilium/synced/{}/cilium/{root}/{kind}/v1", self.name));
-        let private = ["services", "identities", "ip"]
+        let private = ["services", "identities", "ip", "policies"]
             .map(|kind| format!("cilium/synced/{}/clustermesh/local/{kind}/v1", self.name));
         let private = private.into_iter().filter(|_| self.private);
         shared.into_iter().chain(private).collect()
