@@ -5,7 +5,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
-use ebpf_global_svc::abi::{ClusterState, IpValue, SlotKey};
+use clustermesh_kvstore::key::Kind;
+use clustermesh_kvstore::record::{
+    LabelSelector, LocalPolicy, Peer, PolicyRule, PolicySection, Requirement, Traffic,
+};
+use ebpf_global_svc::abi::{ClusterState, IpValue, PolicyKey, SlotKey};
 use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{MapSizes, Tables};
 use rand::rngs::SmallRng;
@@ -14,10 +18,12 @@ use rand::{Rng as _, SeedableRng as _};
 use super::super::Reconciler;
 use super::Scan;
 use crate::desired::{BackendKey, Changes, GroupPlan, Restored, ServicePlan};
-use crate::mesh::{Fact, FactKey, Mesh, NodeFact};
+use crate::mesh::{Fact, FactKey, Links, Mesh, NodeFact};
 use crate::wire_key::{TCP, ip_key, node_key, prefix_key, service_key};
 
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Of each cluster.
+const IDENTITIES: u32 = 9;
 
 struct World {
     rng: SmallRng,
@@ -32,6 +38,27 @@ fn cluster(id: u32) -> ClusterId {
     ClusterId::new(id, MaxConnectedClusters::C255).unwrap()
 }
 
+fn identity(cluster: u32, n: u32) -> u32 {
+    cluster << 16 | (300 + n)
+}
+
+/// Of pods of one label: what those of another may, and what a range outside of the mesh may not.
+fn policy(n: u8) -> LocalPolicy {
+    let app = |n: u8| LabelSelector(vec![Requirement::is("k8s", "app", &format!("a{}", n % 3))]);
+    let range = Peer::Cidr { net: format!("198.51.{n}.0/24").parse().unwrap(), except: Vec::new() };
+    let section = PolicySection {
+        default_deny: true,
+        allow: vec![Traffic { peers: vec![Peer::Labels(app(n / 3))], ports: Vec::new() }],
+        deny: vec![Traffic { peers: vec![range], ports: Vec::new() }],
+    };
+    LocalPolicy {
+        cluster: "c1".into(),
+        cluster_id: 1,
+        name: format!("cnp/shop/p{n}").parse().unwrap(),
+        rules: vec![PolicyRule { subject: app(n), ingress: Some(section), egress: None }],
+    }
+}
+
 fn ip(a: u8, b: u8) -> IpAddr {
     Ipv4Addr::new(10, a, 0, b).into()
 }
@@ -42,22 +69,36 @@ impl World {
         let node_ip = Some(Ipv4Addr::new(10, 1, 0, 1));
         let mut scan = Scan::default();
         scan.set_interval(Some(INTERVAL), now);
+        let mut mesh = Mesh::new(cluster(1), MaxConnectedClusters::C255, "n1", node_ip, Restored::default());
+        mesh.set_links(Links::Absent);
+        for of in 1..4 {
+            mesh.begin_list(cluster(of), Kind::Identities);
+            for n in 0..IDENTITIES {
+                let labels = format!("k8s:app=a{};k8s:io.cilium.k8s.policy.cluster=c{of};", n % 3);
+                mesh.upsert(cluster(of), Fact::Identity(identity(of, n), labels.into()), 0);
+            }
+            mesh.finish_list(cluster(of), Kind::Identities);
+        }
+        for kind in [Kind::LocalIdentities, Kind::LocalPolicies] {
+            mesh.begin_list(cluster(1), kind);
+            mesh.finish_list(cluster(1), kind);
+        }
         Self {
             rng: SmallRng::seed_from_u64(seed),
             now,
-            mesh: Mesh::new(cluster(1), MaxConnectedClusters::C255, "n1", node_ip, Restored::default()),
+            mesh,
             reconciler: Reconciler::default(),
             scan,
             tables: Tables::memory(&MapSizes::default()),
         }
     }
 
-    /// A random fact about nodes, addresses, states or services.
+    /// A random fact about nodes, addresses, states, services or policies.
     fn change(&mut self) {
         let of = self.rng.random_range(1..4_u8);
         let id = cluster(of.into());
         let n = self.rng.random_range(1..30_u8);
-        match self.rng.random_range(0..8) {
+        match self.rng.random_range(0..10) {
             0 => {
                 let cidr = format!("10.{}.{n}.0/24", of + 100).parse().unwrap();
                 let internal_ips = vec![ip(of, n % 3 + 1)];
@@ -67,11 +108,13 @@ impl World {
             1 => self.mesh.delete(id, &FactKey::Node(format!("n{}", n % 3))),
             2..5 => {
                 let IpAddr::V4(node) = ip(of, n % 3 + 1) else { return };
-                let identity = self.rng.random_range(1..9);
+                let identity = identity(of.into(), self.rng.random_range(0..IDENTITIES));
                 let value = IpValue { identity, node_ip: node.octets(), key: 0, flags: 0, pad: 0 };
                 self.mesh.upsert(id, Fact::Ip(ip(of + 100, n), value), 0);
             }
             5 => self.mesh.delete(id, &FactKey::Ip(ip(of + 100, n))),
+            8 => self.mesh.upsert(cluster(1), Fact::LocalPolicy(Box::new(policy(n % 9))), 0),
+            9 => self.mesh.delete(cluster(1), &FactKey::LocalPolicy(policy(n % 9).name)),
             6 if of > 1 => self.mesh.set_dead(id, n % 2 == 0),
             _ => {
                 let plan = self.rng.random_bool(0.8).then(|| self.plan());
@@ -117,14 +160,17 @@ impl World {
         let t = &self.tables;
         let services = (t.service.dump().unwrap(), t.slot.dump().unwrap(), t.backend.dump().unwrap());
         let nodes = (t.node.dump().unwrap(), t.prefix.dump().unwrap(), t.cluster.dump().unwrap());
-        format!("{services:?} {nodes:?} {:?} {:?}", t.ipcache.dump().unwrap(), t.endpoint.dump().unwrap())
+        let pods = (t.ipcache.dump().unwrap(), t.endpoint.dump().unwrap());
+        let policies = (t.policy.dump().unwrap(), t.cidr.dump().unwrap());
+        format!("{services:?} {nodes:?} {pods:?} {policies:?}")
     }
 
-    /// Changes one entry of one table by hand; false if there is none to be changed.
-    fn damage(&mut self) -> bool {
+    /// Changes one entry of one table by hand; tells which, unless there is none to be changed.
+    fn damage(&mut self) -> Option<usize> {
         let Self { rng, tables: t, .. } = self;
         let strange = ip(200, 7);
-        match rng.random_range(0..8) {
+        let which = rng.random_range(0..10);
+        let done = match which {
             0 => spoil(rng, &mut *t.ipcache, |_| ip_key(9, strange), |v| v.identity += 1),
             1 => spoil(rng, &mut *t.prefix, |_| prefix_key(strange.into()), |v| v.node_ip[3] ^= 64),
             2 => spoil(rng, &mut *t.node, |_| node_key(strange), |v| v.cluster += 1),
@@ -132,8 +178,11 @@ impl World {
             4 => spoil(rng, &mut *t.service, |_| service_key(1, strange, 1, TCP), |v| v.id += 1),
             5 => spoil(rng, &mut *t.slot, |key| SlotKey { slot: 99, ..key }, |v| *v += 1),
             6 => spoil(rng, &mut *t.backend, |_| 999_999, |v| v.port ^= 1),
+            7 => spoil(rng, &mut *t.policy, |key| PolicyKey { peer: 99, ..key }, |v| v.flags ^= 1),
+            8 => spoil(rng, &mut *t.cidr, |_| prefix_key(strange.into()), |v| *v += 1),
             _ => spoil(rng, &mut *t.cluster, |_| 77, |v| *v = ClusterState { state: v.state ^ 3 }),
-        }
+        };
+        done.then_some(which)
     }
 }
 
@@ -162,7 +211,7 @@ fn spoil<K: Copy, V: Copy>(
 
 #[test]
 fn changes_are_no_drift_and_what_a_hand_did_is_put_right_within_a_scan() {
-    let mut damaged = 0;
+    let mut damaged = [0; 10];
     for seed in 0..100 {
         let mut world = World::new(seed);
         for _ in 0..120 {
@@ -175,13 +224,13 @@ fn changes_are_no_drift_and_what_a_hand_did_is_put_right_within_a_scan() {
         world.scan();
         for _ in 0..5 {
             let (before, found) = (world.dump(), world.found());
-            if world.damage() {
-                damaged += 1;
+            if let Some(which) = world.damage() {
+                damaged[which] += 1;
                 world.scan();
                 assert_eq!(world.dump(), before, "seed {seed}");
                 assert_eq!(world.found(), found + 1, "seed {seed}: {:?}", world.scan.drift());
             }
         }
     }
-    assert!(damaged > 250, "{damaged}");
+    assert!(damaged.iter().all(|times| *times > 10), "{damaged:?}");
 }

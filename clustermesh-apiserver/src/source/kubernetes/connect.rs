@@ -2,16 +2,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::http::{Request, Uri};
-use hyper_timeout::TimeoutConnector;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use kube::client::retry::RetryPolicy;
-use kube::client::{Body, ClientBuilder, ConfigExt as _};
+use kube::client::{Body, ClientBuilder};
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
-use tower::retry::RetryLayer;
-use tower::util::{MapRequestLayer, option_layer};
-use tower::{BoxError, ServiceExt as _};
+use tower::util::MapRequestLayer;
 
 /// A client of the API server that a kubeconfig names; without one, of that which a pod finds around it.
 /// Whether it answers is left open.
@@ -33,37 +27,12 @@ pub async fn connect(kubeconfig: Option<&Path>, context: Option<&str>) -> Result
     // A watch says something at least as often as it ends; see `follow`.
     config.read_timeout = Some(Duration::from_secs(u64::from(super::follow::WATCH_SECONDS)) + CONNECT);
     let server = config.cluster_url.clone();
-    client(config).map_err(|error| ConnectError::Client { server, error: Box::new(error) })
+    let builder = ClientBuilder::try_from(config)
+        .map_err(|error| ConnectError::Client { server, error: Box::new(error) })?;
+    Ok(builder.with_layer(&MapRequestLayer::new(newest)).build())
 }
 
 const CONNECT: Duration = Duration::from_secs(10);
-
-/// The most that is read of an answer at once, and so what each watch keeps for the next.
-const READ: usize = 32 << 10;
-
-/// As [`ClientBuilder::try_from`] makes one, with [`READ`]: there, each of the watches ends up with a buffer of
-/// some 256 KiB, which it keeps as long as it lives.
-fn client(config: Config) -> kube::Result<Client> {
-    if config.proxy_url.is_some() {
-        return Ok(ClientBuilder::try_from(config)?.with_layer(&MapRequestLayer::new(newest)).build());
-    }
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
-    connector.set_connect_timeout(config.connect_timeout);
-    connector.set_read_timeout(config.read_timeout);
-    connector.set_write_timeout(config.write_timeout);
-    let mut http = hyper_util::client::legacy::Client::builder(TokioExecutor::new());
-    let http = http.http1_max_buf_size(READ).build(connector);
-    let retry = config.default_retry.then(|| RetryLayer::new(RetryPolicy::server_retry()));
-    let builder = ClientBuilder::new(http.map_err(BoxError::from), config.default_namespace.clone())
-        .with_layer(&config.extra_headers_layer()?)
-        .with_layer(&option_layer(config.auth_layer()?))
-        .with_layer(&option_layer(retry))
-        .with_layer(&config.base_uri_layer())
-        .with_layer(&MapRequestLayer::new(newest));
-    Ok(builder.build())
-}
 
 /// A watch that begins with what there is asks for any state ("0"), however old. A server that lags
 /// behind would show us the past, and what is younger would seem to be gone: ask for the newest.
