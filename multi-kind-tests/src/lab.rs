@@ -1,6 +1,7 @@
 //! One lab, driven through the `clustermesh` command line.
 
 use crate::interrupt::Interrupt;
+use crate::pace;
 use crate::process::{self, Finished};
 use anyhow::Context as _;
 use std::collections::BTreeSet;
@@ -117,7 +118,7 @@ impl Lab {
     pub fn try_clustermesh(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
         let command = self.access.binaries.clustermesh(arguments);
         self.announce(&command);
-        process::run(command, COMMAND_DEADLINE, &self.access.interrupt)
+        process::run(command, pace::slowed(COMMAND_DEADLINE), &self.access.interrupt)
     }
 
     /// A command that runs inside a pod (`CLUSTER/NAMESPACE/POD`).
@@ -222,7 +223,8 @@ impl Lab {
         // Also after Ctrl-C: cleaning up is not interrupted.
         let command = self.access.binaries.clustermesh(&["lab", "down", &self.name]);
         self.announce(&command);
-        process::run(command, COMMAND_DEADLINE, &Interrupt::default())?.success("clustermesh lab down")?;
+        process::run(command, pace::slowed(COMMAND_DEADLINE), &Interrupt::default())?
+            .success("clustermesh lab down")?;
         Ok(())
     }
 }

@@ -53,7 +53,7 @@ pub(super) const PATH: &str = "/opt/clustermesh/bin:/usr/sbin:/usr/bin:/opt/busy
 /// The first process of the guest. `modules` are files in `/opt/modules`.
 pub(super) fn init(modules: &[String], suites: &[Suite], limit: u64) -> String {
     let mut script = format!(
-        r#"#!/bin/busybox sh
+        r#"#!/bin/sh
 export PATH={PATH} HOME=/root RUST_BACKTRACE=1
 say() {{ echo "{MARK} $*"; }}
 broken() {{ say "broken $*"; poweroff -f; }}

@@ -39,7 +39,8 @@ impl Image {
         fs::write(folder.join("etc/hosts"), "127.0.0.1 localhost\n::1 localhost\n")?;
         let mut image = Self { root: folder.to_owned(), libraries: BTreeSet::new() };
         image.tool("busybox", "bin")?;
-        std::os::unix::fs::symlink("busybox", folder.join("bin/sh"))?;
+        // Busybox's own shell prefers its own commands to any in the search path.
+        image.tool("sh", "bin")?;
         for tool in TOOLS {
             image.tool(tool, "usr/bin")?;
         }

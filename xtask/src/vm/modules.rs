@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 const WANTED: &[&str] = &[
     // Interfaces of a lab, and the filters on them.
     "veth",
+    "bridge",
     "vxlan",
     "tun",
     "dummy",

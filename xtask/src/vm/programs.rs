@@ -3,7 +3,7 @@
 use super::figures::{self, Accepted, Figures};
 use super::guest::{Kind, Suite};
 use super::image::Image;
-use super::{kernels, page};
+use super::{SLOWNESS, kernels, page};
 use crate::shell;
 use crate::workspace::{self, Profile};
 use anyhow::Context as _;
@@ -74,7 +74,10 @@ impl Programs {
         image.source(&workspace::root().join("topology-examples"), "topology-examples")?;
         let files: Vec<String> =
             scenarios.iter().map(|name| format!("multi-kind-tests/scenarios/{name}.yaml")).collect();
-        let command = format!("multi-kind-tests run --logs /tmp/logs {}", files.join(" "));
+        let command = format!(
+            "CLUSTERMESH_TEST_SLOWNESS={SLOWNESS} multi-kind-tests run --logs /tmp/logs {}",
+            files.join(" ")
+        );
         Ok(Some(Suite { name: "scenarios".into(), kind: Kind::Scenarios, command }))
     }
 
