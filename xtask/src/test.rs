@@ -2,7 +2,7 @@
 
 use crate::tally::{Suite, Tally, is_noise};
 use crate::workspace::{self, Profile};
-use crate::{demo, fuzz, setup, shell};
+use crate::{demo, fuzz, setup, shell, vm};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
 use std::process::Command;
@@ -15,6 +15,9 @@ pub(crate) struct TestArgs {
     /// The fuzzer on each of its targets for so many seconds; 0: only its corpus, which is a test of its own.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     fuzz_seconds: u64,
+    /// No virtual machine with another kernel.
+    #[arg(long)]
+    no_vm: bool,
     /// Random faults on the lab for so many minutes more.
     #[arg(long, value_name = "MINUTES", conflicts_with = "no_scenarios")]
     chaos_minutes: Option<u64>,
@@ -25,11 +28,7 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     setup::run()?;
     let mut skipped = Vec::new();
     let mut suites = crate_tests()?;
-    if args.fuzz_seconds > 0 {
-        suites.push(fuzzing(args.fuzz_seconds)?);
-    } else {
-        skipped.push("fuzzing beyond the corpus: say --fuzz-seconds N".to_owned());
-    }
+    beside_each_other(args, &mut suites, &mut skipped)?;
     let is_root = workspace::is_root();
     if !is_root {
         skipped.push("tests of the kernel datapath: they need root".to_owned());
@@ -60,6 +59,39 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     let failed: usize = suites.iter().map(|suite| suite.failed).sum();
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0 && passed > 0)
+}
+
+/// What is not in a hurry, at the same time: another kernel in a virtual machine, and the fuzzer.
+fn beside_each_other(
+    args: &TestArgs,
+    suites: &mut Vec<Suite>,
+    skipped: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let guest = match args.no_vm {
+        true => Err("--no-vm was given".to_owned()),
+        false => vm::oldest()?,
+    };
+    std::thread::scope(|scope| {
+        // The thread that starts QEMU waits for it: QEMU ends with it.
+        let running = guest.as_ref().ok().map(|guest| scope.spawn(|| guest.run()));
+        if args.fuzz_seconds > 0 {
+            suites.push(fuzzing(args.fuzz_seconds)?);
+        } else {
+            skipped.push("fuzzing beyond the corpus: say --fuzz-seconds N".to_owned());
+        }
+        match (&guest, running) {
+            (Ok(guest), Some(running)) => {
+                let outcome = running
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("the virtual machine's thread panicked"))??;
+                skipped.extend(outcome.skipped.iter().map(|reason| format!("in the VM: {reason}")));
+                suites.push(guest.summed(outcome)?);
+            }
+            (Err(reason), _) => skipped.push(format!("kernel tests on another kernel, in a VM: {reason}")),
+            (Ok(_), None) => {}
+        }
+        Ok(())
+    })
 }
 
 /// `cargo test` of the workspace, one suite per test program.

@@ -31,11 +31,6 @@ pub(super) struct Installed {
 }
 
 impl Kernel {
-    /// The kernel of this series; none if there is no such.
-    pub(crate) fn named(series: &str) -> Option<Self> {
-        ALL.into_iter().find(|kernel| kernel.series == series)
-    }
-
     /// Unpacks the kernel below `folder`, if it is not there yet. Nothing is installed on this machine.
     ///
     /// # Errors
@@ -135,11 +130,5 @@ mod tests {
         assert_eq!(newest(depends, "6.1"), None, "6.12 is not 6.1");
         assert!(newest(depends, "6.12").is_some());
         assert_eq!(newest("N: Unable to locate package\n", "6.1"), None);
-    }
-
-    #[test]
-    fn kernels_have_names() {
-        assert_eq!(Kernel::named("6.1"), Some(ALL[0]));
-        assert_eq!(Kernel::named("6.2"), None);
     }
 }

@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// Run if nothing is said: a service across clusters, policies, and agents that come and go.
 const SCENARIOS: &[&str] = &["global-service-v4", "policy", "agent-sigkill-restart"];
+/// Test programs that `cargo xtask test` runs: all programs are loaded, hooked up, and met by traffic.
+const QUICK: &[&str] = &["ebpf_global_svc", "tables", "policy_traffic", "sockets"];
 /// What a guest may take for the kernel tests, in seconds; ten times what it does.
 const TESTS_LIMIT: u64 = 600;
 /// And for each scenario.
@@ -87,7 +89,7 @@ pub(crate) fn run(args: &VmArgs) -> anyhow::Result<bool> {
         kernels::ALL.into_iter().filter(|kernel| args.kernel == "all" || kernel.series == args.kernel)
     {
         let outcome = fetch(kernel).and_then(|installed| {
-            Guest::new(kernel, installed, &programs, !args.scenarios_only, &scenarios)?.run()
+            Guest::new(kernel, installed, &programs, |_| !args.scenarios_only, &scenarios)?.run()
         });
         let outcome = outcome.unwrap_or_else(|error| failed(&format!("{error:#}")));
         measured.push((kernel.series.to_owned(), outcome.figures.clone()));
@@ -116,7 +118,7 @@ pub(crate) fn run(args: &VmArgs) -> anyhow::Result<bool> {
     Ok(passed)
 }
 
-/// The oldest kernel with the kernel tests, for `cargo xtask test`; or the reason why there is none to be had here.
+/// The oldest kernel with the most telling kernel tests, for `cargo xtask test`; or the reason why there is none to be had here.
 ///
 /// # Errors
 /// If one is to be had and cannot be made ready.
@@ -126,7 +128,7 @@ pub(crate) fn oldest() -> anyhow::Result<Result<Guest, String>> {
         Ok(installed) => installed,
         Err(reason) => return Ok(Err(format!("{reason:#}"))),
     };
-    Guest::new(kernel, installed, &Programs::build(false)?, true, &[]).map(Ok)
+    Guest::new(kernel, installed, &Programs::build(false)?, |name| QUICK.contains(&name), &[]).map(Ok)
 }
 
 impl Guest {
@@ -135,14 +137,14 @@ impl Guest {
         kernel: Kernel,
         installed: Installed,
         programs: &Programs,
-        tests: bool,
+        tests: impl Fn(&str) -> bool,
         scenarios: &[String],
     ) -> anyhow::Result<Self> {
         let begin = Instant::now();
         let folder = folder().join(format!("guest-{}", kernel.series));
         let mut image = Image::new(&folder.join("root"))?;
         let modules = modules::copy(&installed.modules, &image.modules())?;
-        let mut suites = if tests { programs.tests(&mut image)? } else { Vec::new() };
+        let mut suites = programs.tests(&mut image, tests)?;
         if !scenarios.is_empty() {
             suites.extend(programs.lab(&mut image, scenarios)?);
             suites.push(programs::encryption(&mut image, &self::folder())?);

@@ -140,7 +140,7 @@ fn depends(module: &[u8]) -> Vec<String> {
     let rest = &module[begin + ENTRY.len()..];
     let value = rest.split(|byte| *byte == 0).next().unwrap_or_default();
     let value = String::from_utf8_lossy(value);
-    value.split(',').filter(|name| !name.is_empty()).map(|needed| name(needed)).collect()
+    value.split(',').filter(|name| !name.is_empty()).map(name).collect()
 }
 
 #[cfg(test)]

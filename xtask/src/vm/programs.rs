@@ -42,7 +42,8 @@ impl Programs {
         eprintln!("$ {}", shell::describe(&command));
         let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
         anyhow::ensure!(output.status.success(), "the kernel tests cannot be built");
-        let tests = test_programs(&String::from_utf8_lossy(&output.stdout));
+        let mut tests = test_programs(&String::from_utf8_lossy(&output.stdout));
+        tests.sort();
         anyhow::ensure!(
             tests.iter().any(|(name, _)| name == FIGURES),
             "cargo names no test program {FIGURES}"
@@ -51,10 +52,14 @@ impl Programs {
         Ok(Self { tests, lab })
     }
 
-    /// The kernel tests, one suite for each program.
-    pub(super) fn tests(&self, image: &mut Image) -> anyhow::Result<Vec<Suite>> {
+    /// The kernel tests that are wanted, one suite for each program.
+    pub(super) fn tests(
+        &self,
+        image: &mut Image,
+        wanted: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<Vec<Suite>> {
         let mut suites = Vec::new();
-        for (name, path) in &self.tests {
+        for (name, path) in self.tests.iter().filter(|(name, _)| wanted(name)) {
             image.built(path, &format!("test-{name}"))?;
             // What passed tests say: figures, and what they could not look at.
             let command = format!("test-{name} --show-output");

@@ -117,55 +117,66 @@ mod tests {
         vec![suite("tables", Kind::Tests), suite("lab", Kind::Scenarios), suite("late", Kind::Tests)]
     }
 
-    fn told(lines: &[&str]) -> (Vec<(String, usize, usize)>, bool, Figures, Vec<String>) {
-        let suites = suites();
-        let mut report = Report::new(&suites);
+    /// Name, passed, failed.
+    type Counted = (String, usize, usize);
+
+    fn told<'a>(suites: &'a [Suite], lines: &[&str]) -> Report<'a> {
+        let mut report = Report::new(suites);
         for line in lines {
             report.line(line);
         }
-        let (complete, figures, skipped) =
-            (report.is_complete(), report.figures.clone(), report.skipped.clone());
-        let suites = report.into_suites();
-        (suites.into_iter().map(|s| (s.name, s.passed, s.failed)).collect(), complete, figures, skipped)
+        report
+    }
+
+    fn counted(report: Report<'_>) -> Vec<Counted> {
+        report.into_suites().into_iter().map(|suite| (suite.name, suite.passed, suite.failed)).collect()
     }
 
     #[test]
     fn counts_tests_and_scenarios() {
-        let (suites, complete, figures, skipped) = told(&[
-            "@clustermesh-vm@ up 6.1.0 7.5",
-            "@clustermesh-vm@ begin tables",
-            "cm_from_pod        7706 verified,  2733 long",
-            "SKIPPED: links on interfaces: there are none before Linux 6.6",
-            "test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\r",
-            "@clustermesh-vm@ end tables 0",
-            "@clustermesh-vm@ begin lab",
-            "  PASS in 1.0 s",
-            "PASS  policy      1.0 s  about",
-            "FAIL  affinity    1.0 s  about",
-            "@clustermesh-vm@ end lab 1",
-            "@clustermesh-vm@ begin late",
-            "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
-            "@clustermesh-vm@ end late 0",
-            "@clustermesh-vm@ done",
-        ]);
+        let suites = suites();
+        let report = told(
+            &suites,
+            &[
+                "@clustermesh-vm@ up 6.1.0 7.5",
+                "@clustermesh-vm@ begin tables",
+                "cm_from_pod        7706 verified,  2733 long",
+                "SKIPPED: links on interfaces: there are none before Linux 6.6",
+                "test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\r",
+                "@clustermesh-vm@ end tables 0",
+                "@clustermesh-vm@ begin lab",
+                "  PASS in 1.0 s",
+                "PASS  policy      1.0 s  about",
+                "FAIL  affinity    1.0 s  about",
+                "@clustermesh-vm@ end lab 1",
+                "@clustermesh-vm@ begin late",
+                "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
+                "@clustermesh-vm@ end late 0",
+                "@clustermesh-vm@ done",
+            ],
+        );
         let all = [("tables", 7, 0), ("lab", 1, 1), ("late", 1, 0)];
-        assert_eq!(suites, all.map(|(name, passed, failed)| (name.to_owned(), passed, failed)));
-        assert!(complete);
-        assert_eq!(figures["cm_from_pod"], 7706);
-        assert_eq!(skipped, ["links on interfaces: there are none before Linux 6.6"]);
+        assert!(report.is_complete());
+        assert_eq!(report.figures["cm_from_pod"], 7706);
+        assert_eq!(report.skipped, ["links on interfaces: there are none before Linux 6.6"]);
+        assert_eq!(counted(report), all.map(|(name, passed, failed)| (name.to_owned(), passed, failed)));
     }
 
     #[test]
     fn what_dies_or_never_runs_has_failed() {
-        let (suites, complete, ..) = told(&[
-            "@clustermesh-vm@ begin tables",
-            "@clustermesh-vm@ end tables 101",
-            "@clustermesh-vm@ begin lab",
-            "@clustermesh-vm@ end lab 0",
-            "@clustermesh-vm@ begin late",
-        ]);
+        let suites = suites();
+        let report = told(
+            &suites,
+            &[
+                "@clustermesh-vm@ begin tables",
+                "@clustermesh-vm@ end tables 101",
+                "@clustermesh-vm@ begin lab",
+                "@clustermesh-vm@ end lab 0",
+                "@clustermesh-vm@ begin late",
+            ],
+        );
         let all = [("tables", 0, 1), ("lab", 0, 1), ("late (did not end)", 0, 1)];
-        assert_eq!(suites, all.map(|(name, passed, failed)| (name.to_owned(), passed, failed)));
-        assert!(!complete);
+        assert!(!report.is_complete());
+        assert_eq!(counted(report), all.map(|(name, passed, failed)| (name.to_owned(), passed, failed)));
     }
 }
