@@ -11,6 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Labs keep their files here; see `clustermesh lab --help`.
 const LABS: &str = "/run/clustermesh/labs";
+/// How long a lab, or clusters that were just connected, may take until everybody is ready.
+pub(crate) const READY: Duration = Duration::from_secs(60);
 /// Longer than any single command of the lab takes, so that a hang ends.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -74,7 +76,8 @@ impl Lab {
         // From here on it is ours: a half-made lab is taken down as well.
         let lab = Self { name: name.to_owned(), access, topology: topology.to_path_buf(), ours: true };
         let file = topology.to_string_lossy();
-        lab.clustermesh(&["lab", "up", &file, "--name", name, "--wait"])?;
+        let patience = format!("{}s", pace::slowed(READY).as_secs());
+        lab.clustermesh(&["lab", "up", &file, "--name", name, "--wait-timeout", &patience])?;
         Ok(lab)
     }
 

@@ -4,7 +4,7 @@ use super::background::{RunningLoad, RunningStream};
 use super::rotation::Before;
 use super::{Options, json};
 use crate::evidence::CallReport;
-use crate::lab::{Lab, micros, ordered};
+use crate::lab::{Lab, READY, micros, ordered};
 use crate::pace;
 use crate::process;
 use crate::scenario::{
@@ -118,10 +118,12 @@ impl<'a> Stage<'a> {
         let wanted: BTreeSet<_> =
             self.scenario.connected.iter().map(|(from, to)| ordered(from, to)).collect();
         let present = lab.connections()?;
+        let patience = format!("{}s", pace::slowed(READY).as_secs());
         for (verb, pairs) in [("disconnect", &present - &wanted), ("connect", &wanted - &present)] {
             for (from, to) in pairs {
                 let (from, to) = (lab.context(&from), lab.context(&to));
-                let arguments = [verb, "--context", &from, "--destination-context", &to, "--wait"];
+                let arguments = [verb, "--context", &from, "--destination-context", &to];
+                let arguments = [&arguments[..], &["--wait", "--wait-duration", &patience]].concat();
                 lab.clustermesh(&arguments).context("before the first step")?;
             }
         }

@@ -26,8 +26,14 @@ use std::time::{Duration, Instant};
 
 /// Run if nothing is said: a service across clusters, policies, and agents that come and go.
 const SCENARIOS: &[&str] = &["global-service-v4", "policy", "agent-sigkill-restart"];
-/// Test programs that `cargo xtask test` runs: all programs are loaded, hooked up, and met by traffic.
-const QUICK: &[&str] = &["ebpf_global_svc", "tables", "policy_traffic", "sockets"];
+/// What `cargo xtask test` runs: test programs, and in them the tests that begin so, all if none is named. All programs
+/// are loaded, hooked up, and met by traffic.
+const QUICK: &[(&str, &[&str])] = &[
+    ("ebpf_global_svc", &[]),
+    ("tables", &[]),
+    ("sockets", &["tcp_reaches", "a_datagram_socket", "opening_again"]),
+    ("policy_traffic", &["streams_pass", "an_identity_reaches", "a_pod_of_an_older_version"]),
+];
 /// What a guest may take for the kernel tests, in seconds; ten times what it does.
 const TESTS_LIMIT: u64 = 600;
 /// And for each scenario.
@@ -86,14 +92,18 @@ pub(crate) fn run(args: &VmArgs) -> anyhow::Result<bool> {
     setup::run()?;
     setup::run_for_vm()?;
     let programs = Programs::build(!scenarios.is_empty())?;
-    let tests = |name: &str| !args.scenarios_only && (!args.quick || QUICK.contains(&name));
+    let tests = |name: &str| match args {
+        VmArgs { scenarios_only: true, .. } => None,
+        VmArgs { quick: true, .. } => quick(name),
+        _ => Some(Vec::new()),
+    };
     let mut measured = Vec::new();
     let mut all = Vec::new();
     for kernel in
         kernels::ALL.into_iter().filter(|kernel| args.kernel == "all" || kernel.series == args.kernel)
     {
         let outcome = fetch(kernel)
-            .and_then(|installed| Guest::new(kernel, installed, &programs, tests, &scenarios)?.run());
+            .and_then(|installed| Guest::new(kernel, installed, &programs, &tests, &scenarios)?.run());
         let outcome = outcome.unwrap_or_else(|error| failed(&format!("{error:#}")));
         measured.push((kernel.series.to_owned(), outcome.figures.clone()));
         all.push((kernel, outcome));
@@ -131,7 +141,7 @@ pub(crate) fn oldest() -> anyhow::Result<Result<Guest, String>> {
         Ok(installed) => installed,
         Err(reason) => return Ok(Err(format!("{reason:#}"))),
     };
-    Guest::new(kernel, installed, &Programs::build(false)?, |name| QUICK.contains(&name), &[]).map(Ok)
+    Guest::new(kernel, installed, &Programs::build(false)?, &quick, &[]).map(Ok)
 }
 
 impl Guest {
@@ -140,7 +150,7 @@ impl Guest {
         kernel: Kernel,
         installed: Installed,
         programs: &Programs,
-        tests: impl Fn(&str) -> bool,
+        tests: &dyn Fn(&str) -> Option<Vec<&'static str>>,
         scenarios: &[String],
     ) -> anyhow::Result<Self> {
         let begin = Instant::now();
@@ -222,6 +232,11 @@ fn failed(problem: &str) -> Outcome {
 
 fn fetch(kernel: Kernel) -> anyhow::Result<Installed> {
     kernel.fetch(&folder()).with_context(|| format!("kernel {} is not to be had", kernel.series))
+}
+
+/// Which of a program's tests are among the quick ones; none of a program that is not.
+fn quick(program: &str) -> Option<Vec<&'static str>> {
+    QUICK.iter().find(|(name, _)| *name == program).map(|(_, tests)| tests.to_vec())
 }
 
 /// Names of the scenarios to run.

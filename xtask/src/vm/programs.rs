@@ -52,17 +52,18 @@ impl Programs {
         Ok(Self { tests, lab })
     }
 
-    /// The kernel tests that are wanted, one suite for each program.
+    /// The kernel tests that are wanted, one suite for each program: `wanted` gives beginnings of their names.
     pub(super) fn tests(
         &self,
         image: &mut Image,
-        wanted: impl Fn(&str) -> bool,
+        wanted: &dyn Fn(&str) -> Option<Vec<&'static str>>,
     ) -> anyhow::Result<Vec<Suite>> {
         let mut suites = Vec::new();
-        for (name, path) in self.tests.iter().filter(|(name, _)| wanted(name)) {
+        for (name, path) in &self.tests {
+            let Some(filters) = wanted(name) else { continue };
             image.built(path, &format!("test-{name}"))?;
             // What passed tests say: figures, and what they could not look at.
-            let command = format!("test-{name} --show-output");
+            let command = format!("test-{name} --show-output {}", filters.join(" "));
             suites.push(Suite { name: name.clone(), kind: Kind::Tests, command });
         }
         Ok(suites)
