@@ -16,7 +16,7 @@ use ebpf_global_svc::{
     abi::{EndpointValue, identity, reason},
 };
 use support::{
-    Netns, endpoint, ip_key, ip_value, metric, node,
+    Netns, assert_attached, endpoint, has_links, ip_key, ip_value, metric, node,
     pair::{ECHO, Node, PATIENCE, address, call, pod, pod_identity, router, send, underlay},
     prefix_key, prefix_value, wait_until,
 };
@@ -197,8 +197,9 @@ fn opening_again_loses_no_packet_and_forgets_interfaces_that_are_gone() {
             caller.join().unwrap().unwrap();
         });
     }
-    assert_eq!(nodes[0].datapath().attached_pods().unwrap(), [veth]);
+    assert_attached(nodes[0].datapath(), &[veth]);
     assert_eq!(metric(nodes[0].datapath(), reason::NO_TUNNEL_KEY), 0);
+    attaching_again_loses_no_packet(&mut nodes, veth);
 
     nodes[0].netns.ip("link delete lxc0");
     drop(nodes[0].datapath.take());
@@ -206,6 +207,23 @@ fn opening_again_loses_no_packet_and_forgets_interfaces_that_are_gone() {
     assert_eq!(datapath.attached_pods().unwrap(), Vec::<u32>::new());
     datapath.detach_pod(veth).expect("nothing to do is fine");
     nodes[0].netns.run(|| datapath.attach_pod(veth)).expect_err("the interface is gone");
+}
+
+/// As an agent does that finds no links, and one that does is none the worse for it. It replaces the programs.
+fn attaching_again_loses_no_packet(nodes: &mut [Node; 2], veth: u32) {
+    let [one, _] = nodes;
+    thread::scope(|scope| {
+        let client = &one.pod;
+        let caller = scope.spawn(move || (0..50).try_for_each(|_| call(client, pod(2, 4)).map(drop)));
+        let datapath = one.datapath.as_mut().unwrap();
+        one.netns.run(|| (0..5).for_each(|_| datapath.attach_pod(veth).unwrap()));
+        caller.join().unwrap().unwrap();
+    });
+    assert_attached(one.datapath(), &[veth]);
+    if !has_links() {
+        assert_eq!(one.netns.filters("lxc0", "ingress"), ["cm_from_pod"]);
+        assert_eq!(one.netns.filters("lxc0", "egress"), ["cm_to_pod"]);
+    }
 }
 
 /// Sends a frame as it is through the pod's veth.

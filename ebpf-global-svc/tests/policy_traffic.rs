@@ -9,7 +9,7 @@ use std::{
     net::{IpAddr, TcpStream, UdpSocket},
 };
 
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::{SchedClassifier, TcAttachType, tc};
 use ebpf_global_svc::{
     Datapath,
     abi::{
@@ -18,7 +18,7 @@ use ebpf_global_svc::{
     },
 };
 use support::{
-    Netns, UDP, endpoint, ip_key, metric,
+    Netns, UDP, assert_attached, endpoint, has_links, ip_key, metric,
     pair::{ECHO, Node, PATIENCE, call, pod, pod_identity, send, underlay},
     prefix_key, wait_until,
 };
@@ -226,18 +226,13 @@ fn a_pod_of_an_older_version_gets_what_it_lacks() {
     let veth = nodes[0].netns.ifindex("lxc0");
     flag(&mut nodes[0], ENDPOINT_ENFORCE_INGRESS);
     drop(nodes[0].datapath.take());
-    let link = nodes[0].options.bpf_root.join(format!("links/cm_to_pod-{veth}"));
-    std::fs::remove_file(link).unwrap();
-    wait_until("the link is gone", || {
-        let query = || SchedClassifier::query_tcx("lxc0", TcAttachType::Egress).unwrap().1.is_empty();
-        nodes[0].netns.run(query)
-    });
+    without_to_pod(&nodes[0], veth);
     answered(&nodes[0].netns, pod(1, 4));
 
     let mut datapath = Datapath::open(&nodes[0].options).unwrap();
     assert_eq!(datapath.attached_pods().unwrap(), Vec::<u32>::new(), "half of it does not count");
     nodes[0].netns.run(|| datapath.attach_pod(veth).unwrap());
-    assert_eq!(datapath.attached_pods().unwrap(), [veth]);
+    assert_attached(&datapath, &[veth]);
     nodes[0].datapath = Some(datapath);
     refused(&nodes, &nodes[0].netns, reason::POLICY);
 
@@ -245,10 +240,26 @@ fn a_pod_of_an_older_version_gets_what_it_lacks() {
     drop(nodes[0].datapath.take());
     send(&nodes[0].netns, pod(1, 4));
     let mut datapath = Datapath::open(&nodes[0].options).unwrap();
-    assert_eq!(datapath.attached_pods().unwrap(), [veth]);
+    assert_attached(&datapath, &[veth]);
     wait_until("the drop is counted", || metric(&datapath, reason::POLICY) == 3);
     nodes[0].netns.run(|| datapath.detach_pod(veth).unwrap());
     assert_eq!(datapath.attached_pods().unwrap(), Vec::<u32>::new());
     nodes[0].datapath = Some(datapath);
     answered(&nodes[0].netns, pod(1, 4));
+}
+
+/// Takes `cm_to_pod` off a pod's interface, as before there was one.
+fn without_to_pod(node: &Node, veth: u32) {
+    if has_links() {
+        let link = node.options.bpf_root.join(format!("links/cm_to_pod-{veth}"));
+        std::fs::remove_file(link).unwrap();
+        wait_until("the link is gone", || {
+            let query = || SchedClassifier::query_tcx("lxc0", TcAttachType::Egress).unwrap().1.is_empty();
+            node.netns.run(query)
+        });
+    } else {
+        assert_eq!(node.netns.filters("lxc0", "egress"), ["cm_to_pod"]);
+        node.netns.run(|| tc::qdisc_detach_program("lxc0", TcAttachType::Egress, "cm_to_pod").unwrap());
+        assert_eq!(node.netns.filters("lxc0", "egress"), Vec::<String>::new());
+    }
 }

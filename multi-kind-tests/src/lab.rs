@@ -1,6 +1,7 @@
 //! One lab, driven through the `clustermesh` command line.
 
 use crate::interrupt::Interrupt;
+use crate::pace;
 use crate::process::{self, Finished};
 use anyhow::Context as _;
 use std::collections::BTreeSet;
@@ -10,6 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Labs keep their files here; see `clustermesh lab --help`.
 const LABS: &str = "/run/clustermesh/labs";
+/// How long a lab, or clusters that were just connected, may take until everybody is ready.
+pub(crate) const READY: Duration = Duration::from_secs(60);
 /// Longer than any single command of the lab takes, so that a hang ends.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -73,7 +76,8 @@ impl Lab {
         // From here on it is ours: a half-made lab is taken down as well.
         let lab = Self { name: name.to_owned(), access, topology: topology.to_path_buf(), ours: true };
         let file = topology.to_string_lossy();
-        lab.clustermesh(&["lab", "up", &file, "--name", name, "--wait"])?;
+        let patience = format!("{}s", pace::slowed(READY).as_secs());
+        lab.clustermesh(&["lab", "up", &file, "--name", name, "--wait-timeout", &patience])?;
         Ok(lab)
     }
 
@@ -117,7 +121,7 @@ impl Lab {
     pub fn try_clustermesh(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
         let command = self.access.binaries.clustermesh(arguments);
         self.announce(&command);
-        process::run(command, COMMAND_DEADLINE, &self.access.interrupt)
+        process::run(command, pace::slowed(COMMAND_DEADLINE), &self.access.interrupt)
     }
 
     /// A command that runs inside a pod (`CLUSTER/NAMESPACE/POD`).
@@ -222,7 +226,8 @@ impl Lab {
         // Also after Ctrl-C: cleaning up is not interrupted.
         let command = self.access.binaries.clustermesh(&["lab", "down", &self.name]);
         self.announce(&command);
-        process::run(command, COMMAND_DEADLINE, &Interrupt::default())?.success("clustermesh lab down")?;
+        process::run(command, pace::slowed(COMMAND_DEADLINE), &Interrupt::default())?
+            .success("clustermesh lab down")?;
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use multi_kind_tests::interrupt::Interrupt;
 use multi_kind_tests::lab::{Binaries, micros};
+use multi_kind_tests::pace;
 use multi_kind_tests::runner::{Options, Outcome, Runner};
 use multi_kind_tests::scenario::{Chaos, Scenario, Span, Step};
 use std::path::{Path, PathBuf};
@@ -82,6 +83,11 @@ struct ChaosArgs {
 }
 
 fn main() -> ExitCode {
+    // Before any length of time is read.
+    if let Err(error) = pace::factor() {
+        eprintln!("error: {error}");
+        return ExitCode::from(2);
+    }
     let result = match Cli::parse().command {
         Command::Run(args) => {
             read_all(&args.files).map_err(|error| (2, error)).and_then(|scenarios| run(args.how, &scenarios))

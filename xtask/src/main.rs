@@ -9,7 +9,9 @@ mod demo;
 mod fuzz;
 mod setup;
 mod shell;
+mod tally;
 mod test;
+mod vm;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +35,8 @@ enum Command {
     Test(test::TestArgs),
     /// Look for inputs from outside that break what reads them, for longer than `test` does.
     Fuzz(fuzz::FuzzArgs),
+    /// Run the kernel tests and scenarios on the kernels of distributions, in virtual machines.
+    Vm(vm::VmArgs),
     /// Measure the datapath beside plain routing, nftables and iptables, in one run.
     Bench(bench::BenchArgs),
 }
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Test(args) => test::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Vm(args) => vm::run(&args),
         Command::Bench(args) => setup::run().and_then(|()| bench::run(&args)).map(|()| true),
     };
     match result {

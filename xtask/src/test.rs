@@ -1,7 +1,8 @@
 //! All tests, one summary line per suite, and a last line that says `N passed, N failed`.
 
+use crate::tally::{Suite, Tally, is_noise};
 use crate::workspace;
-use crate::{demo, fuzz, setup, shell};
+use crate::{demo, fuzz, setup, shell, vm};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
 use std::process::Command;
@@ -14,18 +15,12 @@ pub(crate) struct TestArgs {
     /// The fuzzer on each of its targets for so many seconds; 0: only its corpus, which is a test of its own.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     fuzz_seconds: u64,
+    /// No virtual machine with another kernel.
+    #[arg(long)]
+    no_vm: bool,
     /// Random faults on the lab for so many minutes more.
     #[arg(long, value_name = "MINUTES", conflicts_with = "no_scenarios")]
     chaos_minutes: Option<u64>,
-}
-
-/// What became of one suite.
-#[derive(Debug, Default, PartialEq)]
-struct Suite {
-    name: String,
-    passed: usize,
-    failed: usize,
-    ignored: usize,
 }
 
 /// True if nothing failed.
@@ -33,11 +28,7 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     setup::run()?;
     let mut skipped = Vec::new();
     let mut suites = crate_tests()?;
-    if args.fuzz_seconds > 0 {
-        suites.push(fuzzing(args.fuzz_seconds)?);
-    } else {
-        skipped.push("fuzzing beyond the corpus: say --fuzz-seconds N".to_owned());
-    }
+    beside_each_other(args, &mut suites, &mut skipped)?;
     let is_root = workspace::is_root();
     if !is_root {
         skipped.push("tests of the kernel datapath: they need root".to_owned());
@@ -70,6 +61,39 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     Ok(failed == 0 && passed > 0)
 }
 
+/// What is not in a hurry, at the same time: another kernel in a virtual machine, and the fuzzer.
+fn beside_each_other(
+    args: &TestArgs,
+    suites: &mut Vec<Suite>,
+    skipped: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let guest = match args.no_vm {
+        true => Err("--no-vm was given".to_owned()),
+        false => vm::oldest()?,
+    };
+    std::thread::scope(|scope| {
+        // The thread that starts QEMU waits for it: QEMU ends with it.
+        let running = guest.as_ref().ok().map(|guest| scope.spawn(|| guest.run()));
+        if args.fuzz_seconds > 0 {
+            suites.push(fuzzing(args.fuzz_seconds)?);
+        } else {
+            skipped.push("fuzzing beyond the corpus: say --fuzz-seconds N".to_owned());
+        }
+        match (&guest, running) {
+            (Ok(guest), Some(running)) => {
+                let outcome = running
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("the virtual machine's thread panicked"))??;
+                skipped.extend(outcome.skipped.iter().map(|reason| format!("in the VM: {reason}")));
+                suites.push(guest.summed(outcome)?);
+            }
+            (Err(reason), _) => skipped.push(format!("kernel tests on another kernel, in a VM: {reason}")),
+            (Ok(_), None) => {}
+        }
+        Ok(())
+    })
+}
+
 /// `cargo test` of the workspace, one suite per test program.
 fn crate_tests() -> anyhow::Result<Vec<Suite>> {
     let mut command = workspace::cargo();
@@ -98,55 +122,6 @@ fn crate_tests() -> anyhow::Result<Vec<Suite>> {
     Ok(suites)
 }
 
-fn is_noise(line: &str) -> bool {
-    let line = line.trim();
-    (line.starts_with("test ") && line.ends_with("... ok")) || line.is_empty()
-}
-
-#[derive(Default)]
-struct Tally {
-    current: String,
-    suites: Vec<Suite>,
-}
-
-impl Tally {
-    /// Takes one line of what `cargo test` prints.
-    fn line(&mut self, line: &str) {
-        let trimmed = line.trim();
-        if let Some(rest) = trimmed.strip_prefix("Running ") {
-            self.current = program(rest);
-        } else if let Some(name) = trimmed.strip_prefix("Doc-tests ") {
-            self.current = format!("{name} (documentation)");
-        } else if let Some(rest) = trimmed.strip_prefix("test result: ") {
-            let count = |what: &str| {
-                rest.split([';', '.'])
-                    .filter_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
-                    .next()
-                    .unwrap_or(0)
-            };
-            let suite = Suite {
-                name: self.current.clone(),
-                passed: count("passed"),
-                failed: count("failed"),
-                ignored: count("ignored"),
-            };
-            // Programs without tests are not worth a line.
-            if suite.passed + suite.failed + suite.ignored > 0 {
-                self.suites.push(suite);
-            }
-        }
-    }
-}
-
-/// `unittests src/lib.rs (target/debug/deps/kvstore-0123)` is `kvstore src/lib.rs`.
-fn program(running: &str) -> String {
-    let (source, path) = running.split_once(" (").unwrap_or((running, ""));
-    let source = source.trim_start_matches("unittests ");
-    let file = path.trim_end_matches(')').rsplit('/').next().unwrap_or_default();
-    let name = file.rsplit_once('-').map_or(file, |(name, _hash)| name);
-    format!("{name} {source}")
-}
-
 /// The fuzzer, each target as one test.
 fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
     let outcomes = fuzz::run_all(seconds)?;
@@ -173,30 +148,4 @@ fn chaos(minutes: u64) -> anyhow::Result<Suite> {
     command.current_dir(workspace::root()).args(["chaos", "--minutes", &minutes.to_string()]);
     let failed = usize::from(shell::run_quietly(&mut command).is_err());
     Ok(Suite { name: "chaos on the lab".into(), passed: 1 - failed, failed, ignored: 0 })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counts_what_cargo_test_prints() {
-        let mut tally = Tally::default();
-        for line in [
-            "     Running unittests src/lib.rs (target/debug/deps/clustermesh_kvstore-0c8beae3d5)",
-            "test result: ok. 41 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.10s",
-            "     Running tests/wire.rs (target/debug/deps/wire-0c8beae3d5)",
-            "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s",
-            "   Doc-tests xtask",
-            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
-        ] {
-            tally.line(line);
-        }
-        let suite =
-            |name: &str, passed, failed, ignored| Suite { name: name.into(), passed, failed, ignored };
-        assert_eq!(
-            tally.suites,
-            [suite("clustermesh_kvstore src/lib.rs", 41, 0, 2), suite("wire tests/wire.rs", 3, 1, 0)]
-        );
-    }
 }

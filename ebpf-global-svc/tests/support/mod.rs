@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::util::KernelVersion;
 use ebpf_global_svc::{
     Datapath, DatapathOptions, MapSizes, Tables,
     abi::{
@@ -39,6 +40,19 @@ pub fn require_root() {
     // SAFETY: no preconditions.
     let user = unsafe { libc::geteuid() };
     assert_eq!(user, 0, "this test loads programs into the kernel: run it as root");
+}
+
+/// Whether programs are on interfaces by links. Before Linux 6.6 they are filters, which stay with their interface
+/// and are nobody's to list: each start attaches anew.
+pub fn has_links() -> bool {
+    KernelVersion::current().unwrap() >= KernelVersion::new(6, 6, 0)
+}
+
+/// The datapath remembers the programs on these pods' interfaces, where a kernel has links for that.
+#[track_caller]
+pub fn assert_attached(datapath: &Datapath, pods: &[u32]) {
+    let expected = if has_links() { pods } else { &[] };
+    assert_eq!(datapath.attached_pods().unwrap(), expected);
 }
 
 /// A folder for pins.
@@ -158,6 +172,17 @@ impl Netns {
         let mut all = vec!["-n", self.0.as_str()];
         all.extend(arguments.split(' '));
         run("ip", &all);
+    }
+
+    /// Programs that are filters of an interface in a direction (`ingress`, `egress`), by name.
+    pub fn filters(&self, device: &str, direction: &str) -> Vec<String> {
+        let output = Command::new("tc")
+            .args(["-n", &self.0, "filter", "show", "dev", device, direction])
+            .output()
+            .expect("iproute2 is there");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let named = |line: &str| line.split(' ').find(|word| word.starts_with("cm_")).map(str::to_owned);
+        text.lines().filter_map(named).collect()
     }
 
     pub fn sysctl(&self, name: &str, value: &str) {

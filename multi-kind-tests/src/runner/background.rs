@@ -2,7 +2,7 @@
 
 use crate::evidence::{CallEvent, StreamReport, Timeline};
 use crate::interrupt::Interrupt;
-use crate::process;
+use crate::{pace, process};
 use anyhow::Context as _;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -63,7 +63,8 @@ impl RunningLoad {
     pub(super) fn stop(mut self, interrupt: &Interrupt) -> anyhow::Result<Timeline> {
         self.alive()?;
         drop(self.child.stdin.take());
-        process::wait(&mut self.child, STOP_DEADLINE, interrupt).context("the load does not stop")?;
+        process::wait(&mut self.child, pace::slowed(STOP_DEADLINE), interrupt)
+            .context("the load does not stop")?;
         if let Some(reader) = self.reader.take() {
             reader.join().map_err(|_| anyhow::anyhow!("the load's reader panicked"))?;
         }
@@ -93,7 +94,7 @@ impl RunningStream {
             .stderr(Stdio::inherit())
             .spawn()
             .with_context(|| format!("cannot run `{what}`"))?;
-        Ok(Self { child, deadline: span + STOP_DEADLINE })
+        Ok(Self { child, deadline: span + pace::slowed(STOP_DEADLINE) })
     }
 
     /// Waits for its end.

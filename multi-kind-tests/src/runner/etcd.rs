@@ -2,6 +2,7 @@
 
 use super::steps::Stage;
 use crate::lab::Lab;
+use crate::pace;
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -25,7 +26,7 @@ pub(super) struct Record {
 pub(super) fn read(stage: &Stage<'_>, lab: &Lab, cluster: &str, prefix: &str) -> anyhow::Result<Vec<Record>> {
     let mut command = etcdctl(lab, cluster, &Access::admin(lab, cluster)?)?;
     command.args(["get", "--prefix", "-w", "json", prefix]);
-    let text = stage.run(command, DEADLINE)?.success("etcdctl get")?;
+    let text = stage.run(command, pace::slowed(DEADLINE))?.success("etcdctl get")?;
     parse(&text)
 }
 

@@ -3,6 +3,7 @@
 use super::etcd;
 use super::steps::Stage;
 use crate::lab::Lab;
+use crate::pace;
 use crate::scenario::IdentitySeen;
 use anyhow::Context as _;
 use serde_json::Value;
@@ -22,7 +23,7 @@ pub(super) fn seen_at_the_far_end(stage: &Stage<'_>, seen: &IdentitySeen) -> any
     let report = stage.make_calls(&seen.pod, &seen.to)?;
     let remote = report.by_cluster.get(&seen.at).copied().unwrap_or(0);
     anyhow::ensure!(remote > 0, "no call went to {}: {}", seen.at, report.summary());
-    let deadline = Instant::now() + WITHIN;
+    let deadline = Instant::now() + pace::slowed(WITHIN);
     let after = stage.options.interrupt.retry_until(deadline, Duration::from_millis(50), || {
         let seen_now = packets(lab, &seen.at)?;
         let after = seen_now.get(&allocated).copied().unwrap_or(0);

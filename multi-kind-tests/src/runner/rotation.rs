@@ -3,6 +3,7 @@
 use super::steps::Stage;
 use super::{agents, etcd};
 use crate::lab::Lab;
+use crate::pace;
 use crate::scenario::{ProcessRef, Rotated, Rotation, Step};
 use anyhow::Context as _;
 use serde_json::Value;
@@ -65,7 +66,7 @@ pub(super) fn carry_out(stage: &mut Stage<'_>, rotation: Rotation) -> anyhow::Re
     }
     let begin = Instant::now();
     let before = stage.before_rotation.as_ref().context("`rotate: begin` comes first")?;
-    stage.options.interrupt.retry_until(begin + TAKEN_UP, PAUSE, || {
+    stage.options.interrupt.retry_until(begin + pace::slowed(TAKEN_UP), PAUSE, || {
         for ((agent, cluster), peer) in peers(lab, &clusters)? {
             let old = before.peers.get(&(agent.clone(), cluster.clone()));
             let fresh = old.is_some_and(|old| old.certificate_ends != peer.certificate_ends);
@@ -163,7 +164,7 @@ fn clusters(lab: &Lab) -> anyhow::Result<BTreeSet<String>> {
 fn is_let_in(stage: &Stage<'_>, lab: &Lab, cluster: &str, access: &etcd::Access) -> anyhow::Result<bool> {
     let mut command = etcd::etcdctl(lab, cluster, access)?;
     command.args(["--dial-timeout", REFUSED, "--command-timeout", REFUSED, "get", "cilium/.heartbeat"]);
-    Ok(stage.run(command, Duration::from_secs(10))?.status.success())
+    Ok(stage.run(command, pace::slowed(Duration::from_secs(10)))?.status.success())
 }
 
 fn keys(stage: &Stage<'_>, lab: &Lab, cluster: &str) -> anyhow::Result<BTreeMap<String, (i64, i64)>> {

@@ -4,7 +4,8 @@ use super::background::{RunningLoad, RunningStream};
 use super::rotation::Before;
 use super::{Options, json};
 use crate::evidence::CallReport;
-use crate::lab::{Lab, micros, ordered};
+use crate::lab::{Lab, READY, micros, ordered};
+use crate::pace;
 use crate::process;
 use crate::scenario::{
     Annotate, Apply, Call, Check, Delete, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready,
@@ -19,8 +20,15 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// A change must show while the load runs; it is looked for this much longer than allowed, so that
 /// the report can say how late it was.
 const GRACE: Duration = Duration::from_secs(5);
+/// A call that takes longer has failed.
+const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// On top of the time that calls may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// After which a call has failed, in milliseconds.
+fn call_timeout() -> String {
+    pace::slowed(CALL_TIMEOUT).as_millis().to_string()
+}
 
 /// What steps share.
 pub(super) struct Stage<'a> {
@@ -110,10 +118,12 @@ impl<'a> Stage<'a> {
         let wanted: BTreeSet<_> =
             self.scenario.connected.iter().map(|(from, to)| ordered(from, to)).collect();
         let present = lab.connections()?;
+        let patience = format!("{}s", pace::slowed(READY).as_secs());
         for (verb, pairs) in [("disconnect", &present - &wanted), ("connect", &wanted - &present)] {
             for (from, to) in pairs {
                 let (from, to) = (lab.context(&from), lab.context(&to));
-                let arguments = [verb, "--context", &from, "--destination-context", &to, "--wait"];
+                let arguments = [verb, "--context", &from, "--destination-context", &to];
+                let arguments = [&arguments[..], &["--wait", "--wait-duration", &patience]].concat();
                 lab.clustermesh(&arguments).context("before the first step")?;
             }
         }
@@ -298,12 +308,13 @@ impl<'a> Stage<'a> {
 
     fn calls(&self, from: &str, to: &str, calls: u32, unconnected: bool) -> anyhow::Result<CallReport> {
         let count = calls.to_string();
-        let mut arguments = vec!["mesh-probe", "call", to, "-n", &count, "-o", "json"];
+        let timeout = call_timeout();
+        let mut arguments = vec!["mesh-probe", "call", to, "-n", &count, "--timeout", &timeout, "-o", "json"];
         if unconnected {
             arguments.push("--unconnected");
         }
         // The status only says whether a call failed, and that is in the report.
-        let done = self.lab()?.run_in_pod(from, &arguments, CALL_DEADLINE)?;
+        let done = self.lab()?.run_in_pod(from, &arguments, pace::slowed(CALL_DEADLINE))?;
         serde_json::from_str(done.stdout.trim()).with_context(|| {
             format!("no report of the calls from {from}: {}{}", done.stdout.trim(), done.stderr.trim())
         })
@@ -318,12 +329,12 @@ impl<'a> Stage<'a> {
     /// Begins calls, and waits for the first.
     pub(super) fn start_load(&self, load: &Load) -> anyhow::Result<RunningLoad> {
         let interval = (load.interval.0.as_secs_f64() * 1e3).to_string();
-        let command = self.lab()?.in_pod(
-            &load.from,
-            &["mesh-probe", "call", &load.to, "--until-eof", "--interval", &interval, "-o", "jsonl"],
-        );
+        let (to, timeout) = (load.to.as_str(), call_timeout());
+        let arguments = ["mesh-probe", "call", to, "--until-eof", "--interval", &interval];
+        let arguments = [&arguments[..], &["--timeout", &timeout, "-o", "jsonl"]].concat();
+        let command = self.lab()?.in_pod(&load.from, &arguments);
         let mut running = RunningLoad::start(command)?;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + pace::slowed(Duration::from_secs(10));
         self.options.interrupt.clone().retry_until(deadline, PAUSE, || {
             running.alive()?;
             anyhow::ensure!(!running.timeline().is_empty(), "the load makes no calls");
@@ -341,7 +352,7 @@ impl<'a> Stage<'a> {
         let interrupt = self.options.interrupt.clone();
         let load = self.running(&shift.load)?;
         check_settled(load, changed)?;
-        let deadline = Instant::now() + shift.within.0 + GRACE;
+        let deadline = Instant::now() + shift.within.0 + pace::slowed(GRACE);
         let shifted = interrupt.retry_until(deadline, PAUSE, || {
             load.alive()?;
             load.timeline().shifted(&shift.to, changed).map_err(anyhow::Error::msg)

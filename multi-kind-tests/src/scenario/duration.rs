@@ -1,24 +1,25 @@
 //! Durations as people write them: `500ms`, `2s`, `1.5m`.
 
+use crate::pace;
 use serde::Deserialize;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// A length of time in a scenario file.
+/// A length of time in a scenario file, as long as that is on this machine ([`pace`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Span(pub Duration);
 
 impl Span {
-    /// So many milliseconds.
-    pub const fn millis(millis: u64) -> Self {
-        Self(Duration::from_millis(millis))
+    /// So many milliseconds, on this machine ([`pace`]).
+    pub fn millis(millis: u64) -> Self {
+        Self(pace::slowed(Duration::from_millis(millis)))
     }
 
-    /// So many seconds.
-    pub const fn seconds(seconds: u64) -> Self {
-        Self(Duration::from_secs(seconds))
+    /// So many seconds, on this machine ([`pace`]).
+    pub fn seconds(seconds: u64) -> Self {
+        Self(pace::slowed(Duration::from_secs(seconds)))
     }
 }
 
@@ -35,7 +36,9 @@ impl FromStr for Span {
             _ => return Err(wrong()),
         };
         let number: f64 = digits.parse().map_err(|_| wrong())?;
-        Duration::try_from_secs_f64(number * seconds).map(Self).map_err(|_| wrong())
+        Duration::try_from_secs_f64(number * seconds)
+            .map(|span| Self(pace::slowed(span)))
+            .map_err(|_| wrong())
     }
 }
 

@@ -36,6 +36,19 @@ pub(crate) fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Installs what virtual machines need besides, and fails with a list of what remains.
+pub(crate) fn run_for_vm() -> anyhow::Result<()> {
+    let wanted: Vec<&Package> = absent_programs(needs::VM_PACKAGES);
+    let mut missing = Vec::new();
+    if !wanted.is_empty() && Path::new("/etc/debian_version").exists() {
+        install(&wanted, &mut missing)?;
+    } else {
+        missing.extend(wanted.into_iter().map(described));
+    }
+    anyhow::ensure!(missing.is_empty(), "virtual machines need more; missing:\n  {}", missing.join("\n  "));
+    Ok(())
+}
+
 /// Installs Debian packages that are not there; true if any was.
 fn debian_packages(missing: &mut Vec<String>) -> anyhow::Result<bool> {
     let installed = installed_packages()?;
@@ -46,7 +59,16 @@ fn debian_packages(missing: &mut Vec<String>) -> anyhow::Result<bool> {
     if wanted.is_empty() {
         return Ok(false);
     }
-    for package in &wanted {
+    let installed = install(&wanted, missing)?;
+    if installed && wanted.iter().any(|package| package.name == "etcd-server") {
+        stop_etcd_service();
+    }
+    Ok(installed)
+}
+
+/// Installs packages, or says in `missing` who has to; true if it did.
+fn install(wanted: &[&Package], missing: &mut Vec<String>) -> anyhow::Result<bool> {
+    for package in wanted {
         eprintln!("needed: {:<26} {}", package.name, package.why);
     }
     let names: Vec<&str> = wanted.iter().map(|package| package.name).collect();
@@ -54,16 +76,12 @@ fn debian_packages(missing: &mut Vec<String>) -> anyhow::Result<bool> {
         missing.push(format!("as root: apt-get install --no-install-recommends {}", names.join(" ")));
         return Ok(false);
     }
-    let etcd_is_new = names.contains(&"etcd-server");
     shell::run(&mut apt_get(&["update", "-q"]))?;
     let mut install = apt_get(&["install", "-q", "-y", "--no-install-recommends"]);
     install.args(&names);
     shell::run(&mut install).context(
         "a package cannot be installed; on another Debian release than 12 its name may differ (LLVM's above all)",
     )?;
-    if etcd_is_new {
-        stop_etcd_service();
-    }
     Ok(true)
 }
 
@@ -171,19 +189,24 @@ fn installed_packages() -> anyhow::Result<BTreeSet<String>> {
 
 /// Not Debian: which programs are not there, and what they are for.
 fn missing_programs() -> Vec<String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let has = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
-    let mut missing: Vec<String> = needs::PACKAGES
-        .iter()
-        .filter(|package| package.program.is_some_and(|program| !has(program)))
-        .map(|package| format!("{} ({})", package.program.unwrap_or_default(), package.why))
-        .collect();
+    let mut missing: Vec<String> = absent_programs(needs::PACKAGES).into_iter().map(described).collect();
     if !rustup_nightly_has_source() && !distribution_rustc_has_bpf() {
         missing.push(
             "rustup toolchain install nightly --component rust-src (compiles the eBPF programs)".into(),
         );
     }
     missing
+}
+
+/// Packages whose program is not in the search path.
+fn absent_programs(packages: &'static [Package]) -> Vec<&'static Package> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    packages.iter().filter(|package| package.program.is_some_and(|program| !has(program))).collect()
+}
+
+fn described(package: &Package) -> String {
+    format!("{} ({})", package.program.unwrap_or_default(), package.why)
 }
 
 fn rustup_nightly_has_source() -> bool {

@@ -57,3 +57,12 @@ pub(super) const PACKAGES: &[Package] = &[
     package("iptables", Some("iptables"), "the bench compares with it"),
     package("tcpdump", Some("tcpdump"), "for looking at what a lab sends"),
 ];
+
+/// What `cargo xtask vm` needs besides. They are looked for by their programs: busybox, for one, comes in more than
+/// one package.
+pub(super) const VM_PACKAGES: &[Package] = &[
+    package("qemu-system-x86", Some("qemu-system-x86_64"), "boots other kernels"),
+    package("busybox-static", Some("busybox"), "the shell and the commands in there"),
+    package("cpio", Some("cpio"), "packs their file system"),
+    package("xz-utils", Some("xz"), "unpacks kernel modules"),
+];

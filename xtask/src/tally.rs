@@ -1,0 +1,96 @@
+//! What test programs print, counted.
+
+/// What became of one suite.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Suite {
+    pub(crate) name: String,
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    pub(crate) ignored: usize,
+}
+
+impl Suite {
+    /// Takes another one's counts.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+}
+
+/// Whether a line of a test program is of no interest: nothing, or a test that passed.
+pub(crate) fn is_noise(line: &str) -> bool {
+    let line = line.trim();
+    (line.starts_with("test ") && line.ends_with("... ok")) || line.is_empty()
+}
+
+/// Counts what test programs print, one after the other.
+#[derive(Default)]
+pub(crate) struct Tally {
+    current: String,
+    pub(crate) suites: Vec<Suite>,
+}
+
+impl Tally {
+    /// Takes one line of what `cargo test` prints.
+    pub(crate) fn line(&mut self, line: &str) {
+        let trimmed = line.trim();
+        if let Some(rest) = trimmed.strip_prefix("Running ") {
+            self.current = program(rest);
+        } else if let Some(name) = trimmed.strip_prefix("Doc-tests ") {
+            self.current = format!("{name} (documentation)");
+        } else if let Some(rest) = trimmed.strip_prefix("test result: ") {
+            let count = |what: &str| {
+                rest.split([';', '.'])
+                    .filter_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+                    .next()
+                    .unwrap_or(0)
+            };
+            let suite = Suite {
+                name: self.current.clone(),
+                passed: count("passed"),
+                failed: count("failed"),
+                ignored: count("ignored"),
+            };
+            // Programs without tests are not worth a line.
+            if suite.passed + suite.failed + suite.ignored > 0 {
+                self.suites.push(suite);
+            }
+        }
+    }
+}
+
+/// `unittests src/lib.rs (target/debug/deps/kvstore-0123)` is `kvstore src/lib.rs`.
+fn program(running: &str) -> String {
+    let (source, path) = running.split_once(" (").unwrap_or((running, ""));
+    let source = source.trim_start_matches("unittests ");
+    let file = path.trim_end_matches(')').rsplit('/').next().unwrap_or_default();
+    let name = file.rsplit_once('-').map_or(file, |(name, _hash)| name);
+    format!("{name} {source}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_what_cargo_test_prints() {
+        let mut tally = Tally::default();
+        for line in [
+            "     Running unittests src/lib.rs (target/debug/deps/clustermesh_kvstore-0c8beae3d5)",
+            "test result: ok. 41 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.10s",
+            "     Running tests/wire.rs (target/debug/deps/wire-0c8beae3d5)",
+            "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s",
+            "   Doc-tests xtask",
+            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+        ] {
+            tally.line(line);
+        }
+        let suite =
+            |name: &str, passed, failed, ignored| Suite { name: name.into(), passed, failed, ignored };
+        assert_eq!(
+            tally.suites,
+            [suite("clustermesh_kvstore src/lib.rs", 41, 0, 2), suite("wire tests/wire.rs", 3, 1, 0)]
+        );
+    }
+}

@@ -1,0 +1,167 @@
+//! What runs in a guest: the kernel tests, the programs of a lab, and a look at encryption.
+
+use super::figures::{self, Accepted, Figures};
+use super::guest::{Kind, Suite};
+use super::image::Image;
+use super::{SLOWNESS, kernels, page};
+use crate::shell;
+use crate::workspace::{self, Profile};
+use anyhow::Context as _;
+use serde::Deserialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The package whose tests load the eBPF programs.
+const PACKAGE: &str = "ebpf-global-svc";
+/// The test program that prints what the verifier did.
+const FIGURES: &str = "tables";
+/// The programs of a lab.
+const LAB: &[&str] = &[
+    "clustermesh",
+    "clustermesh-agent",
+    "clustermesh-apiserver",
+    "mesh-probe",
+    "mesh-load",
+    "multi-kind-tests",
+];
+
+/// What was built for guests.
+pub(super) struct Programs {
+    /// Test programs, by name.
+    tests: Vec<(String, PathBuf)>,
+    /// Where the programs of a lab are, if they are wanted.
+    lab: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Builds them.
+    pub(super) fn build(lab: bool) -> anyhow::Result<Self> {
+        let mut command = workspace::cargo();
+        command.args(["test", "-p", PACKAGE, "--no-run", "--message-format", "json-render-diagnostics"]);
+        eprintln!("$ {}", shell::describe(&command));
+        let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+        anyhow::ensure!(output.status.success(), "the kernel tests cannot be built");
+        let mut tests = test_programs(&String::from_utf8_lossy(&output.stdout));
+        tests.sort();
+        anyhow::ensure!(
+            tests.iter().any(|(name, _)| name == FIGURES),
+            "cargo names no test program {FIGURES}"
+        );
+        let lab = if lab { Some(workspace::build_programs(Profile::Dev)?) } else { None };
+        Ok(Self { tests, lab })
+    }
+
+    /// The kernel tests that are wanted, one suite for each program: `wanted` gives beginnings of their names.
+    pub(super) fn tests(
+        &self,
+        image: &mut Image,
+        wanted: &dyn Fn(&str) -> Option<Vec<&'static str>>,
+    ) -> anyhow::Result<Vec<Suite>> {
+        let mut suites = Vec::new();
+        for (name, path) in &self.tests {
+            let Some(filters) = wanted(name) else { continue };
+            image.built(path, &format!("test-{name}"))?;
+            // What passed tests say: figures, and what they could not look at.
+            let command = format!("test-{name} --show-output {}", filters.join(" "));
+            suites.push(Suite { name: name.clone(), kind: Kind::Tests, command });
+        }
+        Ok(suites)
+    }
+
+    /// Scenarios, as one suite.
+    pub(super) fn lab(&self, image: &mut Image, scenarios: &[String]) -> anyhow::Result<Option<Suite>> {
+        let Some(folder) = &self.lab else { return Ok(None) };
+        for name in LAB {
+            image.built(&folder.join(name), name)?;
+        }
+        image.lab_tools()?;
+        image.source(&workspace::scenarios(), "multi-kind-tests/scenarios")?;
+        image.source(&workspace::root().join("topology-examples"), "topology-examples")?;
+        let files: Vec<String> =
+            scenarios.iter().map(|name| format!("multi-kind-tests/scenarios/{name}.yaml")).collect();
+        let command = format!(
+            "CLUSTERMESH_TEST_SLOWNESS={SLOWNESS} multi-kind-tests run --logs /tmp/logs {}",
+            files.join(" ")
+        );
+        Ok(Some(Suite { name: "scenarios".into(), kind: Kind::Scenarios, command }))
+    }
+
+    /// What the verifier of this machine's own kernel does, if the table has a column for it.
+    pub(super) fn host_figures(&self) -> anyhow::Result<Option<(String, Figures)>> {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let series = series(&release);
+        if !workspace::is_root() || !Accepted::read(&fs::read_to_string(page())?)?.knows(&series) {
+            println!(
+                "SKIPPED the verifier of this machine's kernel {series}: docs/verifier.md has no column for it, or this is not root"
+            );
+            return Ok(None);
+        }
+        let (_, path) =
+            self.tests.iter().find(|(name, _)| name == FIGURES).context("no such test program")?;
+        let output = Command::new(path).arg("--show-output").output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        anyhow::ensure!(output.status.success(), "the test of the tables failed on this machine:\n{text}");
+        Ok(Some((series, text.lines().filter_map(figures::parse).collect())))
+    }
+}
+
+/// A script that tries what encryption between nodes needs, as one suite.
+pub(super) fn encryption(image: &mut Image, folder: &Path) -> anyhow::Result<Suite> {
+    let place = folder.join("wireguard-tools");
+    let wg = place.join("root/usr/bin/wg");
+    if !wg.exists() {
+        fs::create_dir_all(&place)?;
+        let package = kernels::download("wireguard-tools", &place)?;
+        kernels::unpack(&package, &place)?;
+    }
+    image.program(&wg, "usr/bin", "wg")?;
+    image.script("opt/clustermesh/bin/try-encryption", include_str!("encryption.sh"))?;
+    Ok(Suite { name: "encryption".into(), kind: Kind::Scenarios, command: "try-encryption".into() })
+}
+
+/// `6.18.44-x` is `6.18`.
+fn series(release: &str) -> String {
+    release.trim().split(['.', '-']).take(2).collect::<Vec<_>>().join(".")
+}
+
+/// Names and paths of test programs, from what cargo says.
+fn test_programs(messages: &str) -> Vec<(String, PathBuf)> {
+    #[derive(Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+        target: Target,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+    }
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    messages.filter_map(|message| Some((message.target.name, message.executable?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_cargo_says() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"name":"aya"},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"tables","kind":["test"]},"executable":"/t/tables-1"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(test_programs(messages), [("tables".to_owned(), PathBuf::from("/t/tables-1"))]);
+    }
+
+    #[test]
+    fn series_of_releases() {
+        assert_eq!(series("6.18.44-fc-v657\n"), "6.18");
+        assert_eq!(series("6.1-rc3"), "6.1");
+    }
+
+    #[test]
+    fn every_usual_scenario_exists() {
+        for name in super::super::SCENARIOS {
+            assert!(workspace::scenarios().join(format!("{name}.yaml")).is_file(), "{name}");
+        }
+    }
+}
