@@ -141,7 +141,7 @@ pub(crate) fn oldest() -> anyhow::Result<Result<Guest, String>> {
         Ok(installed) => installed,
         Err(reason) => return Ok(Err(format!("{reason:#}"))),
     };
-    Guest::new(kernel, installed, &Programs::build(false)?, &quick, &[]).map(Ok)
+    Guest::new(kernel, installed, &Programs::beside_tests()?, &quick, &[]).map(Ok)
 }
 
 impl Guest {

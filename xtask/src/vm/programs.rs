@@ -37,8 +37,19 @@ pub(super) struct Programs {
 impl Programs {
     /// Builds them.
     pub(super) fn build(lab: bool) -> anyhow::Result<Self> {
+        let lab = if lab { Some(workspace::build_programs(Profile::Dev)?) } else { None };
+        Ok(Self { tests: Self::build_tests(&["-p", PACKAGE])?, lab })
+    }
+
+    /// The tests, where those of all packages are there already; see [`workspace::build_beside_tests`].
+    pub(super) fn beside_tests() -> anyhow::Result<Self> {
+        Ok(Self { tests: Self::build_tests(&["--workspace"])?, lab: None })
+    }
+
+    fn build_tests(packages: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
         let mut command = workspace::cargo();
-        command.args(["test", "-p", PACKAGE, "--no-run", "--message-format", "json-render-diagnostics"]);
+        command.arg("test").args(packages);
+        command.args(["--no-run", "--message-format", "json-render-diagnostics"]);
         eprintln!("$ {}", shell::describe(&command));
         let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
         anyhow::ensure!(output.status.success(), "the kernel tests cannot be built");
@@ -48,8 +59,7 @@ impl Programs {
             tests.iter().any(|(name, _)| name == FIGURES),
             "cargo names no test program {FIGURES}"
         );
-        let lab = if lab { Some(workspace::build_programs(Profile::Dev)?) } else { None };
-        Ok(Self { tests, lab })
+        Ok(tests)
     }
 
     /// The kernel tests that are wanted, one suite for each program: `wanted` gives beginnings of their names.
@@ -125,18 +135,21 @@ fn series(release: &str) -> String {
     release.trim().split(['.', '-']).take(2).collect::<Vec<_>>().join(".")
 }
 
-/// Names and paths of test programs, from what cargo says.
+/// Names and paths of the test programs of [`PACKAGE`], from what cargo says.
 fn test_programs(messages: &str) -> Vec<(String, PathBuf)> {
     #[derive(Deserialize)]
     struct Message {
         executable: Option<PathBuf>,
+        manifest_path: PathBuf,
         target: Target,
     }
     #[derive(Deserialize)]
     struct Target {
         name: String,
     }
+    let manifest = Path::new(PACKAGE).join("Cargo.toml");
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    let messages = messages.filter(|message| message.manifest_path.ends_with(&manifest));
     messages.filter_map(|message| Some((message.target.name, message.executable?))).collect()
 }
 
@@ -146,8 +159,9 @@ mod tests {
 
     #[test]
     fn reads_what_cargo_says() {
-        let messages = r#"{"reason":"compiler-artifact","target":{"name":"aya"},"executable":null}
-{"reason":"compiler-artifact","target":{"name":"tables","kind":["test"]},"executable":"/t/tables-1"}
+        let messages = r#"{"reason":"compiler-artifact","manifest_path":"/c/aya/Cargo.toml","target":{"name":"aya"},"executable":null}
+{"reason":"compiler-artifact","manifest_path":"/w/agent-sync/Cargo.toml","target":{"name":"mesh"},"executable":"/t/mesh-1"}
+{"reason":"compiler-artifact","manifest_path":"/w/ebpf-global-svc/Cargo.toml","target":{"name":"tables","kind":["test"]},"executable":"/t/tables-1"}
 {"reason":"build-finished","success":true}"#;
         assert_eq!(test_programs(messages), [("tables".to_owned(), PathBuf::from("/t/tables-1"))]);
     }
