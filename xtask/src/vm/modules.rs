@@ -32,6 +32,10 @@ const WANTED: &[&str] = &[
     "gcm",
     "ghash_generic",
     "ctr",
+    "aes_generic",
+    "crypto_null",
+    "drbg",
+    "jitterentropy_rng",
 ];
 
 /// One module of a kernel.
