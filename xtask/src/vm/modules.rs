@@ -35,7 +35,6 @@ const WANTED: &[&str] = &[
     "aes_generic",
     "crypto_null",
     "drbg",
-    "jitterentropy_rng",
 ];
 
 /// One module of a kernel.
