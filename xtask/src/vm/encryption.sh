@@ -44,21 +44,17 @@ esp() {
         aead 'rfc4106(gcm(aes))' "$2" 128
 }
 policy() {
-    ip -n "$1" xfrm policy add src 192.168.9.1 dst 192.168.9.2 proto udp dir "$2" \
+    ip -n "$1" xfrm policy add src 192.168.9.1 dst 192.168.9.2 proto 1 dir "$2" \
         tmpl src 192.168.9.1 dst 192.168.9.2 proto esp mode transport
 }
-arrives() { # number of packets that eb takes out of ESP
-    before=$(count)
-    in_ns ea sh -c 'echo hello | nc -u -w 1 192.168.9.2 9' >/dev/null 2>&1
-    [ "$(count)" -gt "$before" ]
-}
-count() { in_ns eb awk '$1 == "InDatagrams" || $1 == "NoPorts" {n += $2} /^Udp:/ {u = u + $2 + $3} END {print u + n}' /proc/net/snmp; }
+# Requests go by ESP; answers come as they are.
+arrives() { reaches ea 192.168.9.2 "$1"; }
 before=$failed
 if esp ea $key && policy ea out && esp eb $key && policy eb in; then
-    arrives || fail "nothing gets through"
+    arrives 3 || fail "nothing gets through"
     ip -n eb -s xfrm state | grep -q ' [1-9][0-9]*(packets)' || fail "it did not pass the tunnel"
     ip -n eb xfrm state flush
-    ! arrives || fail "it gets through without keys"
+    ! arrives 1 || fail "it gets through without keys"
     [ $failed != "$before" ] || pass "two namespaces, AES-GCM"
 else
     fail "no such state"

@@ -37,9 +37,9 @@ const QUICK: &[(&str, &[&str])] = &[
 /// What a guest may take for the kernel tests, in seconds; ten times what it does.
 const TESTS_LIMIT: u64 = 600;
 /// And for each scenario.
-const SCENARIO_LIMIT: u64 = 180;
+const SCENARIO_LIMIT: u64 = 400;
 /// A guest's processor is interpreted. What has to happen in time there has so many times as long.
-const SLOWNESS: u32 = 4;
+const SLOWNESS: u32 = 6;
 
 #[derive(clap::Args)]
 pub(crate) struct VmArgs {

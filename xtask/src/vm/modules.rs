@@ -32,6 +32,9 @@ const WANTED: &[&str] = &[
     "gcm",
     "ghash_generic",
     "ctr",
+    "aes_generic",
+    "crypto_null",
+    "drbg",
 ];
 
 /// One module of a kernel.
