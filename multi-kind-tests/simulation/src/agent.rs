@@ -319,6 +319,9 @@ impl Agent {
                     broken::is(if *dead { Broken::DeathIgnored } else { Broken::DeathStays })
                 }
                 Input::Removed(_) | Input::Drained(_) => broken::is(Broken::DrainsNever),
+                Input::Record { kind: Kind::LocalPolicies, event: ReflectorEvent::Delete { .. }, .. } => {
+                    broken::is(Broken::KeepsPolicies)
+                }
                 _ => false,
             };
             if !unheard {

@@ -49,6 +49,7 @@ broken! {
     IgnoresForeignWrites = "a publisher does not look at what others do to its keys",
     TakesTimeoutForSuccess = "a publisher takes a write without answer for made",
     IgnoresNewEtcd = "a publisher does not notice that its etcd is another one",
+    KeepsPolicies = "an agent does not hear that a policy is gone",
     ForgetsToWithdraw = "an exporter does not withdraw what is gone",
 }
 

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
 use ebpf_global_svc::abi::{
-    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
-    ServiceKey, ServiceValue, SlotKey,
+    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue,
+    PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
 };
-use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
+use ebpf_global_svc::table::{Cursor, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 
 use crate::broken::{self, Broken};
@@ -56,6 +56,10 @@ pub struct Kernel {
     pub endpoints: BTreeMap<IpKey, EndpointValue>,
     /// `cm_cluster`: those that are not healthy.
     pub clusters: BTreeMap<u32, ClusterState>,
+    /// `cm_policy`.
+    pub policies: BTreeMap<PolicyKey, PolicyValue>,
+    /// `cm_cidr`.
+    pub ranges: BTreeMap<PrefixKey, u32>,
     /// Values that programs may still be following, and since when they are replaced.
     replaced: Vec<(Instant, ServiceValue)>,
     /// Slots that wait for the values that count them.
@@ -73,6 +77,8 @@ pub enum Removed {
     Group(ServiceKey, u16),
     /// A prefix.
     Prefix(PrefixValue),
+    /// Of policies.
+    Policy(PolicyKey),
 }
 
 impl Kernel {
@@ -96,6 +102,8 @@ impl Kernel {
             nodes: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             clusters: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            ranges: BTreeMap::new(),
             replaced: Vec::new(),
             late: Vec::new(),
             dead: BTreeMap::new(),
@@ -132,6 +140,8 @@ impl Kernel {
     pub fn flush(&mut self) {
         let addresses = std::mem::take(&mut self.ipcache);
         self.removed.extend(addresses.into_keys().map(Removed::Address));
+        let policies = std::mem::take(&mut self.policies);
+        self.removed.extend(policies.into_keys().map(Removed::Policy));
         self.services.clear();
         self.slots.clear();
         self.backends.clear();
@@ -309,6 +319,15 @@ map!(EndpointMap, IpKey, EndpointValue, "cm_endpoint", endpoints, |kernel, key, 
     }
 });
 
+map!(PolicyMap, PolicyKey, PolicyValue, "cm_policy", policies, |kernel, key, before, after| {
+    let own = kernel.own;
+    kernel.check_identity(own, key.subject);
+    if before.is_some() && after.is_none() {
+        kernel.removed.push(Removed::Policy(*key));
+    }
+});
+map!(RangeMap, PrefixKey, u32, "cm_cidr", ranges, |_, _, _, _| {});
+
 struct IpMap;
 impl Map<IpKey, IpValue> for IpMap {
     const NAME: &'static str = "cm_ipcache";
@@ -461,7 +480,7 @@ pub fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         endpoint: checked::<EndpointMap>(kernel),
         node: checked::<NodeMap>(kernel),
         cluster: checked::<ClusterMap>(kernel),
-        policy: Box::new(MemoryTable::new("cm_policy", 1 << 20)),
-        cidr: Box::new(MemoryTable::new("cm_cidr", 1 << 20)),
+        policy: checked::<PolicyMap>(kernel),
+        cidr: checked::<RangeMap>(kernel),
     }
 }

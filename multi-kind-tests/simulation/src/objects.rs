@@ -5,14 +5,20 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use clustermesh_apiserver::objects::{
-    Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Service, ServicePort, TargetPort,
+    Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Policy, Service, ServicePort,
+    TargetPort,
 };
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::{Affinity, Protocol};
+use clustermesh_kvstore::record::{
+    Affinity, LabelSelector, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection, Protocol, Requirement,
+    Traffic,
+};
 use rand::Rng as _;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
 
+/// Names of the clusters; the first one has the address plan's part 1.
+pub const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 /// The port that services listen at, and that of their pods.
 pub const PORTS: (u16, u16) = (80, 8080);
 
@@ -27,6 +33,8 @@ pub struct Truth {
     pub pods: BTreeMap<u8, PodTruth>,
     /// Services by number.
     pub services: BTreeMap<u8, ServiceTruth>,
+    /// Policies by number.
+    pub policies: BTreeMap<u8, PolicyTruth>,
 }
 
 /// A node.
@@ -60,6 +68,48 @@ pub struct ServiceTruth {
     pub affinity: Affinity,
 }
 
+/// Who may reach the pods of a service at home, and who may not for all that others say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PolicyTruth {
+    /// The service.
+    pub app: u8,
+    /// Who may.
+    pub allow: PeersTruth,
+    /// Who may not.
+    pub deny: Option<PeersTruth>,
+}
+
+/// Pods, by their labels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PeersTruth {
+    /// Of this service only.
+    app: Option<u8>,
+    /// Of the cluster with this part of the address plan; none: of the own one, as the exporter's default has it.
+    net: Option<u8>,
+}
+
+impl PeersTruth {
+    fn draw(rng: &mut SmallRng) -> Self {
+        let mut maybe = |until| rng.random_bool(0.6).then(|| rng.random_range(1..until));
+        Self { app: maybe(3), net: maybe(4) }
+    }
+
+    /// Whether a pod of a service and a cluster is among them, in policies of `home`.
+    fn take(self, app: u8, net: u8, home: u8) -> bool {
+        self.app.is_none_or(|wanted| wanted == app) && self.net.unwrap_or(home) == net
+    }
+
+    fn traffic(self) -> Traffic {
+        let of_app = self.app.map(|app| Requirement::is("k8s", "app", &service_name(app)));
+        let of_cluster = self
+            .net
+            .and_then(|net| NAMES.get(usize::from(net) - 1))
+            .map(|name| Requirement::is("k8s", "io.cilium.k8s.policy.cluster", name));
+        let labels = LabelSelector(of_app.into_iter().chain(of_cluster).collect());
+        Traffic { peers: vec![Peer::Labels(labels)], ports: Vec::new() }
+    }
+}
+
 impl Truth {
     /// Two nodes, some pods and services.
     pub fn new(net: u8, rng: &mut SmallRng) -> Self {
@@ -68,6 +118,7 @@ impl Truth {
             nodes: [(1, NodeTruth { has_mesh_ip: true })].into(),
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
+            policies: BTreeMap::new(),
         };
         for _ in 0..rng.random_range(2..8) {
             truth.change(rng);
@@ -77,7 +128,18 @@ impl Truth {
 
     /// Something changes.
     pub fn change(&mut self, rng: &mut SmallRng) -> Vec<Change> {
-        match rng.random_range(0..10) {
+        match rng.random_range(0..12) {
+            10..12 => {
+                let number = rng.random_range(1..4);
+                if rng.random_bool(0.4) && self.policies.remove(&number).is_some() {
+                    let namespace = "shop";
+                    return vec![deleted(ObjectKind::CiliumNetworkPolicy, namespace, policy_name(number))];
+                }
+                let deny = rng.random_bool(0.4).then(|| PeersTruth::draw(rng));
+                let policy = PolicyTruth { app: rng.random_range(1..3), allow: PeersTruth::draw(rng), deny };
+                self.policies.insert(number, policy);
+                vec![Change::Upsert(self.policy(number))]
+            }
             0 => {
                 if self.nodes.remove(&2).is_none() {
                     self.nodes.insert(2, NodeTruth { has_mesh_ip: rng.random_bool(0.5) });
@@ -126,7 +188,22 @@ impl Truth {
         let nodes = self.nodes.keys().map(|n| self.node(*n));
         let services = self.services.keys().map(|n| self.service(*n));
         let pods = self.pods.keys().map(|n| self.pod(*n));
-        [namespace].into_iter().chain(nodes).chain(services).chain(pods).map(Change::Upsert).collect()
+        let policies = self.policies.keys().map(|n| self.policy(*n));
+        let objects = [namespace].into_iter().chain(nodes).chain(services).chain(pods).chain(policies);
+        objects.map(Change::Upsert).collect()
+    }
+
+    /// Whether a policy selects the pods of a service.
+    pub fn is_guarded(&self, app: u8) -> bool {
+        self.policies.values().any(|policy| policy.app == app)
+    }
+
+    /// Whether policies let a pod of a service of another cluster, or of this one, reach those of `app`.
+    pub fn lets_in(&self, app: u8, from: u8, cluster: &Self) -> bool {
+        let policies = || self.policies.values().filter(|policy| policy.app == app);
+        let takes = |peers: PeersTruth| peers.take(from, cluster.net, self.net);
+        let denied = policies().any(|policy| policy.deny.is_some_and(takes));
+        !denied && policies().any(|policy| takes(policy.allow))
     }
 
     /// Underlay address of a node.
@@ -199,6 +276,19 @@ impl Truth {
         }))
     }
 
+    fn policy(&self, number: u8) -> Object {
+        let PolicyTruth { app, allow, deny } = self.policies[&number];
+        let deny = deny.map(PeersTruth::traffic).into_iter().collect();
+        let section = PolicySection { default_deny: true, allow: vec![allow.traffic()], deny };
+        let subject = LabelSelector(vec![Requirement::is("k8s", "app", &service_name(app))]);
+        let (kind, namespace) = (PolicyKind::Cilium, "shop".to_owned());
+        Object::Policy(Arc::new(Policy {
+            name: PolicyName { kind, namespace, name: policy_name(number) },
+            rules: vec![PolicyRule { subject, ingress: Some(section), egress: None }],
+            gaps: Vec::new(),
+        }))
+    }
+
     fn service(&self, number: u8) -> Object {
         let service = &self.services[&number];
         Object::Service(Arc::new(Service {
@@ -235,6 +325,10 @@ fn pod_name(pod: u8) -> String {
 
 fn service_name(service: u8) -> String {
     format!("s{service}")
+}
+
+fn policy_name(policy: u8) -> String {
+    format!("r{policy}")
 }
 
 fn name(name: String) -> NamespacedName {

@@ -7,7 +7,10 @@ use std::net::IpAddr;
 use agent_sync::wire_key;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{Affinity, IpRecord, Record as _};
-use ebpf_global_svc::abi::{IpKey, backend_state, cluster_state};
+use ebpf_global_svc::abi::{
+    ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, IpKey, POLICY_DENY, backend_state, cluster_state,
+    direction,
+};
 
 use crate::agent::Agent;
 use crate::exporter::ExporterProcess;
@@ -218,9 +221,53 @@ fn check_endpoints(world: &World, agent: &Agent, kernel: &crate::kernel::Kernel)
     let mesh_ip = wire_key::ip_key(id, truth.mesh_ip(agent.node));
     let found: BTreeSet<IpKey> = kernel.endpoints.keys().copied().filter(|key| *key != mesh_ip).collect();
     match found == wanted {
-        true => Ok(()),
+        true => check_policies(world, agent, kernel),
         false => Err(format!("I1: pods of this node are {found:?}, not {wanted:?}")),
     }
+}
+
+/// For each pod of this node and each pod of all clusters: what the kernel's tables say of the way from one to the
+/// other is what the policies say.
+fn check_policies(world: &World, agent: &Agent, kernel: &crate::kernel::Kernel) -> Result<(), String> {
+    let home = &world.truths[agent.home];
+    let peers: Vec<_> = followed(world, agent)
+        .flat_map(|(place, exporter)| {
+            let (there, records) = (&world.truths[place], ip_records(exporter));
+            let pods = there.pods.values();
+            pods.filter_map(move |pod| Some((there, pod.app, records.get(&there.pod_ip(pod))?.identity.0)))
+        })
+        .collect();
+    for pod in home.pods.values().filter(|pod| pod.node == agent.node) {
+        let ip = home.pod_ip(pod);
+        let Some(endpoint) = kernel.endpoints.get(&wire_key::ip_key(agent.own.id.get(), ip)) else {
+            continue;
+        };
+        let enforced = endpoint.flags & (ENDPOINT_ENFORCE_INGRESS | ENDPOINT_ENFORCE_EGRESS);
+        let wanted = if home.is_guarded(pod.app) { ENDPOINT_ENFORCE_INGRESS } else { 0 };
+        if enforced != wanted {
+            return Err(format!("I1: {ip} is enforced as {enforced}, not {wanted}"));
+        }
+        if wanted == 0 {
+            continue;
+        }
+        for (there, app, identity) in &peers {
+            let entries: Vec<_> = kernel
+                .policies
+                .iter()
+                .filter(|(key, _)| key.subject == endpoint.identity && key.direction == direction::INGRESS)
+                .filter(|(key, _)| key.peer == 0 || key.peer == *identity)
+                .collect();
+            let denied = entries.iter().any(|(_, value)| value.flags & POLICY_DENY != 0);
+            let allowed = !denied && !entries.is_empty();
+            if allowed != home.lets_in(pod.app, *app, there) {
+                return Err(format!(
+                    "I1: {identity} (s{app}) may reach {ip} (s{}): {allowed}, not as {:?} say: {entries:?}",
+                    pod.app, home.policies
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// I3: as soon as nothing is pending, a cluster is out of load-balancing exactly if it was judged dead.
@@ -280,6 +327,23 @@ pub(crate) fn check_removals(agent: &mut Agent, places: &[crate::place::Place]) 
                     return Err(format!(
                         "I4: {key:?} lost backends of cluster {cluster}, of which nothing was heard"
                     ));
+                }
+            }
+            Removed::Policy(key) => {
+                let of_peer = u16::try_from(key.peer >> 16).unwrap_or(0);
+                let at_home = [
+                    Kind::LocalPolicies,
+                    Kind::Identities,
+                    Kind::LocalIdentities,
+                    Kind::Ip,
+                    Kind::LocalIp,
+                    Kind::Nodes,
+                ];
+                let told = at_home.iter().any(|kind| memory.heard.contains(&(own, *kind)))
+                    || memory.heard.contains(&(of_peer, Kind::Identities))
+                    || memory.drained.contains(&of_peer);
+                if !told {
+                    return Err(format!("I4: {key:?} went before anything was heard"));
                 }
             }
             Removed::Prefix(value) => {

@@ -14,15 +14,13 @@ use crate::agent::{Agent, cluster_id};
 use crate::etcd::Etcd;
 use crate::exporter::{ExporterProcess, TTL};
 use crate::faults::{Fault, Faults};
-use crate::objects::Truth;
+use crate::objects::{NAMES, Truth};
 use crate::place::Place;
 use crate::step::{Action, Step};
 use crate::{hostile, outcome};
 
 /// What a process takes at least to start.
 const RESTART: Duration = Duration::from_millis(100);
-/// Names of the clusters.
-const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 
 /// Clusters, their etcds and exporters, and some nodes with agents.
 pub struct World {
@@ -227,7 +225,14 @@ impl World {
             Action::MendTables => self.mend_tables(),
             Action::WriteHostile => self.write_hostile(rng),
             Action::WriteForeign => {
-                let prefixes = [Kind::Nodes, Kind::Ip, Kind::Services, Kind::Identities, Kind::LocalServices];
+                let prefixes = [
+                    Kind::Nodes,
+                    Kind::Ip,
+                    Kind::Services,
+                    Kind::Identities,
+                    Kind::LocalServices,
+                    Kind::LocalPolicies,
+                ];
                 let kind = *prefixes.choose(rng).unwrap_or(&Kind::Ip);
                 let place = &mut self.places[place];
                 let prefix = data_prefix(kind, &place.name, Layout::State);
