@@ -250,7 +250,7 @@ impl Server {
                 let Some(suffix) = range.suffix(&kv.key) else { continue };
                 match IdentityRecord::decode(suffix, &kv.value) {
                     Ok(record) => {
-                        if let Err(error) = allocator.adopt(record.id, &record.labels.to_string(), now) {
+                        if let Err(error) = allocator.adopt_record(&record, &self.cluster.name, now) {
                             tracing::warn!("dropping what etcd holds: {error}");
                         }
                     }

@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use clustermesh_kvstore::cluster::{ClusterId, Identity, MaxConnectedClusters};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};
+use clustermesh_kvstore::record::IdentityRecord;
 
 /// Gives numbers to label sets.
 ///
@@ -60,6 +61,23 @@ impl Allocator {
         }
         self.insert(labels, Entry { number, holders: 0, unused: Some(now) });
         Ok(())
+    }
+
+    /// [`Self::adopt`] for a record that stands in the etcd of `cluster`. Whoever may write there could have
+    /// written it, and readers refuse what does not name its cluster.
+    ///
+    /// # Errors
+    /// As [`Self::adopt`], and if the labels are not of this cluster.
+    pub fn adopt_record(
+        &mut self,
+        record: &IdentityRecord,
+        cluster: &ClusterName,
+        now: Instant,
+    ) -> Result<(), AdoptError> {
+        if record.labels.cluster() != Some(cluster.as_str()) {
+            return Err(AdoptError::Foreign { identity: record.id });
+        }
+        self.adopt(record.id, &record.labels.to_string(), now)
     }
 
     /// The identity of the labels, for one more holder.
@@ -176,6 +194,12 @@ pub enum AdoptError {
         /// Last of this cluster.
         last: u32,
     },
+    /// Not written by an exporter of this cluster.
+    #[error("the labels of identity {identity} do not name this cluster")]
+    Foreign {
+        /// What etcd says.
+        identity: Identity,
+    },
     /// The labels have an identity already.
     #[error("identity {identity} has the labels of identity {other}")]
     Twice {
@@ -196,6 +220,7 @@ pub enum AdoptError {
 mod tests {
     use std::collections::BTreeMap;
 
+    use clustermesh_kvstore::record::Record as _;
     use proptest::prelude::*;
 
     use super::*;
@@ -212,6 +237,26 @@ mod tests {
         let first = 65_536 + 256;
         let expected = first + u32::try_from(fnv1a("k8s:app=web;") % (65_536 - 256)).unwrap();
         assert_eq!(allocator.acquire("k8s:app=web;"), Ok(Identity(expected)));
+    }
+
+    /// A foreign hand has overwritten an identity: the labels that it stood for keep their number.
+    #[test]
+    fn an_identity_without_the_cluster_is_not_adopted() {
+        let id = ClusterId::new(1, MaxConnectedClusters::C255).unwrap();
+        let alpha: ClusterName = "alpha".parse().unwrap();
+        let labels = "k8s:app=web;k8s:io.cilium.k8s.policy.cluster=alpha;";
+        let new = || Allocator::new(id, MaxConnectedClusters::C255, GRACE);
+        let number = new().acquire(labels).unwrap();
+        for (text, adopted) in [
+            (labels, Ok(())),
+            ("{\"foreign\":1}", Err(AdoptError::Foreign { identity: number })),
+            ("k8s:io.cilium.k8s.policy.cluster=beta;", Err(AdoptError::Foreign { identity: number })),
+        ] {
+            let mut allocator = new();
+            let record = IdentityRecord::decode(&number.0.to_string(), text.as_bytes()).unwrap();
+            assert_eq!(allocator.adopt_record(&record, &alpha, Instant::now()), adopted, "{text}");
+            assert_eq!(allocator.acquire(labels), Ok(number), "{text}");
+        }
     }
 
     #[test]

@@ -346,7 +346,7 @@ fn adopt(place: &Place, id: ClusterId, now: Instant) -> Allocator {
     for (key, value) in place.etcd.below(&prefix) {
         if let Ok(record) = IdentityRecord::decode(&key[prefix.len()..], value) {
             // One that is not ours any more is dropped.
-            let _ = allocator.adopt(record.id, &record.labels.to_string(), now);
+            let _ = allocator.adopt_record(&record, &place.name, now);
         }
     }
     allocator
