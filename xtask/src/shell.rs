@@ -1,6 +1,7 @@
 //! Commands, shown before they run.
 
 use anyhow::Context as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// Runs a command with our own output; shows it first.
@@ -20,6 +21,13 @@ pub(crate) fn run_quietly(command: &mut Command) -> anyhow::Result<()> {
 pub(crate) fn try_output(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A program in the search path, or else in one of some other folders.
+pub(crate) fn find_program(name: &str, elsewhere: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(elsewhere);
+    folders.map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
 /// A command line as one would type it.

@@ -9,6 +9,7 @@ use crate::{
     of, pair,
     support::metric,
 };
+
 #[test]
 fn ports_come_behind_ipv4_options() {
     let node = Node::with_dns();

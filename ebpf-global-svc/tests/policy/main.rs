@@ -110,7 +110,6 @@ impl Node {
         node
     }
 
-    /// Sets the flags of pod one or two.
     /// Pod one may send to port 53 of UDP, wherever.
     fn with_dns() -> Self {
         let mut node = Self::new();
@@ -119,6 +118,7 @@ impl Node {
         node
     }
 
+    /// Sets the flags of pod one or two.
     fn flag(&mut self, identity: u32, flags: u32) {
         for family in [4, 6] {
             let ip = if identity == ONE { one(family) } else { two(family) };

@@ -131,14 +131,10 @@ fn bpf_linker(missing: &mut Vec<String>) -> anyhow::Result<bool> {
 
 /// In the search path, or where `cargo install` puts it.
 fn find_bpf_linker() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
     let home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cargo")));
-    std::env::split_paths(&path)
-        .chain(home.map(|home| home.join("bin")))
-        .map(|folder| folder.join("bpf-linker"))
-        .find(|candidate| candidate.is_file())
+    shell::find_program("bpf-linker", home.map(|home| home.join("bin")))
 }
 
 /// What the running kernel must offer.
@@ -200,8 +196,7 @@ fn missing_programs() -> Vec<String> {
 
 /// Packages whose program is not in the search path.
 fn absent_programs(packages: &'static [Package]) -> Vec<&'static Package> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let has = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    let has = |program: &str| shell::find_program(program, None).is_some();
     packages.iter().filter(|package| package.program.is_some_and(|program| !has(program))).collect()
 }
 
@@ -223,7 +218,8 @@ fn distribution_rustc_has_bpf() -> bool {
         .is_some_and(|sysroot| Path::new(sysroot.trim()).join("lib/rustlib/bpfel-unknown-none/lib").is_dir())
 }
 
-fn apt_get(arguments: &[&str]) -> Command {
+/// Debian's package tool, which asks nothing.
+pub(crate) fn apt_get(arguments: &[&str]) -> Command {
     let mut command = Command::new("apt-get");
     command.env("DEBIAN_FRONTEND", "noninteractive").args(arguments);
     command

@@ -3,7 +3,6 @@
 use crate::shell;
 use anyhow::Context as _;
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -173,9 +172,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
 
 /// In the search path, or where only root's has it.
 fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let path = [path.as_os_str(), OsStr::new("/usr/sbin:/sbin:/usr/bin:/bin")].join(OsStr::new(":"));
-    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+    shell::find_program(name, ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Which kernels there are, and how Debian's archive gives them.
 
-use crate::shell;
+use crate::{setup, shell};
 use anyhow::Context as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ impl Kernel {
         let package = match self.download(&place) {
             Ok(package) => package,
             Err(_) => {
-                shell::run(Command::new("apt-get").args(["update", "-q"]))?;
+                shell::run(&mut setup::apt_get(&["update", "-q"]))?;
                 self.download(&place)?
             }
         };
@@ -75,10 +75,8 @@ pub(super) fn download(package: &str, place: &Path) -> anyhow::Result<PathBuf> {
         fs::remove_dir_all(&folder)?;
     }
     fs::create_dir_all(&folder)?;
-    let mut command = Command::new("apt-get");
     // apt's own user may not write here; then apt warns and downloads as who runs it.
-    command.args(["download", "-q", package]).current_dir(&folder);
-    shell::run(&mut command)?;
+    shell::run(setup::apt_get(&["download", "-q", package]).current_dir(&folder))?;
     let mut files = fs::read_dir(&folder)?;
     Ok(files.next().with_context(|| format!("apt-get downloaded no {package}"))??.path())
 }
