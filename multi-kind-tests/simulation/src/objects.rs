@@ -8,10 +8,12 @@ use clustermesh_apiserver::objects::{
     Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Service, ServicePort, TargetPort,
 };
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::{Affinity, Protocol};
+use clustermesh_kvstore::record::{Affinity, Balancing, Nearness, Protocol};
 use rand::Rng as _;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
+
+use crate::world::NAMES;
 
 /// The port that services listen at, and that of their pods.
 pub const PORTS: (u16, u16) = (80, 8080);
@@ -58,6 +60,12 @@ pub struct ServiceTruth {
     pub shared: bool,
     /// Whom callers prefer.
     pub affinity: Affinity,
+    /// Seconds that a client keeps its backend.
+    pub session: Option<u32>,
+    /// The cluster, by its place, that is used before all others.
+    pub first: Option<usize>,
+    /// Which backends at home are called.
+    pub nearness: Nearness,
 }
 
 impl Truth {
@@ -98,6 +106,13 @@ impl Truth {
                     global,
                     shared: global && rng.random_bool(0.85),
                     affinity: if global { affinity } else { Affinity::None },
+                    session: rng.random_bool(0.3).then_some(61),
+                    first: (global && rng.random_bool(0.25)).then(|| rng.random_range(0..NAMES.len())),
+                    nearness: match rng.random_range(0..8) {
+                        0 => Nearness::PreferNode,
+                        1 => Nearness::OnlyNode,
+                        _ => Nearness::Any,
+                    },
                 };
                 self.services.insert(number, service);
                 vec![Change::Upsert(self.service(number))]
@@ -161,6 +176,18 @@ impl Truth {
         self.pods.values().filter(move |pod| pod.app == service && pod.ready).map(|pod| self.pod_ip(pod))
     }
 
+    /// Those of them that the cluster's own callers on a node are to use.
+    pub fn near(&self, number: u8, node: u8) -> BTreeSet<IpAddr> {
+        let service = &self.services[&number];
+        let pods = self.pods.values().filter(|pod| pod.app == number && pod.ready && pod.node == node);
+        let here: BTreeSet<IpAddr> = pods.map(|pod| self.pod_ip(pod)).collect();
+        match service.nearness {
+            Nearness::OnlyNode => here,
+            Nearness::PreferNode if !here.is_empty() => here,
+            _ => self.backends(number).collect(),
+        }
+    }
+
     fn node(&self, node: u8) -> Object {
         let mesh_ips = self.nodes.get(&node).filter(|node| node.has_mesh_ip).map(|_| self.mesh_ip(node));
         Object::Node(Arc::new(Node {
@@ -220,6 +247,17 @@ impl Truth {
             shared: service.shared,
             affinity: service.affinity,
             failover_threshold: None,
+            balancing: Balancing {
+                session: service.session,
+                order: service
+                    .first
+                    .and_then(|first| NAMES[first].parse().ok())
+                    .map(|name| [name].into())
+                    .into_iter()
+                    .collect(),
+                weights: BTreeMap::new(),
+                nearness: service.nearness,
+            },
         }))
     }
 }

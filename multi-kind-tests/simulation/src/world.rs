@@ -22,7 +22,7 @@ use crate::{hostile, outcome};
 /// What a process takes at least to start.
 const RESTART: Duration = Duration::from_millis(100);
 /// Names of the clusters.
-const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
+pub(crate) const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 
 /// Clusters, their etcds and exporters, and some nodes with agents.
 pub struct World {
