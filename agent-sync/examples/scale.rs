@@ -19,8 +19,8 @@ use agent_sync::peers::OwnCluster;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, IpRecord, LocalService, Node, NodeAddress, NodeAddressKind, Port, PortMap, Protocol, Record,
-    Service,
+    Affinity, Balancing, IpRecord, LocalService, Node, NodeAddress, NodeAddressKind, Port, PortMap, Protocol,
+    Record, Service,
 };
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use ebpf_global_svc::table::{Cursor, Table};
@@ -88,6 +88,7 @@ impl Bench {
             cluster: Box::new(counted("cm_cluster")),
             policy: Box::new(counted("cm_policy")),
             cidr: Box::new(counted("cm_cidr")),
+            affinity: Box::new(counted("cm_affinity")),
         };
         let own = OwnCluster { name: name(1), id: id(1), max: MAX };
         let core = Core::restore(own, "n0", None, Instant::now(), &tables).unwrap();
@@ -291,6 +292,7 @@ fn local(number: u32) -> LocalService {
         private: false,
         affinity: Affinity::None,
         failover: None,
+        balancing: Balancing::default(),
         headless: false,
         frontends: [(address, ports("http", 80))].into(),
         backends: Vec::new(),

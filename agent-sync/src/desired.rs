@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
-    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue,
-    PrefixKey, PrefixValue, ServiceKey, backend_state,
+    BACKEND_EXCLUSIVE, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue,
+    PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, backend_state,
 };
 
 use crate::mesh::RouteChanges;
@@ -28,8 +28,8 @@ pub struct BackendKey {
 }
 
 impl BackendKey {
-    /// The kernel's value for this backend under `id`.
-    pub fn value(&self, id: u32) -> BackendValue {
+    /// The kernel's value for this backend under `id`, which slots of one service only name if `exclusive`.
+    pub fn value(&self, id: u32, exclusive: bool) -> BackendValue {
         let (family, ip) = wire_key::octets(self.ip);
         BackendValue {
             ip,
@@ -38,7 +38,7 @@ impl BackendKey {
             proto: self.proto,
             family,
             state: if self.terminating { backend_state::TERMINATING } else { backend_state::ACTIVE },
-            flags: 0,
+            flags: if exclusive { BACKEND_EXCLUSIVE } else { 0 },
             generation: id,
         }
     }
@@ -52,7 +52,8 @@ impl BackendKey {
             proto: value.proto,
             terminating: value.state == backend_state::TERMINATING,
         };
-        (key.value(id) == *value).then_some(key)
+        let exclusive = value.flags & BACKEND_EXCLUSIVE != 0;
+        (key.value(id, exclusive) == *value).then_some(key)
     }
 }
 
@@ -63,6 +64,8 @@ pub struct GroupPlan {
     pub cluster: u16,
     /// Share of new connections; 0 is a standby.
     pub weight: u16,
+    /// Counts only while no group of a lower tier can be used.
+    pub tier: u8,
     /// In ascending order, no duplicates, never empty.
     pub backends: Vec<BackendKey>,
 }
@@ -70,6 +73,9 @@ pub struct GroupPlan {
 /// A frontend's backends. No groups: the frontend answers with a refusal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePlan {
+    /// How long clients stay at their backends, in units of [`ebpf_global_svc::abi::AFFINITY_UNIT_SECONDS`]; 0: they
+    /// need not.
+    pub affinity_timeout: u16,
     /// Own cluster first, then ascending by cluster; at most [`ebpf_global_svc::abi::MAX_GROUPS`].
     pub groups: Vec<GroupPlan>,
 }

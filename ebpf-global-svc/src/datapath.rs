@@ -198,6 +198,7 @@ impl Datapath {
             )),
             policy: Box::new(self.table("cm_policy")?),
             cidr: Box::new(self.table("cm_cidr")?),
+            affinity: Box::new(self.table("cm_affinity")?),
         })
     }
 

@@ -17,4 +17,5 @@ pub use datapath::{Arrival, Datapath, ProgramInfo, Remains, Trial};
 pub use ebpf_global_svc_abi as abi;
 pub use error::DatapathError;
 pub use options::DatapathOptions;
+pub use sys::program_time;
 pub use table::{MapSizes, Tables};

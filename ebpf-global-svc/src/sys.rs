@@ -12,6 +12,7 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    time::Duration,
 };
 
 use crate::abi::Plain;
@@ -361,6 +362,15 @@ unsafe fn run_batch(command: i64, attributes: &mut Batch) -> Result<(), Stopped>
 /// The kernel has no batch for this map type.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL))
+}
+
+/// Time of the clock that programs have (`bpf_ktime_get_ns`).
+pub fn program_time() -> Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a place to write to. It cannot fail: the clock exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // It counts from the start of the machine: nothing is negative.
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
 /// # Safety

@@ -14,8 +14,9 @@ pub use memory::MemoryTable;
 use crate::{
     DatapathError,
     abi::{
-        BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS, NodeKey, NodeValue,
-        PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+        AffinityKey, AffinityValue, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS,
+        NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue,
+        SlotKey,
     },
     sys,
 };
@@ -119,6 +120,8 @@ pub struct Tables {
     pub policy: Box<dyn Table<PolicyKey, PolicyValue>>,
     /// `cm_cidr`: address ranges outside of the mesh that policies name, and their identities.
     pub cidr: Box<dyn Table<PrefixKey, u32>>,
+    /// `cm_affinity`: which backend a client is bound to. Programs write it.
+    pub affinity: Box<dyn Table<AffinityKey, AffinityValue>>,
 }
 
 impl Tables {
@@ -136,6 +139,7 @@ impl Tables {
             cluster: Box::new(MemoryTable::array("cm_cluster", MAX_CLUSTERS.into(), ClusterState::default())),
             policy: Box::new(MemoryTable::new("cm_policy", sizes.policy.into())),
             cidr: Box::new(MemoryTable::new("cm_cidr", sizes.cidr.into())),
+            affinity: Box::new(MemoryTable::new("cm_affinity", sizes.affinity.into())),
         }
     }
 }
@@ -157,6 +161,9 @@ pub struct MapSizes {
     pub slot: u32,
     /// Backends of the whole mesh.
     pub backend: u32,
+    /// Pods of this node, each times the services with session affinity that it calls (preallocated by the
+    /// kernel: about 90 bytes each).
+    pub affinity: u32,
     /// Sockets that talk to a service (preallocated by the kernel: about 100 bytes each).
     pub sock_rev: u32,
     /// Recently seen (identity, node) pairs, per CPU (preallocated).
@@ -183,6 +190,7 @@ impl Default for MapSizes {
             service: 65_536,
             slot: 524_288,
             backend: 262_144,
+            affinity: 32_768,
             sock_rev: 65_536,
             overlay_rx: 8_192,
             policy: 262_144,

@@ -8,124 +8,19 @@ mod support;
 use std::{
     collections::BTreeMap,
     io::{self, Read as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
-    time::Duration,
 };
 
 use ebpf_global_svc::{
-    Datapath, DatapathOptions, Tables,
-    abi::{ClusterState, FAMILY_V4, SlotKey, backend_state, cluster_state, reason},
+    Datapath,
+    abi::{FAMILY_V4, SlotKey, backend_state, cluster_state, reason},
 };
-use support::{Cgroup, Netns, Root, Service, TCP, UDP, metric};
-
-const LOCAL: u16 = 1;
-const REMOTE: u16 = 2;
-const VIP4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
-const VIP6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 96, 0, 0, 0, 0, 0, 1));
-const MAPPED_VIP4: IpAddr = IpAddr::V6(Ipv4Addr::new(10, 96, 0, 1).to_ipv6_mapped());
-const PORT: u16 = 80;
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// A node that is one cgroup and one network namespace.
-struct Node {
-    datapath: Option<Datapath>,
-    tables: Tables,
-    options: DatapathOptions,
-    _root: Root,
-    netns: Netns,
-    _cgroup: Cgroup,
-}
-
-impl Node {
-    fn new() -> Self {
-        let cgroup = Cgroup::enter();
-        let netns = Netns::new("sockets");
-        for n in 1..=4 {
-            netns.ip(&format!("addr add {}/128 dev lo nodad", server6(n)));
-        }
-        let root = Root::new();
-        let options = DatapathOptions { cgroup: Some(cgroup.path().to_owned()), ..root.options(LOCAL) };
-        let datapath = Datapath::open(&options).unwrap();
-        let tables = datapath.tables().unwrap();
-        Self { datapath: Some(datapath), tables, options, _root: root, netns, _cgroup: cgroup }
-    }
-
-    fn datapath(&self) -> &Datapath {
-        self.datapath.as_ref().unwrap()
-    }
-
-    fn install(&mut self, service: &Service<'_>) {
-        service.install(LOCAL, &mut self.tables);
-    }
-
-    fn set_cluster(&mut self, cluster: u16, state: u32) {
-        self.tables.cluster.upsert(&[(cluster.into(), ClusterState { state })]).unwrap();
-    }
-
-    /// A listener that answers every connection with its name.
-    fn serve_tcp(&self, ip: IpAddr, name: &'static str) -> u16 {
-        self.netns.run(|| {
-            let listener = TcpListener::bind((ip, 0)).unwrap();
-            let port = listener.local_addr().unwrap().port();
-            thread::spawn(move || {
-                for stream in listener.incoming() {
-                    let _ = io::Write::write_all(&mut stream.unwrap(), name.as_bytes());
-                }
-            });
-            port
-        })
-    }
-
-    /// A socket that answers every datagram with its name.
-    fn serve_udp(&self, ip: IpAddr, name: &'static str) -> u16 {
-        self.netns.run(|| {
-            let socket = UdpSocket::bind((ip, 0)).unwrap();
-            let port = socket.local_addr().unwrap().port();
-            thread::spawn(move || {
-                let mut buffer = [0; 64];
-                while let Ok((_, client)) = socket.recv_from(&mut buffer) {
-                    let _ = socket.send_to(name.as_bytes(), client);
-                }
-            });
-            port
-        })
-    }
-
-    /// Who answers a connection to `ip`, and who the kernel says it is.
-    fn connect(&self, ip: IpAddr) -> io::Result<(String, SocketAddr)> {
-        self.netns.run(|| connect(ip))
-    }
-
-    /// Which servers answer `n` connections to [`VIP4`], and how often.
-    fn answers(&self, n: u32) -> BTreeMap<String, u32> {
-        let mut answers = BTreeMap::new();
-        self.netns.run(|| {
-            for _ in 0..n {
-                *answers.entry(connect(VIP4).unwrap().0).or_default() += 1;
-            }
-        });
-        answers
-    }
-}
-
-fn connect(ip: IpAddr) -> io::Result<(String, SocketAddr)> {
-    let mut stream = TcpStream::connect((ip, PORT))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let peer = stream.peer_addr()?;
-    let mut name = String::new();
-    stream.read_to_string(&mut name)?;
-    Ok((name, peer))
-}
-
-fn server4(n: u8) -> IpAddr {
-    Ipv4Addr::new(127, 0, 0, n).into()
-}
-
-fn server6(n: u16) -> IpAddr {
-    Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, n).into()
-}
+use support::{
+    Service, TCP, UDP, metric,
+    sockets::{LOCAL, MAPPED_VIP4, Node, PATIENCE, PORT, REMOTE, VIP4, VIP6, connect, server4, server6},
+};
 
 #[test]
 fn tcp_reaches_the_backend_and_sees_the_frontend() {
@@ -283,6 +178,37 @@ fn standby_and_draining_clusters_wait_for_their_turn() {
     assert_eq!(metric(node.datapath(), reason::LB_NO_BACKEND), 1);
     node.set_cluster(REMOTE, cluster_state::HEALTHY);
     assert_eq!(names(node.answers(64)), ["remote"]);
+}
+
+#[test]
+fn tiers_take_turns_when_a_cluster_dies() {
+    const TIERS: [u8; 4] = [0, 1, 1, 255];
+    let mut node = Node::new();
+    let [first, second, third, last] = [(1, "first"), (2, "second"), (3, "third"), (4, "last")]
+        .map(|(n, name)| (n.into(), server4(n), node.serve_tcp(server4(n), name)));
+    let service = Service {
+        id: 1,
+        frontend: (VIP4, PORT),
+        proto: TCP,
+        groups: &[(1, 1, &[first]), (2, 1, &[second]), (3, 0, &[third]), (4, 1, &[last])],
+    };
+    service.install_as(LOCAL, &mut node.tables, 0, |cluster| TIERS[usize::from(cluster) - 1]);
+    let names = |answers: BTreeMap<String, u32>| answers.into_keys().collect::<Vec<_>>();
+    for (cluster, state, answers) in [
+        (1, cluster_state::HEALTHY, "first"),
+        (1, cluster_state::DEAD, "second"),
+        // A standby of its own tier comes before the next tier.
+        (2, cluster_state::DEAD, "third"),
+        (3, cluster_state::DEAD, "last"),
+        // Any healthy cluster comes before any that drains.
+        (1, cluster_state::DRAINING, "last"),
+        (4, cluster_state::DEAD, "first"),
+        (2, cluster_state::HEALTHY, "second"),
+        (1, cluster_state::HEALTHY, "first"),
+    ] {
+        node.set_cluster(cluster, state);
+        assert_eq!(names(node.answers(16)), [answers], "cluster {cluster} is {state}");
+    }
 }
 
 #[test]

@@ -121,14 +121,14 @@ fn opening_again_finds_everything_and_refuses_what_does_not_fit() {
 }
 
 #[test]
-fn a_datapath_without_policies_is_taken_over() {
+fn a_datapath_without_policies_and_session_affinity_is_taken_over() {
     let root = Root::new();
     let entry = (ip_key(2, ip(1)), ip_value(0x2_0001, Ipv4Addr::LOCALHOST));
     let datapath = Datapath::open(&root.options(1)).unwrap();
     datapath.tables().unwrap().ipcache.upsert(&[entry]).unwrap();
     drop(datapath);
     // As an older version leaves it.
-    for map in ["cm_policy", "cm_cidr", "cm_ct", "cm_verdict", "cm_fragment"] {
+    for map in ["cm_policy", "cm_cidr", "cm_ct", "cm_verdict", "cm_fragment", "cm_affinity"] {
         std::fs::remove_file(root.path().join("maps").join(map)).unwrap();
     }
     let datapath = Datapath::open(&root.options(1)).unwrap();
@@ -148,7 +148,7 @@ fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     drop(datapath);
 
     let remains = Datapath::remains(root.path()).unwrap().unwrap();
-    assert_eq!((remains.maps().len(), remains.links()), (17, &[][..]));
+    assert_eq!((remains.maps().len(), remains.links()), (18, &[][..]));
     assert_eq!(remains.config().unwrap().cluster, 7);
     let error = Datapath::open(&root.options(7)).unwrap_err();
     assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");

@@ -10,6 +10,7 @@
 //! are ignored, so newer peers may add some.
 
 mod backends;
+mod balancing;
 mod cluster_config;
 mod error;
 mod identity;
@@ -25,6 +26,7 @@ mod service_export;
 mod service_reader;
 
 pub use backends::Backends;
+pub use balancing::{Balancing, Nearness};
 pub use cluster_config::ClusterConfig;
 pub use error::{RecordError, Text};
 pub use identity::IdentityRecord;

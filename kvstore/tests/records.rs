@@ -1,7 +1,7 @@
 //! Records against what Cilium writes, against arbitrary bytes, and there and back again.
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::net::IpAddr;
 
@@ -9,14 +9,15 @@ use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::labels::{Label, Labels};
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, ClusterConfig, ExportPort, ExportType, Failover, IdentityRecord, IpRecord,
-    LocalBackend, LocalService, MAX_VALUE, NamedPort, Node, NodeAddress, NodeAddressKind, Port, PortMap,
-    Protocol, Record, RecordError, Service, ServiceExport, Zone,
+    Affinity, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, Failover, IdentityRecord,
+    IpRecord, LocalBackend, LocalService, MAX_VALUE, NamedPort, Nearness, Node, NodeAddress, NodeAddressKind,
+    Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, Zone,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
+use proptest::strategy::Union;
 
 const STATE: &str = include_str!("../testdata/state-1.17.tsv");
 const CACHE: &str = include_str!("../testdata/cache-1.17.tsv");
@@ -156,6 +157,28 @@ fn malformed_records_say_why() {
     assert_eq!(reason::<ServiceExport>("n/s", kind), "bad_value");
     let local = r#"{"cluster":"c","namespace":"n","name":"s","clusterId":1,"global":true,"shared":true,"affinity":"near"}"#;
     assert_eq!(reason::<LocalService>("n/s", local), "bad_json");
+    let plain = r#"{"cluster":"c","namespace":"n","name":"s","clusterId":1,"global":true,"shared":true"#;
+    assert_eq!(
+        LocalService::decode("n/s", format!("{plain}}}").as_bytes()).unwrap().balancing,
+        Balancing::default()
+    );
+    let balancing = |more: &str| format!(r#"{plain},"balancing":{{{more}}}}}"#);
+    let many = |n: usize| (0..n).map(|n| format!(r#"["c{n}"]"#)).collect::<Vec<_>>().join(",");
+    for (more, expected) in [
+        (r#""session":0"#, "bad_value"),
+        (r#""session":86401"#, "bad_value"),
+        (r#""order":[["alpha"],[]]"#, "bad_value"),
+        (r#""order":[["alpha"],["beta","alpha"]]"#, "bad_value"),
+        (r#""order":[["Alpha"]]"#, "bad_name"),
+        (r#""weights":{"alpha":0,"beta":0}"#, "bad_value"),
+        (r#""weights":{"":1}"#, "bad_name"),
+        (r#""weights":{"alpha":65536}"#, "bad_json"),
+        (r#""nearness":"far""#, "bad_json"),
+        (&format!(r#""order":[{}]"#, many(256)), "bad_value"),
+    ] {
+        assert_eq!(reason::<LocalService>("n/s", &balancing(more)), expected, "{more}");
+    }
+    LocalService::decode("n/s", balancing(&format!(r#""order":[{}]"#, many(255))).as_bytes()).unwrap();
 }
 
 /// What a peer wrote must not write into our logs what it likes.
@@ -319,8 +342,9 @@ fn local_service() -> impl Strategy<Value = LocalService> {
     });
     let affinity = prop_oneof![Just(Affinity::None), Just(Affinity::Local), Just(Affinity::Remote)];
     let flags = any::<(u32, bool, bool, bool, bool)>();
-    (name(), namespaced(), flags, affinity, addresses(), vec(backend, 0..4)).prop_map(
-        |(cluster, name, (cluster_id, global, shared, private, headless), affinity, frontends, backends)| {
+    (name(), namespaced(), flags, affinity, balancing(), addresses(), vec(backend, 0..4)).prop_map(
+        |(cluster, name, flags, affinity, balancing, frontends, backends)| {
+            let (cluster_id, global, shared, private, headless) = flags;
             LocalService {
                 cluster,
                 name,
@@ -331,10 +355,30 @@ fn local_service() -> impl Strategy<Value = LocalService> {
                 affinity,
                 failover: (cluster_id % 2 == 0)
                     .then_some(Failover { threshold: (cluster_id % 100) as u8 + 1, expected: cluster_id }),
+                balancing,
                 headless,
                 frontends,
                 backends,
             }
+        },
+    )
+}
+
+fn balancing() -> impl Strategy<Value = Balancing> {
+    let cluster = || (0_u8..9).prop_map(|n| format!("c{n}").parse::<ClusterName>().unwrap());
+    let nearness = [Nearness::Any, Nearness::PreferZone, Nearness::PreferNode, Nearness::OnlyNode].map(Just);
+    let weights = btree_map(cluster(), 1..=u16::MAX, 0..4);
+    let order = btree_map(cluster(), 0_u8..4, 0..6);
+    (option::of(1..=Balancing::MAX_SESSION), order, weights, Union::new(nearness)).prop_map(
+        |(session, order, mut weights, nearness)| {
+            let mut tiers = BTreeMap::<u8, BTreeSet<ClusterName>>::new();
+            for (name, tier) in order {
+                tiers.entry(tier).or_default().insert(name);
+            }
+            if weights.len() > 1 {
+                weights.first_entry().unwrap().insert(0);
+            }
+            Balancing { session, order: tiers.into_values().collect(), weights, nearness }
         },
     )
 }

@@ -124,7 +124,7 @@ fn name(suffix: &str) -> Option<NamespacedName> {
 /// What the agent uses of a record; none of a kind that it does not read, or not in this way.
 fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
     Some(match record {
-        Imported::Node(node) => node_fact(node),
+        Imported::Node(node) => node_fact(node, peer.is_own),
         Imported::Ip(record) => {
             let (ip, value) = ip_fact(peer, &record);
             if kind == Kind::LocalIp { Fact::LocalIp(ip, value) } else { Fact::Ip(ip, value) }
@@ -144,7 +144,10 @@ fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
     })
 }
 
-fn node_fact(node: Node) -> Fact {
+/// Label of the failure zone, as Kubernetes has it.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+fn node_fact(node: Node, is_own: bool) -> Fact {
     let of_kind = |kind: NodeAddressKind| {
         node.addresses.iter().filter(move |address| address.kind == kind).map(|address| address.ip).collect()
     };
@@ -152,6 +155,7 @@ fn node_fact(node: Node) -> Fact {
         internal_ips: of_kind(NodeAddressKind::InternalIp),
         mesh_ips: of_kind(NodeAddressKind::CiliumInternalIp),
         pod_cidrs: node.pod_cidrs().collect(),
+        zone: node.labels.as_ref().filter(|_| is_own).and_then(|labels| labels.get(ZONE).cloned()),
     };
     Fact::Node(node.name, fact)
 }

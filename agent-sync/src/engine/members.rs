@@ -103,12 +103,13 @@ impl Members {
             }
             Input::Accepted { name, id } => {
                 let kinds = self.kinds(&name);
-                let member = self.by_name.entry(name).or_default();
+                let member = self.by_name.entry(name.clone()).or_default();
                 member.id = Some(id);
                 member.lost.clear();
                 if let Some(dead) = member.dead {
                     mesh.set_dead(id, dead);
                 }
+                mesh.set_name(id, &name);
                 member.digests.values_mut().for_each(KindDigest::listing);
                 kinds.iter().for_each(|kind| mesh.begin_list(id, *kind));
                 mesh.set_placement(id, placement(&member.rules));

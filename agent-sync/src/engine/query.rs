@@ -54,9 +54,9 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 15] = [
-    "service", "slot", "backend", "ipcache", "prefix", "endpoint", "node", "cluster", "policy", "cidr", "ct",
-    "verdict", "overlay", "metrics", "sockrev",
+pub const TABLES: [&str; 16] = [
+    "service", "slot", "backend", "affinity", "ipcache", "prefix", "endpoint", "node", "cluster", "policy",
+    "cidr", "ct", "verdict", "overlay", "metrics", "sockrev",
 ];
 
 /// A table that cannot be dumped.
@@ -218,6 +218,7 @@ impl Engine {
             "service" => rows(&*tables.service, service_rows)?.into_iter().flatten().collect(),
             "slot" => rows(&*tables.slot, slot_row)?,
             "backend" => rows(&*tables.backend, backend_row)?,
+            "affinity" => rows(&*tables.affinity, affinity_row)?,
             "ipcache" => rows(&*tables.ipcache, ipcache_row)?,
             "prefix" => rows(&*tables.prefix, prefix_row)?,
             "endpoint" => rows(&*tables.endpoint, endpoint_row)?,
@@ -299,7 +300,9 @@ pub(super) fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Ve
             ("protocol", wire_key::protocol_name(key.proto)),
             ("cluster", text(|group| group.cluster.into())),
             ("weight", text(|group| group.weight.into())),
-            ("count", text(|group| group.count)),
+            ("tier", text(|group| group.tier().into())),
+            ("count", text(abi::Group::count)),
+            ("session_seconds", (u32::from(value.affinity_timeout) * abi::AFFINITY_UNIT_SECONDS).to_string()),
         ]
     };
     let groups = &value.groups[..usize::from(value.n_groups).min(abi::MAX_GROUPS)];
@@ -328,6 +331,16 @@ pub(super) fn backend_row(id: u32, value: abi::BackendValue) -> Row {
         ("port", u16::from_be(value.port).to_string()),
         ("protocol", wire_key::protocol_name(value.proto)),
         ("state", state),
+    ]
+}
+
+fn affinity_row(key: abi::AffinityKey, value: abi::AffinityValue) -> Row {
+    let idle = ebpf_global_svc::program_time().saturating_sub(Duration::from_nanos(value.used));
+    vec![
+        ("client", key.client.to_string()),
+        ("service", key.service.to_string()),
+        ("backend", value.backend.to_string()),
+        ("idle_seconds", idle.as_secs().to_string()),
     ]
 }
 
@@ -389,6 +402,7 @@ fn reason_name(reason: u8) -> String {
         abi::reason::LB_NO_BACKEND => "lb-no-backend",
         abi::reason::LB_STANDBY => "lb-standby",
         abi::reason::LB_DRAINING => "lb-draining",
+        abi::reason::LB_AFFINITY => "lb-affinity",
         abi::reason::TOO_BIG => "too-big",
         abi::reason::INVALID_SOURCE_IP => "invalid-source-ip",
         abi::reason::INVALID_PACKET => "invalid-packet",
@@ -418,6 +432,7 @@ fn fills(tables: &Tables) -> Vec<Box<dyn FnOnce() -> Fill + Send>> {
         fill(&*tables.service),
         fill(&*tables.slot),
         fill(&*tables.backend),
+        fill(&*tables.affinity),
         fill(&*tables.ipcache),
         fill(&*tables.prefix),
         fill(&*tables.endpoint),

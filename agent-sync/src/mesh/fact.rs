@@ -93,6 +93,8 @@ pub struct NodeFact {
     pub mesh_ips: Vec<IpAddr>,
     /// Pod CIDRs.
     pub pod_cidrs: Vec<IpNet>,
+    /// Failure zone, of nodes of the own cluster.
+    pub zone: Option<String>,
 }
 
 impl NodeFact {

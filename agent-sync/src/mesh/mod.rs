@@ -26,8 +26,9 @@ mod wanted;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 
-use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::key::Kind;
+use clustermesh_kvstore::record::{LocalService, Nearness};
 use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
 
 use crate::desired::{Changes, Restored};
@@ -36,7 +37,7 @@ use crate::wire_key;
 use endpoint::Endpoints;
 use placement::Placement;
 use records::{Change, Records};
-use service::Services;
+use service::{Here, Services};
 use topology::Topology;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
@@ -52,9 +53,13 @@ pub use topology::Conflict;
 pub struct Mesh {
     own: u16,
     node_name: String,
+    /// Of the other clusters.
+    names: BTreeMap<u16, ClusterName>,
     clusters: BTreeMap<u16, Records>,
     topology: Topology,
     own_node_changed: bool,
+    /// This node's, as its record says.
+    zone: Option<String>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
     placement: Placement,
     endpoints: Endpoints,
@@ -102,9 +107,11 @@ impl Mesh {
         let mut mesh = Self {
             own,
             node_name: node_name.to_owned(),
+            names: BTreeMap::new(),
             clusters: BTreeMap::new(),
             topology: Topology::default(),
             own_node_changed: false,
+            zone: None,
             ipcache: HashMap::new(),
             placement: Placement::default(),
             endpoints,
@@ -361,6 +368,14 @@ impl Mesh {
         gone.into_iter().for_each(|cluster| self.drain_id(cluster));
     }
 
+    /// What `cluster` is called.
+    pub fn set_name(&mut self, cluster: ClusterId, name: &ClusterName) {
+        let cluster = cluster.get();
+        if cluster != self.own && self.names.insert(cluster, name.clone()).as_ref() != Some(name) {
+            self.plan_again(|service| service.balancing.names_clusters());
+        }
+    }
+
     /// Where pods and nodes of `cluster` may be, by the operator's word.
     pub fn set_placement(&mut self, cluster: ClusterId, rules: PlacementRules) {
         let cluster = cluster.get();
@@ -395,7 +410,8 @@ impl Mesh {
             changes.endpoint.extend(self.endpoints.compute(own, flags));
         }
         let standing = |cluster, ip| self.placement.standing(&self.topology, cluster, ip);
-        changes.service.extend(self.services.compute(&self.clusters, standing));
+        let here = Here { node: &self.node_name, zone: self.zone.as_deref() };
+        changes.service.extend(self.services.compute(&self.clusters, &self.names, here, standing));
         let states = std::mem::take(&mut self.changed_states).into_iter();
         changes.cluster.extend(states.map(|cluster| (cluster.into(), self.states.get(&cluster).copied())));
         changes
@@ -518,6 +534,14 @@ impl Mesh {
         self.clusters.get(&self.own)?.nodes.get(&self.node_name)
     }
 
+    /// Plans those of the own cluster's services once more.
+    fn plan_again(&mut self, which: impl Fn(&LocalService) -> bool) {
+        let Some(own) = self.clusters.get(&self.own) else { return };
+        for (_, service) in own.local_services.iter().filter(|(_, service)| which(service)) {
+            self.services.again(service);
+        }
+    }
+
     fn address_changed(&mut self, cluster: u16, ip: IpAddr, value: Option<IpValue>) {
         let value = match value {
             Some(value) if cluster != self.own => self.placement.place(&self.topology, cluster, ip, value),
@@ -540,6 +564,11 @@ impl Mesh {
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
                 self.endpoints.set_node_ip(node_ip, own);
             }
+            let zone = self.own_node().and_then(|node| node.zone.clone());
+            if zone != self.zone {
+                self.zone = zone;
+                self.plan_again(|service| service.balancing.nearness != Nearness::Any);
+            }
         }
     }
 
@@ -555,6 +584,7 @@ impl Mesh {
 
     fn drain_id(&mut self, cluster: u16) {
         self.set_state(cluster, None);
+        self.names.remove(&cluster);
         let Some(records) = self.clusters.remove(&cluster) else { return };
         for (ip, _) in records.addresses() {
             self.address_changed(cluster, ip, None);

@@ -384,6 +384,7 @@ mod tests {
             internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             mesh_ips: Vec::new(),
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+            zone: None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What single changes cost, and that a restart costs nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,12 +10,13 @@ use agent_sync::reconcile::Reconciler;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, LocalBackend, LocalService, Port, PortMap, Protocol,
+    Affinity, BackendState, Balancing, LocalBackend, LocalService, Port, PortMap, Protocol,
 };
 use ebpf_global_svc::Tables;
-use ebpf_global_svc::abi::{IpValue, MAX_GROUPS};
+use ebpf_global_svc::abi::{AffinityKey, AffinityValue, IpValue, MAX_GROUPS};
 
 use crate::kernel::{self, Kernel};
+use crate::model;
 
 struct Agent {
     kernel: Arc<Mutex<Kernel>>,
@@ -77,6 +78,12 @@ impl Agent {
     }
 }
 
+/// The own cluster's service, and how its calls are spread.
+fn with(service: Fact, balancing: Balancing) -> Fact {
+    let Fact::LocalService(service) = service else { unreachable!("no service") };
+    Fact::LocalService(Box::new(LocalService { balancing, ..*service }))
+}
+
 fn id(cluster: u16) -> ClusterId {
     ClusterId::new(cluster.into(), MaxConnectedClusters::C255).unwrap()
 }
@@ -117,6 +124,7 @@ fn local(pods: &[u16]) -> Fact {
         private: false,
         affinity: Affinity::None,
         failover: None,
+        balancing: Balancing::default(),
         headless: false,
         frontends: [(Ipv4Addr::new(10, 96, 0, 1).into(), ports(80))].into(),
         backends: pods.iter().map(backend).collect(),
@@ -193,6 +201,70 @@ fn a_full_frontend_keeps_the_own_cluster_and_the_lowest_ids() {
     agent.mesh.delete(id(5), &FactKey::Service(name()));
     agent.writes();
     assert_eq!((agent.clusters_in_service().len(), agent.mesh.left_out().clusters), (MAX_GROUPS, 3));
+}
+
+#[test]
+fn of_too_many_clusters_those_of_the_first_tiers_stay() {
+    let mut agent = Agent::fresh();
+    let last = u16::try_from(MAX_GROUPS).unwrap() + 3;
+    agent.mesh.set_name(id(last), &model::cluster_name(last));
+    let order = vec![[model::cluster_name(last)].into()];
+    agent.list(1, Kind::LocalServices, vec![with(local(&[1]), Balancing { order, ..Balancing::default() })]);
+    for cluster in 2..=last {
+        agent.list(cluster, Kind::Services, vec![remote(cluster, 1..=1)]);
+    }
+    agent.writes();
+    let clusters = agent.clusters_in_service();
+    assert_eq!((clusters.len(), clusters.last().copied(), clusters[0]), (MAX_GROUPS, Some(last), 1));
+}
+
+#[test]
+fn sessions_have_ids_of_their_own_that_are_never_given_away_again() {
+    let sticky = |pods: &[u16]| {
+        let session = Some(10_800);
+        with(local(pods), Balancing { session, ..Balancing::default() })
+    };
+    let ids = |agent: &Agent| -> BTreeSet<u32> {
+        agent.tables.backend.dump().unwrap().into_iter().map(|(id, _)| id).collect()
+    };
+    let mut agent = Agent::fresh();
+    agent.list(1, Kind::LocalServices, vec![local(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 1..=2)]);
+    agent.writes();
+    let shared = ids(&agent);
+    // With a session each slot gets another backend, before the value says so; the old ones go.
+    agent.mesh.upsert(id(1), sticky(&[1, 2]), 0);
+    let writes = BTreeMap::from([("cm_slot", 4), ("cm_service", 1), ("cm_backend", 8)]);
+    assert_eq!(agent.writes(), writes);
+    let own = ids(&agent);
+    assert!(own.len() == 4 && own.is_disjoint(&shared));
+    assert_eq!(agent.tables.service.dump().unwrap()[0].1.affinity_timeout, 5_400);
+
+    // They stay when the agent is started again.
+    let mut agent = agent.restart();
+    agent.list(1, Kind::LocalServices, vec![sticky(&[1, 2])]);
+    agent.list(2, Kind::Services, vec![remote(2, 1..=2)]);
+    assert_eq!((agent.writes(), ids(&agent)), (BTreeMap::new(), own.clone()));
+
+    // The youngest goes, but somebody is bound to it: nobody else may get its ID, not even from the next agent.
+    let youngest = own.last().copied().unwrap();
+    let binding = AffinityValue { used: 1, backend: youngest, service: 1 };
+    let key = AffinityKey { client: 7, service: 1, pad: 0 };
+    agent.tables.affinity.upsert(&[(key, binding)]).unwrap();
+    agent.mesh.upsert(id(2), remote(2, 1..=1), 0);
+    agent.mesh.upsert(id(1), sticky(&[1]), 0);
+    agent.writes();
+    let mut agent = agent.restart();
+    agent.list(1, Kind::LocalServices, vec![sticky(&[1])]);
+    agent.list(2, Kind::Services, vec![remote(2, 1..=3)]);
+    agent.writes();
+    let new: BTreeSet<u32> = ids(&agent).difference(&own).copied().collect();
+    assert!(new.len() == 2 && new.iter().all(|id| *id > youngest), "{new:?} after {youngest}");
+
+    // Without sessions backends are shared again.
+    agent.mesh.upsert(id(1), local(&[1]), 0);
+    agent.writes();
+    assert!(agent.tables.backend.dump().unwrap().iter().all(|(_, value)| value.flags == 0));
 }
 
 #[test]

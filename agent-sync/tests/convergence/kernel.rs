@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use ebpf_global_svc::abi::{BackendValue, ClusterState, ServiceKey, ServiceValue, SlotKey};
+use ebpf_global_svc::abi::{
+    BACKEND_EXCLUSIVE, BackendValue, ClusterState, ServiceKey, ServiceValue, SlotKey,
+};
 use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 use rand::rngs::StdRng;
@@ -46,11 +48,12 @@ impl Kernel {
     }
 
     fn check(&mut self) {
+        self.check_exclusive();
         let now = self.now;
         self.replaced.retain(|(since, _)| now.duration_since(*since) < PROGRAM);
         for value in self.services.values().chain(self.replaced.iter().map(|(_, value)| value)) {
             for group in &value.groups[..usize::from(value.n_groups)] {
-                for slot in 0..group.count {
+                for slot in 0..group.count() {
                     let key = SlotKey { service: value.id, slot, cluster: group.cluster, pad: 0 };
                     let backend = self.slots.get(&key);
                     assert!(backend.is_some(), "{key:?} is counted by {group:?} but missing");
@@ -58,6 +61,17 @@ impl Kernel {
                     assert!(backend.is_some(), "backend of {key:?} is missing");
                     assert_eq!(backend.map(|b| b.cluster), Some(group.cluster), "{key:?}");
                 }
+            }
+        }
+    }
+
+    /// Clients are bound to exclusive backends: slots of two services must never name the same.
+    fn check_exclusive(&self) {
+        let mut owners = BTreeMap::new();
+        for (slot, id) in &self.slots {
+            if self.backends.get(id).is_some_and(|backend| backend.flags & BACKEND_EXCLUSIVE != 0) {
+                let owner = owners.entry(id).or_insert(slot.service);
+                assert_eq!(*owner, slot.service, "both have backend {id}, which is exclusive");
             }
         }
     }
@@ -202,5 +216,6 @@ pub(crate) fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         node: Box::new(MemoryTable::new("cm_node", 1 << 20)),
         policy: Box::new(MemoryTable::new("cm_policy", 1 << 20)),
         cidr: Box::new(MemoryTable::new("cm_cidr", 1 << 20)),
+        affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
     }
 }

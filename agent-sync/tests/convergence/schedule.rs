@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use agent_sync::mesh::{Fact, FactKey, Links, Mesh, NodeFact, RemoteService};
 use agent_sync::reconcile::Reconciler;
 use agent_sync::wire_key;
-use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Failover, LocalBackend, LocalService, Port, PortMap, Protocol,
+    Affinity, BackendState, Balancing, Failover, LocalBackend, LocalService, Nearness, Port, PortMap,
+    Protocol,
 };
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{IpKey, IpValue, ServiceKey};
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom as _;
+use rand::seq::{IndexedMutRandom as _, IndexedRandom as _};
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::kernel::{self, Kernel};
@@ -224,6 +225,7 @@ impl World {
             self.streams.insert((cluster, kind), Stream { down: false, list: Some(list) });
             self.mesh.begin_list(id(cluster), kind);
         }
+        self.mesh.set_name(id(cluster), &model::cluster_name(cluster));
     }
 
     fn add_cluster(&mut self) {
@@ -375,7 +377,8 @@ impl World {
         };
         let cidrs: Vec<&str> = cidrs.iter().map(String::as_str).collect();
         let ip = if cluster == OWN && name == "n1" { 11 } else { owner * 10 + number };
-        Event::Upsert(Fact::Node(name, node(&[192, 0, 2, ip], &cidrs)))
+        let zone = self.random_zone();
+        Event::Upsert(Fact::Node(name, NodeFact { zone, ..node(&[192, 0, 2, ip], &cidrs) }))
     }
 
     fn random_ip(&mut self, cluster: u16) -> Event {
@@ -458,7 +461,9 @@ impl World {
             let state =
                 if self.rng.random_bool(0.3) { BackendState::Terminating } else { BackendState::Active };
             let ports = self.random_ports();
-            backends.insert(ip, LocalBackend { ip, ports, state, node: None, zone: None, hostname: None });
+            let node = [None, Some("n1"), Some("n2")].choose(&mut self.rng).unwrap().map(str::to_owned);
+            let zone = self.random_zone();
+            backends.insert(ip, LocalBackend { ip, ports, state, node, zone, hostname: None });
         }
         Event::Upsert(Fact::LocalService(Box::new(LocalService {
             cluster: "own".into(),
@@ -472,10 +477,46 @@ impl World {
                 threshold: self.rng.random_range(1..=100),
                 expected: self.rng.random_range(0..=6),
             }),
+            balancing: self.random_balancing(),
             headless: false,
             frontends,
             backends: backends.into_values().collect(),
         })))
+    }
+
+    fn random_zone(&mut self) -> Option<String> {
+        [None, Some("z1"), Some("z2")].choose(&mut self.rng).unwrap().map(str::to_owned)
+    }
+
+    fn random_balancing(&mut self) -> Balancing {
+        let rng = &mut self.rng;
+        let mut clusters: Vec<ClusterName> = (2..=6).map(model::cluster_name).collect();
+        clusters.push("own".parse().unwrap());
+        clusters.retain(|_| rng.random_bool(0.5));
+        let mut order = Vec::<BTreeSet<ClusterName>>::new();
+        let mut weights = BTreeMap::new();
+        if rng.random_bool(0.4) {
+            for name in &clusters {
+                match order.choose_mut(rng).filter(|_| rng.random_bool(0.4)) {
+                    Some(tier) => drop(tier.insert(name.clone())),
+                    None => order.push([name.clone()].into()),
+                }
+            }
+        }
+        if rng.random_bool(0.3) && !clusters.is_empty() {
+            weights = clusters.into_iter().map(|name| (name, rng.random_range(0..100))).collect();
+            weights.first_entry().unwrap().insert(80);
+        }
+        let nearness = [
+            Nearness::Any,
+            Nearness::Any,
+            Nearness::Any,
+            Nearness::PreferZone,
+            Nearness::PreferNode,
+            Nearness::OnlyNode,
+        ];
+        let session = rng.random_bool(0.4).then(|| rng.random_range(1..=Balancing::MAX_SESSION));
+        Balancing { session, order, weights, nearness: *nearness.choose(rng).unwrap() }
     }
 }
 
@@ -500,6 +541,7 @@ fn node(ip: &[u8; 4], cidrs: &[&str]) -> NodeFact {
         internal_ips: vec![Ipv4Addr::from(*ip).into()],
         mesh_ips: Vec::new(),
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+        zone: None,
     }
 }
 

@@ -9,7 +9,7 @@ use agent_sync::mesh::{
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{Affinity, LocalService, Port, PortMap, Protocol};
+use clustermesh_kvstore::record::{Affinity, Balancing, LocalService, Port, PortMap, Protocol};
 use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpValue};
 
 /// Nodes of the small and of the large cluster.
@@ -36,6 +36,7 @@ fn node(number: u16) -> Fact {
         internal_ips: vec![node_ip(number).into()],
         mesh_ips: Vec::new(),
         pod_cidrs: vec![format!("{}/24", pod(number, 0)).parse().unwrap()],
+        zone: None,
     };
     Fact::Node(format!("n{number}"), fact)
 }
@@ -73,6 +74,7 @@ fn mesh(size: u16, rules: PlacementRules) -> Mesh {
             shared: true,
             affinity: Affinity::None,
             failover: None,
+            balancing: Balancing::default(),
             headless: false,
             frontends: [(frontend.into(), ports(80))].into(),
             backends: Vec::new(),

@@ -29,12 +29,14 @@ pub(crate) struct BpfArgs {
 /// The tables that agents can dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum TableName {
-    /// Frontends: address, port, protocol -> weight and number of backends of each cluster.
+    /// Frontends: address, port, protocol -> weight, tier and number of backends of each cluster, session affinity.
     Service,
     /// Slots of services: which backend is the n-th of a cluster.
     Slot,
     /// Backends: address, port, cluster, state.
     Backend,
+    /// Session affinity: which client is bound to which backend, and for how long it has not called.
+    Affinity,
     /// Pod and node addresses -> identity and node.
     Ipcache,
     /// Pod CIDRs -> cluster and node.

@@ -178,6 +178,7 @@ pub(super) fn local_service(
         private: !global,
         affinity: service.affinity,
         failover,
+        balancing: service.balancing.clone(),
         headless: service.headless,
         frontends: frontends(service),
         backends: backends.collect(),

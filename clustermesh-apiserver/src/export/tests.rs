@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
-use clustermesh_kvstore::record::{LocalService, Record as _};
+use clustermesh_kvstore::record::{Balancing, LocalService, Nearness, Record as _};
 use proptest::prelude::*;
 
 use super::*;
@@ -94,6 +94,55 @@ fn pods_that_are_not_ready_count_for_the_failover_threshold() {
     let going = pod("web-1", "10.1.0.2", ", deletionTimestamp: '2026-01-01T00:00:00Z'");
     exporter.apply(upserts(&going), now);
     assert_eq!(failover(&exporter), Some((70, 1)));
+}
+
+#[test]
+fn what_a_service_says_of_its_balancing_reaches_the_agents() {
+    let now = Instant::now();
+    let mut exporter = exporter();
+    let key = "clustermesh/local/services/v1/alpha/shop/web";
+    let mut balancing = |annotations: &str, spec: &str| {
+        let text = SERVICE.replace("'true'}", &format!("'true'{annotations}}}"));
+        exporter.apply(upserts(&text.replace("clusterIP:", &format!("{spec} clusterIP:"))), now);
+        LocalService::decode("shop/web", value(&exporter, key).unwrap().as_bytes()).unwrap().balancing
+    };
+    let nothing = Balancing::default();
+    assert_eq!(balancing("", "sessionAffinity: None,"), nothing);
+    let session = |seconds| Balancing { session: Some(seconds), ..Balancing::default() };
+    assert_eq!(balancing("", "sessionAffinity: ClientIP,"), session(10_800));
+    let config = |seconds: &str| {
+        format!(
+            "sessionAffinity: ClientIP, sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}},"
+        )
+    };
+    assert_eq!(balancing("", &config("60")), session(60));
+    assert_eq!(balancing("", &config("86401")), session(10_800), "no such time counts as none");
+    assert_eq!(balancing("", "sessionAffinity: Cookie,"), nothing);
+
+    let clusters = balancing(
+        ", service.cilium.io/affinity: local, clustermesh.io/cluster-order: 'beta=alpha,gamma', \
+         clustermesh.io/cluster-weights: 'alpha=80,beta=20'",
+        "",
+    );
+    let names = |tier: &[&str]| tier.iter().map(|name| name.parse().unwrap()).collect::<BTreeSet<_>>();
+    assert_eq!(clusters.order, [names(&["alpha", "beta"]), names(&["gamma"])]);
+    assert_eq!(clusters.weights.values().copied().collect::<Vec<_>>(), [80, 20]);
+    assert_eq!(balancing(", clustermesh.io/cluster-order: 'beta;gamma'", ""), nothing);
+    assert_eq!(balancing(", clustermesh.io/cluster-weights: 'beta=most'", ""), nothing);
+    assert_eq!(balancing(", io.cilium/other: x, clustermesh.io/cluster-order: 'beta,beta'", ""), nothing);
+
+    for (annotations, spec, nearness) in [
+        ("", "trafficDistribution: PreferClose,", Nearness::PreferZone),
+        ("", "trafficDistribution: PreferSameZone,", Nearness::PreferZone),
+        ("", "trafficDistribution: PreferSameNode,", Nearness::PreferNode),
+        ("", "trafficDistribution: PreferFar,", Nearness::Any),
+        (", service.kubernetes.io/topology-mode: Auto", "", Nearness::PreferZone),
+        (", service.kubernetes.io/topology-mode: Disabled", "", Nearness::Any),
+        ("", "internalTrafficPolicy: Cluster,", Nearness::Any),
+        ("", "internalTrafficPolicy: Local, trafficDistribution: PreferClose,", Nearness::OnlyNode),
+    ] {
+        assert_eq!(balancing(annotations, spec).nearness, nearness, "{annotations} {spec}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! accept (names, labels, addresses, ports), because these strings become parts of etcd keys and of
 //! label strings in other clusters; what comes out can be relied on without looking again.
 
+mod balancing;
 mod cilium;
 mod endpoint_slice;
 mod meta;

@@ -2,10 +2,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::{Affinity, Protocol};
+use clustermesh_kvstore::record::{Affinity, Balancing, Protocol};
 use k8s_openapi::api::core::v1;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::balancing::balancing;
 use super::meta::{Check, ObjectError};
 
 /// A service.
@@ -38,6 +39,8 @@ pub struct Service {
     /// In percent, 1 to 100: see [`clustermesh_kvstore::record::Failover`]. `None` unless callers prefer the
     /// own cluster.
     pub failover_threshold: Option<u8>,
+    /// How calls are spread beyond that; names no clusters unless global.
+    pub balancing: Balancing,
 }
 
 /// A port of a service.
@@ -110,6 +113,7 @@ impl TryFrom<v1::Service> for Service {
             headless,
             external_name: spec.type_.as_deref() == Some("ExternalName"),
             ports: ports(&check, &spec)?,
+            balancing: balancing(&check, &annotations, &spec, global, affinity),
             publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
             selector: spec.selector.filter(|selector| !selector.is_empty()),
             global,

@@ -42,7 +42,7 @@ plain! {
     NodeKey = 20, NodeValue = 8, ServiceKey = 24, ServiceValue = 264, Group = 8, SlotKey = 12,
     BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
-    CtValue = 16, FragmentKey = 40, FragmentValue = 8,
+    CtValue = 16, FragmentKey = 40, FragmentValue = 8, AffinityKey = 16, AffinityValue = 16,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -305,9 +305,9 @@ pub struct ServiceKey {
 
 /// `cm_service` value: the first level of selection, over clusters.
 ///
-/// Among groups with `count > 0` whose cluster is healthy, one is drawn by `weight`; groups of
-/// weight 0 are standbys, drawn (by `count`) only if no weighted group is usable; groups of a
-/// draining cluster come last; those of a dead cluster never.
+/// Of groups with slots, those of the best rank count, one of which is drawn: healthy clusters come before
+/// draining ones, then the lower tier, then groups with a weight before standbys (weight 0). Weighted groups
+/// are drawn by weight, standbys by their slots. Groups of a dead cluster are never used.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServiceValue {
@@ -315,8 +315,9 @@ pub struct ServiceValue {
     pub id: u32,
     /// How many of `groups` are in use.
     pub n_groups: u16,
-    /// None defined.
-    pub flags: u16,
+    /// How long a client keeps its backend after its last call, in units of [`AFFINITY_UNIT_SECONDS`]; 0: no
+    /// session affinity.
+    pub affinity_timeout: u16,
     /// Clusters with backends.
     pub groups: [Group; MAX_GROUPS],
 }
@@ -329,8 +330,35 @@ pub struct Group {
     pub cluster: u16,
     /// Share of new connections; 0: standby.
     pub weight: u16,
+    /// [`Group::count`] in the lower 24 bits, [`Group::tier`] in the upper 8.
+    pub slots: u32,
+}
+
+/// Slots that a group can have.
+pub const MAX_SLOTS: u32 = (1 << TIER_SHIFT) - 1;
+const TIER_SHIFT: u32 = 24;
+
+impl Group {
+    /// A group of `count` slots, at most [`MAX_SLOTS`].
+    #[must_use]
+    pub const fn new(cluster: u16, weight: u16, tier: u8, count: u32) -> Self {
+        let count = if count > MAX_SLOTS { MAX_SLOTS } else { count };
+        Self { cluster, weight, slots: (tier as u32) << TIER_SHIFT | count }
+    }
+
     /// Slots 0..count of (service, cluster) exist.
-    pub count: u32,
+    #[must_use]
+    #[inline(always)]
+    pub const fn count(&self) -> u32 {
+        self.slots & MAX_SLOTS
+    }
+
+    /// A group counts only while there is none of a lower tier.
+    #[must_use]
+    #[inline(always)]
+    pub const fn tier(&self) -> u8 {
+        (self.slots >> TIER_SHIFT) as u8
+    }
 }
 
 /// `cm_slot` (HASH) key; the value is a backend ID (u32).
@@ -339,7 +367,7 @@ pub struct Group {
 pub struct SlotKey {
     /// [`ServiceValue::id`].
     pub service: u32,
-    /// 0..[`Group::count`].
+    /// Less than [`Group::count`].
     pub slot: u32,
     /// Cluster ID.
     pub cluster: u16,
@@ -363,12 +391,45 @@ pub struct BackendValue {
     pub family: u8,
     /// See [`backend_state`].
     pub state: u8,
-    /// None defined.
+    /// [`BACKEND_EXCLUSIVE`], or 0.
     pub flags: u8,
     /// The backend's ID again: a program that reads an element which the kernel has just recycled
     /// for another backend notices. Selection ignores a backend whose generation is not its ID.
     pub generation: u32,
 }
+
+/// [`BackendValue::flags`]: slots of one service only have its ID. So the ID alone proves that it is a backend of
+/// that service, and clients can be bound to it.
+pub const BACKEND_EXCLUSIVE: u8 = 1;
+
+/// `cm_affinity` (LRU_HASH) key: a client of a service with session affinity.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AffinityKey {
+    /// The kernel's number of the client's network namespace: a pod, or this node itself.
+    pub client: u64,
+    /// [`ServiceValue::id`].
+    pub service: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// `cm_affinity` value: the backend that the client is bound to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AffinityValue {
+    /// Last call, in nanoseconds of the monotonic clock; some calls within [`AFFINITY_REFRESH_NS`] are not noted.
+    pub used: u64,
+    /// The backend's ID.
+    pub backend: u32,
+    /// The key's service again, for a program that reads an element which the kernel has just recycled for
+    /// another client. With `backend` it is one word, which is read at once.
+    pub service: u32,
+}
+/// What [`ServiceValue::affinity_timeout`] counts: so 16 bits hold the longest that Kubernetes knows, a day.
+pub const AFFINITY_UNIT_SECONDS: u32 = 2;
+/// How long [`AffinityValue::used`] may lag behind: a 16th of the shortest time-out.
+pub const AFFINITY_REFRESH_NS: u64 = 125_000_000;
 
 /// `cm_sock_rev` (LRU_HASH) key: a socket and the backend that it talks to.
 #[repr(C)]
@@ -529,6 +590,8 @@ pub mod reason {
     pub const TOO_BIG: u8 = 9;
     /// Policy would have dropped it, and only audits.
     pub const POLICY_AUDITED: u8 = 10;
+    /// The backend chosen is the one that its client is bound to by session affinity.
+    pub const LB_AFFINITY: u8 = 11;
     /// Drop: a pod sent from an address that is not its own, or a node from one of another cluster.
     pub const INVALID_SOURCE_IP: u8 = 132;
     /// Drop: no rule of a policy that selects the pod allows it.

@@ -16,6 +16,7 @@
 #![no_std]
 #![no_main]
 
+mod affinity;
 mod conntrack;
 mod counters;
 mod delivery;

@@ -10,7 +10,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use ebpf_global_svc_abi::{
-    BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey, FragmentValue,
+    AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey, FragmentValue,
     IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue,
     ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
 };
@@ -43,6 +43,9 @@ pub static SLOT: HashMap<SlotKey, u32, 1, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "cm_backend")]
 pub static BACKEND: HashMap<u32, BackendValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
 
 #[btf_map(name = "cm_sock_rev")]
 pub static SOCK_REV: LruHashMap<SockRevKey, SockRevValue, 1> = LruHashMap::new();

@@ -13,6 +13,7 @@ use ebpf_global_svc_abi::{
 };
 
 use crate::{
+    affinity,
     counters::count,
     maps::{BACKEND, CLUSTER, SERVICE, SLOT},
 };
@@ -21,8 +22,8 @@ use crate::{
 /// that the service really has nothing to offer.
 const ATTEMPTS: u32 = 4;
 
-const NO_BACKEND: BackendValue =
-    BackendValue { ip: [0; 16], cluster: 0, port: 0, proto: 0, family: 0, state: 0, flags: 0, generation: 0 };
+/// Never allocated as the ID of a backend.
+const NO_BACKEND: u32 = 0;
 
 /// What became of a frontend.
 pub enum Selection {
@@ -34,12 +35,13 @@ pub enum Selection {
     Backend { backend: BackendValue, service: u32 },
 }
 
-/// Chooses a backend. The same `seed` gives the same backend as long as the service does not change.
+/// Chooses a backend. The same `seed` gives the same backend as long as the service does not change, and so does
+/// the same `client` if the service has session affinity.
 #[inline(always)]
-pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
-    // Not an option: the compiler leaves what it would hold unwritten, and reads it ahead of the test, which
-    // kernels before 6.3 refuse.
-    let (mut terminating, mut service_of_it, mut is_one) = (NO_BACKEND, 0, false);
+pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Selection {
+    // No options, and IDs rather than backends: the compiler leaves unwritten what an option would hold, and reads it
+    // ahead of the test, which kernels before 6.3 refuse; and the stack is full.
+    let (mut terminating, mut service_of_it) = (NO_BACKEND, 0);
     for attempt in 0..ATTEMPTS {
         // SAFETY: the element stays readable until the program ends; what it holds is checked below.
         let Some(service) = (unsafe { SERVICE.get(frontend) }) else {
@@ -49,6 +51,18 @@ pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
         let random = mix(seed ^ service_id.wrapping_add(attempt));
         let Some(group) = choose_group(service, random) else { break };
 
+        let timeout = service.affinity_timeout;
+        let bound = if timeout != 0 && attempt == 0 { affinity::bound(client(), service_id, timeout) } else { NO_BACKEND };
+        if bound != NO_BACKEND {
+            if let Some(backend) = backend(bound, frontend)
+                && affinity::is_usable(&backend, group.rank >= rank::DRAINING)
+            {
+                count(reason::LB_SELECTED, 0);
+                count(reason::LB_AFFINITY, 0);
+                return Selection::Backend { backend, service: service_id };
+            }
+            continue;
+        }
         let slot = SlotKey {
             service: service_id,
             slot: below(mix(random ^ 0x9e37_79b9), group.count),
@@ -59,32 +73,38 @@ pub fn select(frontend: &ServiceKey, seed: u32) -> Selection {
             Some(backend) if backend.state == backend_state::ACTIVE => {
                 count(reason::LB_SELECTED, 0);
                 count_rank(group.rank);
+                if timeout != 0 && affinity::can_bind(&backend) {
+                    affinity::bind(client(), service_id, backend.generation);
+                }
                 return Selection::Backend { backend, service: service_id };
             }
             // Serves until it is gone: better than refusing, if nothing else turns up.
             Some(backend) => {
-                terminating = backend;
+                terminating = backend.generation;
                 service_of_it = service_id;
-                is_one = true;
             }
             None => count(reason::LB_NO_BACKEND_SLOT, 0),
         }
     }
-    if is_one {
+    if terminating != NO_BACKEND
+        && let Some(backend) = backend(terminating, frontend)
+    {
         count(reason::LB_SELECTED, 0);
-        return Selection::Backend { backend: terminating, service: service_of_it };
+        return Selection::Backend { backend, service: service_of_it };
     }
     count(reason::LB_NO_BACKEND, 0);
     Selection::NoBackend
 }
 
-/// How good a group is; a group counts only while there is none of a better rank.
+/// How good a group is, less is better; a group counts only while there is none of a better rank.
 mod rank {
-    pub const WEIGHTED: u32 = 0;
+    /// Of all groups of a tier, those without weight come last.
     pub const STANDBY: u32 = 1;
-    pub const DRAINING: u32 = 2;
-    // DRAINING + STANDBY is 3.
-    pub const NONE: u32 = 4;
+    /// For each tier.
+    pub const TIER: u32 = 2;
+    /// After all tiers of healthy clusters.
+    pub const DRAINING: u32 = 256 * TIER;
+    pub const NONE: u32 = 2 * DRAINING;
 }
 
 /// The state of drawing a group.
@@ -120,13 +140,15 @@ extern "C" fn consider(n: u32, draw: *mut c_void) -> i64 {
     let draw = unsafe { &mut *draw.cast::<Draw<'_>>() };
     let Some(group) = draw.service.groups.get(n as usize) else { return 1 };
     let Some(cluster) = CLUSTER.get(group.cluster.into()) else { return 0 };
-    if group.count == 0 || cluster.state > cluster_state::DRAINING {
+    let count = group.count();
+    if count == 0 || cluster.state > cluster_state::DRAINING {
         return 0;
     }
     // Healthy and draining are 0 and 1.
+    let best = cluster.state * rank::DRAINING + u32::from(group.tier()) * rank::TIER;
     let (rank, share) = match group.weight {
-        0 => (cluster.state * rank::DRAINING + rank::STANDBY, group.count),
-        weight => (cluster.state * rank::DRAINING, weight.into()),
+        0 => (best + rank::STANDBY, count),
+        weight => (best, weight.into()),
     };
     if rank > draw.rank {
         return 0;
@@ -139,7 +161,7 @@ extern "C" fn consider(n: u32, draw: *mut c_void) -> i64 {
     draw.random = mix(draw.random);
     if below(draw.random, draw.total) < share {
         draw.cluster = group.cluster;
-        draw.count = group.count;
+        draw.count = count;
     }
     0
 }
@@ -147,8 +169,13 @@ extern "C" fn consider(n: u32, draw: *mut c_void) -> i64 {
 /// The backend in a slot, copied. `None` if the slot or the backend is being replaced.
 #[inline(always)]
 fn backend_of(slot: &SlotKey, frontend: &ServiceKey) -> Option<BackendValue> {
-    // SAFETY: read once; a recycled element yields another ID, whose backend is checked below.
-    let id = *unsafe { SLOT.get(slot) }?;
+    // SAFETY: read once; a recycled element yields another ID, whose backend is checked.
+    backend(*unsafe { SLOT.get(slot) }?, frontend)
+}
+
+/// The backend of an ID, copied. `None` if it is gone or being replaced.
+#[inline(always)]
+pub fn backend(id: u32, frontend: &ServiceKey) -> Option<BackendValue> {
     // SAFETY: copied at once.
     let backend = *unsafe { BACKEND.get(id) }?;
     // A freed element may hold another backend already. And a frontend never turns into another
@@ -160,10 +187,10 @@ fn backend_of(slot: &SlotKey, frontend: &ServiceKey) -> Option<BackendValue> {
 
 #[inline(always)]
 fn count_rank(rank: u32) {
-    match rank {
-        rank::WEIGHTED => {}
-        rank::STANDBY => count(reason::LB_STANDBY, 0),
-        _ => count(reason::LB_DRAINING, 0),
+    if rank >= rank::DRAINING {
+        count(reason::LB_DRAINING, 0);
+    } else if rank & rank::STANDBY != 0 {
+        count(reason::LB_STANDBY, 0);
     }
 }
 

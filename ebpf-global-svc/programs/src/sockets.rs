@@ -11,7 +11,7 @@ use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
-    helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -94,7 +94,10 @@ fn to_backend<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
         TCP => unsafe { bpf_get_prandom_u32() },
         _ => mix(cookie as u32 ^ mix((cookie >> 32) as u32)),
     };
-    match select(&frontend, seed) {
+    // To a service a pod is one client, whichever of its sockets calls.
+    // SAFETY: the context is the program's own.
+    let client = || unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+    match select(&frontend, seed, client) {
         Selection::NotAService => PROCEED,
         Selection::NoBackend => {
             // What a host without a listener says: clients retry or fail over at once.

@@ -191,7 +191,7 @@ mod tests {
         let name = format!("clustermesh-test-{}-filter", std::process::id());
         let netns = Netns::new(&name);
         let options = DatapathOptions {
-            sizes: MapSizes { sock_rev: 64, overlay_rx: 64, ct: 64, ..MapSizes::default() },
+            sizes: MapSizes { affinity: 64, sock_rev: 64, overlay_rx: 64, ct: 64, ..MapSizes::default() },
             ..DatapathOptions::new(format!("/sys/fs/bpf/{name}"), 1)
         };
         let _root = Root(&options.bpf_root);

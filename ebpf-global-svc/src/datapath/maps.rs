@@ -12,10 +12,10 @@ use super::pins::Pins;
 use crate::{
     DatapathError, MapSizes,
     abi::{
-        BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey,
-        FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain,
-        PolicyKey, PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION, ServiceKey, ServiceValue, SlotKey,
-        SockRevKey, SockRevValue, VerdictKey,
+        AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue,
+        EndpointValue, FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey,
+        NodeValue, OverlayKey, Plain, PolicyKey, PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION,
+        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
     },
     sys,
 };
@@ -31,7 +31,7 @@ pub(super) struct MapSpec {
 }
 
 /// How many maps there are.
-pub(super) const MAPS: usize = 17;
+pub(super) const MAPS: usize = 18;
 
 /// All maps of the programs.
 pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
@@ -45,6 +45,7 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
         spec::<ServiceKey, ServiceValue>("cm_service", MapType::Hash, sizes.service),
         spec::<SlotKey, u32>("cm_slot", MapType::Hash, sizes.slot),
         spec::<u32, BackendValue>("cm_backend", MapType::Hash, sizes.backend),
+        spec::<AffinityKey, AffinityValue>("cm_affinity", MapType::LruHash, sizes.affinity),
         spec::<SockRevKey, SockRevValue>("cm_sock_rev", MapType::LruHash, sizes.sock_rev),
         spec::<u32, Counter>("cm_metrics", MapType::PerCpuArray, MAX_REASONS),
         spec::<OverlayKey, Counter>("cm_overlay_rx", MapType::LruPerCpuHash, sizes.overlay_rx),

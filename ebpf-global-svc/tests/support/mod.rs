@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its part")]
 
 pub mod pair;
+pub mod sockets;
 
 use std::{
     fs::{self, File},
@@ -21,8 +22,8 @@ use aya::util::KernelVersion;
 use ebpf_global_svc::{
     Datapath, DatapathOptions, MapSizes, Tables,
     abi::{
-        BackendValue, EndpointValue, FAMILY_V4, FAMILY_V6, Group, IpKey, IpValue, MAX_GROUPS, NodeKey,
-        NodeValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+        BACKEND_EXCLUSIVE, BackendValue, EndpointValue, FAMILY_V4, FAMILY_V6, Group, IpKey, IpValue,
+        MAX_GROUPS, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
     },
 };
 
@@ -89,6 +90,7 @@ pub const SMALL: MapSizes = MapSizes {
     service: 1_024,
     slot: 4_096,
     backend: 4_096,
+    affinity: 1_024,
     sock_rev: 1_024,
     overlay_rx: 1_024,
     policy: 16_384,
@@ -300,19 +302,26 @@ impl Service<'_> {
 
     /// Installs it in the order that the agent keeps: backends, slots, service.
     pub fn install(&self, cluster: u16, tables: &mut Tables) {
+        self.install_as(cluster, tables, 0, |_| 0);
+    }
+
+    /// Installs it with session affinity, in its units, and with the tiers of its clusters.
+    pub fn install_as(&self, cluster: u16, tables: &mut Tables, affinity: u16, tier: impl Fn(u16) -> u8) {
         let mut value = ServiceValue {
             id: self.id,
             n_groups: u16::try_from(self.groups.len()).unwrap(),
-            flags: 0,
+            affinity_timeout: affinity,
             groups: [Group::default(); MAX_GROUPS],
         };
         for (group, (from, weight, backends)) in value.groups.iter_mut().zip(self.groups) {
             for (slot, (id, ip, port)) in (0..).zip(*backends) {
-                tables.backend.upsert(&[(*id, self.backend(*id, *from, *ip, *port))]).unwrap();
+                let flags = if affinity == 0 { 0 } else { BACKEND_EXCLUSIVE };
+                let backend = BackendValue { flags, ..self.backend(*id, *from, *ip, *port) };
+                tables.backend.upsert(&[(*id, backend)]).unwrap();
                 let key = SlotKey { service: self.id, slot, cluster: *from, pad: 0 };
                 tables.slot.upsert(&[(key, *id)]).unwrap();
             }
-            *group = Group { cluster: *from, weight: *weight, count: u32::try_from(backends.len()).unwrap() };
+            *group = Group::new(*from, *weight, tier(*from), u32::try_from(backends.len()).unwrap());
         }
         tables.service.upsert(&[(self.key(cluster), value)]).unwrap();
     }

@@ -3,13 +3,14 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::balancing::{Balancing, WireBalancing};
 use super::json::{self, null_is_empty};
 use super::{PortMap, Protocol, Record, RecordError, net, port};
 use crate::cluster::NamespacedName;
 use crate::key::Kind;
 
 /// A service of the own cluster, with all that agents of that cluster need to know and that the record
-/// for other clusters ([`super::Service`]) cannot say: affinity and the condition of each backend.
+/// for other clusters ([`super::Service`]) cannot say: how calls are spread, and the condition of each backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalService {
     /// Name of the cluster.
@@ -28,6 +29,8 @@ pub struct LocalService {
     pub affinity: Affinity,
     /// With [`Affinity::Local`]: calls leave the cluster gradually.
     pub failover: Option<Failover>,
+    /// How calls are spread beyond that.
+    pub balancing: Balancing,
     /// Without cluster IP.
     pub headless: bool,
     /// Cluster IPs with the service's ports.
@@ -102,6 +105,7 @@ impl Record for LocalService {
             private: wire.private,
             affinity: wire.affinity,
             failover: wire.failover.map(Failover::check).transpose()?,
+            balancing: Balancing::decode(wire.balancing)?,
             headless: wire.headless,
             frontends: net::by_address("frontends", wire.frontends, decode_ports)?,
             backends: wire.backends.into_iter().map(LocalBackend::decode).collect::<Result<_, _>>()?,
@@ -123,6 +127,7 @@ impl Record for LocalService {
             private: self.private,
             affinity: self.affinity,
             failover: self.failover,
+            balancing: self.balancing.encode(),
             headless: self.headless,
             frontends: net::by_text(&self.frontends, encode_ports),
             backends: self.backends.iter().map(LocalBackend::encode).collect(),
@@ -179,6 +184,8 @@ struct Wire {
     affinity: Affinity,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failover: Option<Failover>,
+    #[serde(default, skip_serializing_if = "WireBalancing::is_default")]
+    balancing: WireBalancing,
     #[serde(default)]
     headless: bool,
     #[serde(default, deserialize_with = "null_is_empty")]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use aya::maps::{self, Map, MapData, MapError};
-use ebpf_global_svc_abi::{FAMILY_V4, Group, IpKey, IpValue, ServiceKey, ServiceValue};
+use ebpf_global_svc_abi::{FAMILY_V4, Group, IpKey, IpValue, MAX_SLOTS, ServiceKey, ServiceValue};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// The kernel makes some 0.1 ms of it.
@@ -151,7 +151,7 @@ fn backends(value: &[u8; size_of::<ServiceValue>()], cluster: u16) -> u32 {
     let n = usize::from(half(value, offset_of!(ServiceValue, n_groups)));
     let groups = (0..n).map(|n| offset_of!(ServiceValue, groups) + n * size_of::<Group>());
     let of = |group: &usize| half(value, group + offset_of!(Group, cluster)) == cluster;
-    groups.filter(of).map(|group| word(value, group + offset_of!(Group, count))).sum()
+    groups.filter(of).map(|group| word(value, group + offset_of!(Group, slots)) & MAX_SLOTS).sum()
 }
 
 fn put(bytes: &mut [u8], at: usize, field: &[u8]) {
@@ -182,7 +182,11 @@ mod tests {
         for (n, (cluster, count)) in [(7_u16, 70_u32), (9, 90), (11, 110)].into_iter().enumerate() {
             let group = offset_of!(ServiceValue, groups) + n * size_of::<Group>();
             put(&mut value, group + offset_of!(Group, cluster), &cluster.to_ne_bytes());
-            put(&mut value, group + offset_of!(Group, count), &count.to_ne_bytes());
+            put(
+                &mut value,
+                group + offset_of!(Group, slots),
+                &Group::new(cluster, 1, 3, count).slots.to_ne_bytes(),
+            );
         }
         assert_eq!([7, 9, 11].map(|cluster| backends(&value, cluster)), [70, 90, 0]);
     }

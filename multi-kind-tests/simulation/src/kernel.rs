@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
 use ebpf_global_svc::abi::{
-    BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue,
-    PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+    BackendValue, ClusterState, EndpointValue, Group, IpKey, IpValue, NodeKey, NodeValue, PolicyKey,
+    PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
 };
-use ebpf_global_svc::table::{Cursor, Table};
+use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
 
 use crate::broken::{self, Broken};
@@ -113,7 +113,7 @@ impl Kernel {
     /// Addresses and ports that a value leads to, by cluster, with the slots as they are now.
     fn backends_of(&self, value: &ServiceValue) -> BTreeMap<u16, BTreeSet<([u8; 16], u16)>> {
         let groups = value.groups[..usize::from(value.n_groups)].iter().map(|group| {
-            let slots = (0..group.count).filter_map(|slot| {
+            let slots = (0..group.count()).filter_map(|slot| {
                 let key = SlotKey { service: value.id, slot, cluster: group.cluster, pad: 0 };
                 let backend = self.backends.get(self.slots.get(&key)?)?;
                 Some((backend.ip, backend.port))
@@ -124,14 +124,14 @@ impl Kernel {
     }
 
     /// What a program that selects a backend of `service` could come to, by cluster.
-    pub fn reachable(&self, service: &ServiceKey) -> Option<BTreeMap<u16, (u16, Vec<BackendValue>)>> {
+    pub fn reachable(&self, service: &ServiceKey) -> Option<BTreeMap<u16, (Group, Vec<BackendValue>)>> {
         let value = self.services.get(service)?;
         let groups = value.groups[..usize::from(value.n_groups)].iter().map(|group| {
-            let slots = (0..group.count).filter_map(|slot| {
+            let slots = (0..group.count()).filter_map(|slot| {
                 let key = SlotKey { service: value.id, slot, cluster: group.cluster, pad: 0 };
                 self.backends.get(self.slots.get(&key)?).copied()
             });
-            (group.cluster, (group.weight, slots.collect()))
+            (group.cluster, (*group, slots.collect()))
         });
         Some(groups.collect())
     }
@@ -150,7 +150,7 @@ impl Kernel {
     /// What slots a program may still follow is not looked at.
     fn free_surplus(&mut self, value: &ServiceValue) {
         let groups = &value.groups[..usize::from(value.n_groups)];
-        let count = |cluster| groups.iter().find(|g| g.cluster == cluster).map_or(0, |g| g.count);
+        let count = |cluster| groups.iter().find(|g| g.cluster == cluster).map_or(0, |g| g.count());
         let surplus = |key: &SlotKey| key.service == value.id && key.slot >= count(key.cluster);
         self.slots.retain(|key, _| !surplus(key));
         let id = value.id;
@@ -164,7 +164,7 @@ impl Kernel {
     /// Whether a program that read `value` finds what it counts.
     fn check_value(&mut self, value: &ServiceValue) {
         for group in &value.groups[..usize::from(value.n_groups)] {
-            for slot in 0..group.count {
+            for slot in 0..group.count() {
                 let key = SlotKey { service: value.id, slot, cluster: group.cluster, pad: 0 };
                 let backend = self.slots.get(&key).map(|id| (*id, self.backends.get(id)));
                 let problem = match backend {
@@ -482,5 +482,7 @@ pub fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         cluster: checked::<ClusterMap>(kernel),
         policy: checked::<PolicyMap>(kernel),
         cidr: checked::<RangeMap>(kernel),
+        // Programs write it, and there are none here.
+        affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
     }
 }

@@ -10,8 +10,8 @@ use clustermesh_apiserver::objects::{
 };
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::record::{
-    Affinity, LabelSelector, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection, Protocol, Requirement,
-    Traffic,
+    Affinity, Balancing, LabelSelector, Nearness, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection,
+    Protocol, Requirement, Traffic,
 };
 use rand::Rng as _;
 use rand::rngs::SmallRng;
@@ -42,6 +42,8 @@ pub struct Truth {
 pub struct NodeTruth {
     /// It has an address of its own in the pod network.
     pub has_mesh_ip: bool,
+    /// Its failure zone.
+    pub zone: Option<u8>,
 }
 
 /// A pod.
@@ -66,6 +68,14 @@ pub struct ServiceTruth {
     pub shared: bool,
     /// Whom callers prefer.
     pub affinity: Affinity,
+    /// Seconds that a client keeps its backend.
+    pub session: Option<u32>,
+    /// The cluster, by its place, that is used before all others.
+    pub first: Option<usize>,
+    /// The cluster, by its place, that gets all calls of a tier that it can answer.
+    pub only: Option<usize>,
+    /// Which backends at home are called.
+    pub nearness: Nearness,
 }
 
 /// Who may reach the pods of a service at home, and who may not for all that others say.
@@ -115,7 +125,7 @@ impl Truth {
     pub fn new(net: u8, rng: &mut SmallRng) -> Self {
         let mut truth = Self {
             net,
-            nodes: [(1, NodeTruth { has_mesh_ip: true })].into(),
+            nodes: [(1, NodeTruth { has_mesh_ip: true, zone: Some(1) })].into(),
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
             policies: BTreeMap::new(),
@@ -141,8 +151,13 @@ impl Truth {
                 vec![Change::Upsert(self.policy(number))]
             }
             0 => {
+                let zone = rng.random_bool(0.8).then(|| rng.random_range(1..3));
+                if rng.random_bool(0.2) {
+                    self.nodes.insert(1, NodeTruth { has_mesh_ip: true, zone });
+                    return vec![Change::Upsert(self.node(1))];
+                }
                 if self.nodes.remove(&2).is_none() {
-                    self.nodes.insert(2, NodeTruth { has_mesh_ip: rng.random_bool(0.5) });
+                    self.nodes.insert(2, NodeTruth { has_mesh_ip: rng.random_bool(0.5), zone });
                     return vec![Change::Upsert(self.node(2))];
                 }
                 vec![deleted(ObjectKind::Node, "", node_name(2))]
@@ -160,6 +175,15 @@ impl Truth {
                     global,
                     shared: global && rng.random_bool(0.85),
                     affinity: if global { affinity } else { Affinity::None },
+                    session: rng.random_bool(0.3).then_some(61),
+                    first: (global && rng.random_bool(0.25)).then(|| rng.random_range(0..NAMES.len())),
+                    only: (global && rng.random_bool(0.15)).then(|| rng.random_range(0..NAMES.len())),
+                    nearness: match rng.random_range(0..8) {
+                        0 => Nearness::PreferNode,
+                        1 => Nearness::OnlyNode,
+                        2 => Nearness::PreferZone,
+                        _ => Nearness::Any,
+                    },
                 };
                 self.services.insert(number, service);
                 vec![Change::Upsert(self.service(number))]
@@ -238,15 +262,34 @@ impl Truth {
         self.pods.values().filter(move |pod| pod.app == service && pod.ready).map(|pod| self.pod_ip(pod))
     }
 
+    /// Those of them that the cluster's own callers on a node are to use.
+    pub fn near(&self, number: u8, node: u8) -> BTreeSet<IpAddr> {
+        let service = &self.services[&number];
+        let zone = |node| self.nodes.get(&node).and_then(|node| node.zone);
+        let backends = |which: &dyn Fn(&PodTruth) -> bool| -> BTreeSet<IpAddr> {
+            let pods = self.pods.values().filter(|pod| pod.app == number && pod.ready && which(pod));
+            pods.map(|pod| self.pod_ip(pod)).collect()
+        };
+        let on_node = backends(&|pod| pod.node == node);
+        let in_zone = backends(&|pod| zone(node).is_some() && zone(pod.node) == zone(node));
+        match service.nearness {
+            Nearness::OnlyNode => on_node,
+            Nearness::PreferNode if !on_node.is_empty() => on_node,
+            Nearness::PreferNode | Nearness::PreferZone if !in_zone.is_empty() => in_zone,
+            _ => backends(&|_| true),
+        }
+    }
+
     fn node(&self, node: u8) -> Object {
-        let mesh_ips = self.nodes.get(&node).filter(|node| node.has_mesh_ip).map(|_| self.mesh_ip(node));
+        let truth = self.nodes[&node];
+        let zone = truth.zone.map(|zone| ("topology.kubernetes.io/zone".to_owned(), format!("z{zone}")));
         Object::Node(Arc::new(Node {
             name: node_name(node),
-            labels: BTreeMap::new(),
+            labels: zone.into_iter().collect(),
             annotations: BTreeMap::new(),
             internal_ips: vec![self.node_ip(node)],
             external_ips: Vec::new(),
-            cilium_internal_ips: mesh_ips.into_iter().collect(),
+            cilium_internal_ips: truth.has_mesh_ip.then(|| self.mesh_ip(node)).into_iter().collect(),
             ipv4_health_ip: None,
             ipv6_health_ip: None,
             pod_cidrs: format!("10.{}.{node}.0/24", self.net).parse().into_iter().collect(),
@@ -291,6 +334,7 @@ impl Truth {
 
     fn service(&self, number: u8) -> Object {
         let service = &self.services[&number];
+        let cluster = |place: usize| NAMES[place].parse().ok();
         Object::Service(Arc::new(Service {
             name: name(service_name(number)),
             labels: BTreeMap::new(),
@@ -310,6 +354,12 @@ impl Truth {
             shared: service.shared,
             affinity: service.affinity,
             failover_threshold: None,
+            balancing: Balancing {
+                session: service.session,
+                order: service.first.and_then(cluster).map(|name| [name].into()).into_iter().collect(),
+                weights: service.only.and_then(cluster).map(|name| (name, 100)).into_iter().collect(),
+                nearness: service.nearness,
+            },
         }))
     }
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use agent_sync::wire_key;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
-use clustermesh_kvstore::record::{Affinity, IpRecord, Record as _};
+use clustermesh_kvstore::record::{Affinity, IpRecord, Nearness, Record as _};
 use ebpf_global_svc::abi::{
     ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, IpKey, POLICY_DENY, backend_state, cluster_state,
     direction,
@@ -153,6 +153,9 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
     Ok(())
 }
 
+/// Of a cluster in a service: its tier, whether it has a weight, and its backends.
+type Part = (u8, bool, BTreeSet<IpAddr>);
+
 fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
     let own = &world.truths[agent.home];
     let kernel = agent.kernel();
@@ -164,16 +167,30 @@ fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
             let there = &world.truths[place];
             let offers = place == agent.home
                 || service.global
+                    && service.nearness != Nearness::OnlyNode
                     && there.services.get(number).is_some_and(|other| other.global && other.shared);
-            let backends: BTreeSet<IpAddr> = there.backends(*number).filter(|_| offers).collect();
+            let backends: BTreeSet<IpAddr> = match place == agent.home {
+                true => there.near(*number, agent.node),
+                false => there.backends(*number).filter(|_| offers).collect(),
+            };
             let preferred = match service.affinity {
+                _ if service.only.is_some() => service.only == Some(place),
+                _ if service.first.is_some() => true,
                 Affinity::None => true,
                 Affinity::Local => place == agent.home,
                 Affinity::Remote => place != agent.home,
             };
             if !backends.is_empty() {
-                groups.insert(exporter.id().get(), (preferred, backends));
+                let tier = u8::from(service.first.is_some_and(|first| first != place));
+                groups.insert(exporter.id().get(), (tier, preferred, backends));
             }
+        }
+        let timeout = kernel.services.get(&key).map(|value| u32::from(value.affinity_timeout) * 2);
+        if timeout.is_some_and(|timeout| timeout != service.session.map_or(0, |seconds| seconds + 1)) {
+            return Err(format!(
+                "I1: clients of {key:?} are bound for {timeout:?} s, not {:?}",
+                service.session
+            ));
         }
         wanted.insert(key, groups);
     }
@@ -181,11 +198,11 @@ fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
         return Err(format!("I1: frontend {key:?} is nobody's"));
     }
     for (key, groups) in wanted {
-        let found: Option<BTreeMap<u16, (bool, BTreeSet<IpAddr>)>> = kernel.reachable(&key).map(|found| {
-            let groups = found.into_iter().map(|(cluster, (weight, backends))| {
+        let found: Option<BTreeMap<u16, Part>> = kernel.reachable(&key).map(|found| {
+            let groups = found.into_iter().map(|(cluster, (group, backends))| {
                 let active = backends.iter().filter(|b| b.state == backend_state::ACTIVE);
                 let ips = active.filter_map(|b| wire_key::address(b.family, b.ip)).collect();
-                (cluster, (weight > 0, ips))
+                (cluster, (group.tier(), group.weight > 0, ips))
             });
             groups.collect()
         });
@@ -197,7 +214,7 @@ fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
         .services
         .values()
         .flat_map(|v| &v.groups[..usize::from(v.n_groups)])
-        .map(|g| g.count as usize)
+        .map(|g| g.count() as usize)
         .sum();
     if kernel.slots.len() != slots {
         return Err(format!("{} slots remain, {slots} are in use", kernel.slots.len()));

@@ -2,7 +2,7 @@
 
 use super::CallReport;
 use serde::Deserialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Default: every call is answered, by anybody, from the address that was called.
 #[derive(Clone, Debug, Deserialize)]
@@ -20,6 +20,9 @@ pub struct Expect {
     /// Each of `clusters` gives at least this part of the answers (0 to 1).
     #[serde(default)]
     pub min_share: f64,
+    /// Of these clusters each gives this part of the answers (0 to 1), give or take 0.1.
+    #[serde(default)]
+    pub shares: BTreeMap<String, f64>,
     /// So many different pods answer.
     #[serde(default)]
     pub pods: Option<usize>,
@@ -28,6 +31,9 @@ pub struct Expect {
     pub same_peer: bool,
 }
 
+/// With 1000 calls and a share of 0.8 more than seven standard deviations.
+const TOLERANCE: f64 = 0.1;
+
 impl Default for Expect {
     fn default() -> Self {
         Self {
@@ -35,6 +41,7 @@ impl Default for Expect {
             nobody: false,
             clusters: Vec::new(),
             min_share: 0.0,
+            shares: BTreeMap::new(),
             pods: None,
             same_peer: true,
         }
@@ -76,6 +83,14 @@ impl Expect {
                     .push(format!("{cluster} gave {share:.2} of the answers, expected {}", self.min_share));
             }
         }
+        for (cluster, expected) in &self.shares {
+            let count = report.by_cluster.get(cluster).copied().unwrap_or(0);
+            #[expect(clippy::cast_precision_loss, reason = "shares of a few thousand calls")]
+            let share = count as f64 / answered as f64;
+            if answered == 0 || (share - expected).abs() > TOLERANCE {
+                differences.push(format!("{cluster} gave {share:.2} of the answers, expected {expected}"));
+            }
+        }
         if let Some(pods) = self.pods
             && report.by_pod.len() != pods
         {
@@ -108,6 +123,18 @@ mod tests {
 
     fn both(min_share: f64) -> Expect {
         Expect { clusters: vec!["alpha".into(), "beta".into()], min_share, ..Expect::default() }
+    }
+
+    #[test]
+    fn shares_have_a_tolerance_and_need_answers() {
+        let of = |alpha: f64, beta: f64| Expect {
+            shares: [("alpha".to_owned(), alpha), ("beta".to_owned(), beta)].into(),
+            ..Expect::default()
+        };
+        assert_eq!(of(0.8, 0.2).differences(&report(75, 25, 0)).len(), 0);
+        assert_eq!(of(0.8, 0.2).differences(&report(60, 40, 0)).len(), 2);
+        assert_eq!(of(1.0, 0.0).differences(&report(10, 0, 0)).len(), 0);
+        assert!(of(0.0, 0.0).differences(&report(0, 0, 0)).len() > 2, "nobody has answered");
     }
 
     #[test]

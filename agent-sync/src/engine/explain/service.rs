@@ -1,8 +1,10 @@
 //! Why backends of a service are used, or are not.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use clustermesh_kvstore::cluster::{ClusterId, NamespacedName};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, NamespacedName};
+use clustermesh_kvstore::record::{Affinity, Balancing, LocalService, Nearness};
 use ebpf_global_svc::DatapathError;
 use ebpf_global_svc::abi::{MAX_GROUPS, ServiceValue, SlotKey};
 
@@ -27,6 +29,7 @@ impl Engine {
                 local.affinity,
                 in_use(local.backends.iter().map(|backend| backend.ip), used)
             ));
+            part.why.extend(balancing(local));
             if local.private {
                 part.why.push(
                     "its namespace is not global: other clusters do not know of it and contribute nothing"
@@ -47,6 +50,9 @@ impl Engine {
                 part.why.push("not used: the namespace is not global in this cluster".into());
             }
             Some(local) if !local.global => part.why.push("not used: the local service is not global".into()),
+            Some(local) if local.balancing.nearness == Nearness::OnlyNode => {
+                part.why.push("not used: internalTrafficPolicy is Local: calls stay on their node".into());
+            }
             Some(_) if !shared => part.why.push("not used: it is not shared".into()),
             Some(local) => {
                 let names: Vec<&str> =
@@ -104,6 +110,44 @@ impl Engine {
     }
 }
 
+/// What the service says of how its calls are spread.
+fn balancing(service: &LocalService) -> Vec<String> {
+    let Balancing { session, order, weights, nearness } = &service.balancing;
+    let mut why = Vec::new();
+    if let Some(seconds) = session {
+        why.push(format!(
+            "session affinity: a client keeps its backend until it has not called for {seconds} s"
+        ));
+    }
+    let names =
+        |tier: &BTreeSet<ClusterName>| tier.iter().map(ClusterName::as_str).collect::<Vec<_>>().join(" and ");
+    if !order.is_empty() {
+        let tiers: Vec<_> = order.iter().map(names).collect();
+        why.push(format!("cluster-order: {}, then all others", tiers.join(", then ")));
+    }
+    if !weights.is_empty() {
+        let shares: Vec<_> = weights.iter().map(|(name, weight)| format!("{name} {weight}")).collect();
+        why.push(format!("cluster-weights: {}; all others stand by", shares.join(", ")));
+    }
+    if service.balancing.names_clusters() && service.affinity != Affinity::None {
+        why.push("the affinity is not used: the annotation that names clusters decides".into());
+    }
+    why.extend(
+        match nearness {
+            Nearness::Any => None,
+            Nearness::PreferZone => {
+                Some("of this cluster's backends only those of the node's zone, if it has any")
+            }
+            Nearness::PreferNode => {
+                Some("of this cluster's backends only those of the node, else of its zone, if any")
+            }
+            Nearness::OnlyNode => Some("internalTrafficPolicy is Local: only backends of the node"),
+        }
+        .map(str::to_owned),
+    );
+    why
+}
+
 /// `4 backends, 3 in use`; of a service with both families by family, if fewer of one are in use.
 fn in_use(backends: impl Iterator<Item = IpAddr>, used: InUse) -> String {
     let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = backends.partition(IpAddr::is_ipv4);
@@ -119,6 +163,6 @@ fn slots_of(value: &ServiceValue) -> impl Iterator<Item = SlotKey> + use<> {
     let groups = value.groups;
     let count = usize::from(value.n_groups).min(MAX_GROUPS);
     groups.into_iter().take(count).flat_map(move |group| {
-        (0..group.count).map(move |slot| SlotKey { service, slot, cluster: group.cluster, pad: 0 })
+        (0..group.count()).map(move |slot| SlotKey { service, slot, cluster: group.cluster, pad: 0 })
     })
 }

@@ -2,12 +2,13 @@
 
 mod places;
 mod plan;
+mod shares;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
-use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::LocalService;
+use clustermesh_kvstore::cluster::{ClusterName, NamespacedName};
+use clustermesh_kvstore::record::{LocalService, Nearness};
 use ebpf_global_svc::abi::ServiceKey;
 use ipnet::IpNet;
 
@@ -18,7 +19,7 @@ use places::Places;
 use plan::{Inputs, Planned, Remote, plan};
 
 pub use plan::LeftOut;
-pub(super) use plan::{Contested, Standing};
+pub(super) use plan::{Contested, Here, Standing};
 
 /// Plans of all frontends; recomputes those whose inputs changed.
 #[derive(Debug)]
@@ -89,6 +90,11 @@ impl Services {
         }
     }
 
+    /// The own cluster's service is to be looked at again: what it depends on besides may have changed.
+    pub(super) fn again(&mut self, own: &LocalService) {
+        self.dirty.extend(frontends(self.own, own));
+    }
+
     /// Everything that another cluster contributes may have changed.
     pub(super) fn all_changed(&mut self) {
         self.dirty.extend(self.plans.keys().copied());
@@ -136,12 +142,18 @@ impl Services {
     pub(super) fn compute(
         &mut self,
         clusters: &BTreeMap<u16, Records>,
+        names: &BTreeMap<u16, ClusterName>,
+        here: Here<'_>,
         standing: impl Fn(u16, IpAddr) -> Standing,
     ) -> Vec<(ServiceKey, Option<ServicePlan>)> {
         let mut changes = Vec::new();
         for key in std::mem::take(&mut self.dirty) {
+            if self.waits_for_zone(&key, clusters, here) {
+                self.dirty.insert(key);
+                continue;
+            }
             let Planned { plan: after, left_out, contested, elsewhere } =
-                self.compute_one(&key, clusters, &standing);
+                self.compute_one(&key, clusters, names, here, &standing);
             self.places.left_out(&key, elsewhere.into_iter().collect());
             self.note_contested(key, contested);
             if left_out == LeftOut::default() {
@@ -194,19 +206,20 @@ impl Services {
         &self,
         key: &ServiceKey,
         clusters: &BTreeMap<u16, Records>,
+        names: &BTreeMap<u16, ClusterName>,
+        here: Here<'_>,
         standing: impl Fn(u16, IpAddr) -> Standing,
     ) -> Planned {
         let own_records = clusters.get(&self.own);
-        let owner = self.owners.get(key).and_then(BTreeSet::first);
-        let own = owner.and_then(|name| own_records?.local_services.get(name));
-        let Some(own) = own else {
+        let Some(own) = self.owner(key, clusters) else {
             // Until the own cluster has told all its services, what was installed stays as it is.
             let synced = own_records.is_some_and(|records| records.local_services.is_synced());
             let plan = self.restored.get(key).filter(|_| !synced).cloned();
             return Planned { plan, ..Planned::default() };
         };
         let mut remotes = BTreeMap::new();
-        if own.global {
+        // With such a policy a call stays on its node.
+        if own.global && own.balancing.nearness != Nearness::OnlyNode {
             for (cluster, records) in clusters.iter().filter(|(cluster, _)| **cluster != self.own) {
                 if let Some(service) = records.services.get(&own.name) {
                     if service.shared {
@@ -216,13 +229,28 @@ impl Services {
                     let restored = self.restored.get(key);
                     let group = restored.and_then(|plan| plan.groups.iter().find(|g| g.cluster == *cluster));
                     if let Some(group) = group {
-                        remotes.insert(*cluster, Remote::Restored(&group.backends));
+                        remotes.insert(*cluster, Remote::Restored(group));
                     }
                 }
             }
         }
-        let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key) };
+        let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key), names, here };
         plan(key, &inputs, standing)
+    }
+
+    /// The service that a frontend belongs to.
+    fn owner<'a>(&self, key: &ServiceKey, clusters: &'a BTreeMap<u16, Records>) -> Option<&'a LocalService> {
+        let name = self.owners.get(key).and_then(BTreeSet::first)?;
+        clusters.get(&self.own)?.local_services.get(name)
+    }
+
+    /// Whether a service depends on the zone of this node, of which nothing is known until the own cluster's nodes
+    /// are: after a restart calls would leave the zone for that long.
+    fn waits_for_zone(&self, key: &ServiceKey, clusters: &BTreeMap<u16, Records>, here: Here<'_>) -> bool {
+        let Some(own) = self.owner(key, clusters) else { return false };
+        let depends = matches!(own.balancing.nearness, Nearness::PreferZone | Nearness::PreferNode);
+        let told = clusters.get(&self.own).is_some_and(|records| records.nodes.is_synced());
+        depends && here.zone.is_none() && !told
     }
 
     fn note_contested(&mut self, key: ServiceKey, contested: Vec<Contested>) {

@@ -181,9 +181,10 @@ mod tests {
         let group = |(cluster, ips): &(u16, &[u8])| GroupPlan {
             cluster: *cluster,
             weight: 1,
+            tier: 0,
             backends: backends(*cluster, ips),
         };
-        ServicePlan { groups: groups.iter().map(group).collect() }
+        ServicePlan { affinity_timeout: 0, groups: groups.iter().map(group).collect() }
     }
 
     fn at(places: &Places, net: &str) -> Vec<u8> {

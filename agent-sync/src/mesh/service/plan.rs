@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use clustermesh_kvstore::record::{Affinity, BackendState, Backends, LocalService, PortMap};
-use ebpf_global_svc::abi::{FAMILY_V4, MAX_GROUPS, ServiceKey};
+use clustermesh_kvstore::cluster::ClusterName;
+use clustermesh_kvstore::record::{BackendState, Backends, LocalService, PortMap};
+use ebpf_global_svc::abi::{AFFINITY_UNIT_SECONDS, FAMILY_V4, MAX_GROUPS, ServiceKey};
 
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
 use crate::wire_key;
@@ -20,6 +21,17 @@ pub(super) struct Inputs<'a> {
     pub(super) remotes: BTreeMap<u16, Remote<'a>>,
     /// The plan until now: who holds an address that several clusters claim.
     pub(super) before: Option<&'a ServicePlan>,
+    /// Names of the other clusters, as far as they are known.
+    pub(super) names: &'a BTreeMap<u16, ClusterName>,
+    pub(super) here: Here<'a>,
+}
+
+/// Where this node is.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::mesh) struct Here<'a> {
+    pub(in crate::mesh) node: &'a str,
+    /// None: it has none, or nobody has said so yet.
+    pub(in crate::mesh) zone: Option<&'a str>,
 }
 
 /// What another cluster contributes.
@@ -27,7 +39,7 @@ pub(super) enum Remote<'a> {
     /// Its service as it says.
     Record(&'a Backends),
     /// What was installed by this agent's predecessor, until the cluster is synced.
-    Restored(&'a [BackendKey]),
+    Restored(&'a GroupPlan),
 }
 
 /// Contributions that were left out.
@@ -87,20 +99,37 @@ pub(super) fn plan(
     let mut candidates = inputs.collect(key, standing, &mut elsewhere, &mut contested);
     left_out.conflicts = elsewhere.len() as u64;
     inputs.settle_contested(&mut candidates, &mut left_out, &mut contested);
-    let groups = inputs.groups(candidates);
+    let mut groups = inputs.groups(candidates);
     left_out.clusters = groups.len().saturating_sub(MAX_GROUPS) as u64;
+    leave_out_last(&mut groups);
+    let session = inputs.own.balancing.session.unwrap_or(0).div_ceil(AFFINITY_UNIT_SECONDS);
     Planned {
-        plan: Some(ServicePlan { groups: groups.into_iter().take(MAX_GROUPS).collect() }),
+        // 43,200 at most: records with more are refused.
+        plan: Some(ServicePlan { affinity_timeout: u16::try_from(session).unwrap_or(u16::MAX), groups }),
         left_out,
         contested: contested.into_iter().take(NAMED).collect(),
         elsewhere,
     }
 }
 
+/// Leaves as many clusters as a frontend can have: those of the last tiers go, of one tier those of the highest IDs.
+fn leave_out_last(groups: &mut Vec<GroupPlan>) {
+    if groups.len() <= MAX_GROUPS {
+        return;
+    }
+    let mut tiers: Vec<(u8, usize)> = groups.iter().enumerate().map(|(at, group)| (group.tier, at)).collect();
+    tiers.sort_unstable();
+    let last = tiers[MAX_GROUPS - 1];
+    let mut at = 0..;
+    groups.retain(|group| at.next().is_some_and(|at| (group.tier, at) <= last));
+}
+
 /// One cluster's backends, ascending, none twice.
-struct Candidates {
-    cluster: u16,
-    backends: Vec<BackendKey>,
+pub(super) struct Candidates {
+    pub(super) cluster: u16,
+    pub(super) backends: Vec<BackendKey>,
+    /// Active ones that stay away because these are nearer, though the cluster gets calls for them, too.
+    pub(super) farther: usize,
 }
 
 impl Inputs<'_> {
@@ -123,22 +152,28 @@ impl Inputs<'_> {
             targets
         };
         let proto = key.proto;
+        let nearest = self.nearest(|backend| fits(backend.ip) && !targets(&backend.ports).is_empty());
         let mut own = Vec::with_capacity(self.own.backends.len());
+        let mut farther = Vec::new();
         for backend in self.own.backends.iter().filter(|backend| fits(backend.ip)) {
             let (cluster, ip) = (self.own_cluster, backend.ip);
             let terminating = backend.state == BackendState::Terminating;
+            let list = if self.distance(backend) <= nearest { &mut own } else { &mut farther };
             let of_port = |port| BackendKey { cluster, ip, port, proto, terminating };
-            own.extend(targets(&backend.ports).into_iter().map(of_port));
+            list.extend(targets(&backend.ports).into_iter().map(of_port));
         }
-        own.sort();
-        own.dedup();
-        let mut all = vec![Candidates { cluster: self.own_cluster, backends: own }];
+        for list in [&mut own, &mut farther] {
+            list.sort();
+            list.dedup();
+        }
+        let farther = farther.iter().filter(|backend| !backend.terminating).count();
+        let mut all = vec![Candidates { cluster: self.own_cluster, backends: own, farther }];
         for (cluster, remote) in &self.remotes {
             let cluster = *cluster;
             let mut backends = Vec::new();
             match remote {
                 Remote::Restored(restored) => {
-                    backends.extend_from_slice(restored);
+                    backends.extend_from_slice(&restored.backends);
                     backends.sort();
                 }
                 Remote::Record(record) => {
@@ -169,7 +204,7 @@ impl Inputs<'_> {
                 }
                 standing == Standing::May
             });
-            all.push(Candidates { cluster, backends });
+            all.push(Candidates { cluster, backends, farther: 0 });
         }
         all
     }
@@ -230,60 +265,6 @@ impl Inputs<'_> {
         let holds = |group: &&GroupPlan| group.backends.binary_search_by(|held| held.ip.cmp(&ip)).is_ok();
         self.before?.groups.iter().find(holds).map(|group| group.cluster)
     }
-
-    /// Active backends by cluster, the own one first. Only if nothing is active anywhere, those that
-    /// are about to go stand in.
-    fn groups(&self, candidates: Vec<Candidates>) -> Vec<GroupPlan> {
-        let any_active = candidates.iter().flat_map(|of| &of.backends).any(|backend| !backend.terminating);
-        let mut chosen = candidates;
-        for of in &mut chosen {
-            of.backends.retain(|backend| backend.terminating != any_active);
-        }
-        chosen.retain(|of| !of.backends.is_empty());
-        let largest = chosen.iter().map(|of| of.backends.len()).max().unwrap_or(0);
-        let elsewhere = chosen.iter().filter(|of| of.cluster != self.own_cluster);
-        let elsewhere: usize = elsewhere.map(|of| of.backends.len()).sum();
-        let missing = if any_active { self.missing().filter(|_| elsewhere > 0) } else { None };
-        chosen
-            .into_iter()
-            .map(|Candidates { cluster, backends }| {
-                let weight = match missing {
-                    Some(missing) if cluster == self.own_cluster => u16::MAX - missing,
-                    Some(missing) => part(missing, backends.len(), elsewhere),
-                    None if any_active && self.prefers(cluster) => scale(backends.len(), largest),
-                    None => 0,
-                };
-                GroupPlan { cluster, weight, backends }
-            })
-            .collect()
-    }
-
-    /// The share of calls, in parts of [`u16::MAX`], that the own backends cannot answer any more; none if
-    /// they can, or if they are not preferred.
-    fn missing(&self) -> Option<u16> {
-        let failover =
-            self.own.failover.filter(|_| self.own.global && self.own.affinity == Affinity::Local)?;
-        let active = self.own.backends.iter().filter(|backend| backend.state == BackendState::Active);
-        let active = u64::try_from(active.count()).unwrap_or(u64::MAX);
-        let needed = u64::from(failover.expected) * u64::from(failover.threshold);
-        // What is left of the needed backends, in percent of one backend.
-        let left = needed.saturating_sub(active.saturating_mul(100));
-        if left == 0 {
-            return None;
-        }
-        // At least one part each: a share of 0 would be a standby's.
-        let missing = left.saturating_mul(u16::MAX.into()) / needed;
-        u16::try_from(missing.clamp(1, u64::from(u16::MAX) - 1)).ok()
-    }
-
-    fn prefers(&self, cluster: u16) -> bool {
-        let affinity = if self.own.global { self.own.affinity } else { Affinity::None };
-        match affinity {
-            Affinity::None => true,
-            Affinity::Local => cluster == self.own_cluster,
-            Affinity::Remote => cluster != self.own_cluster,
-        }
-    }
 }
 
 /// Whether no two clusters can have an address in common, because those of one all come before those of
@@ -293,97 +274,4 @@ fn are_apart(candidates: &[Candidates]) -> bool {
     let mut spans: Vec<_> = spans.collect();
     spans.sort_unstable();
     spans.windows(2).all(|pair| pair[0].1 < pair[1].0)
-}
-
-/// The part of `share` for `count` of `all`, at least 1.
-fn part(share: u16, count: usize, all: usize) -> u16 {
-    let part = usize::from(share) * count / all.max(1);
-    u16::try_from(part.max(1)).unwrap_or(u16::MAX)
-}
-
-/// A weight in proportion to `count`, at least 1, that fits 16 bits even if `largest` does not.
-fn scale(count: usize, largest: usize) -> u16 {
-    let max = usize::from(u16::MAX);
-    let scaled = if largest <= max { count } else { count * max / largest };
-    u16::try_from(scaled.max(1)).unwrap_or(u16::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use clustermesh_kvstore::cluster::NamespacedName;
-    use clustermesh_kvstore::record::{Failover, LocalBackend};
-
-    use super::*;
-
-    /// Shares of clusters 1 (own), 2 and 3 in per mille, if the own one has `active` backends, and the
-    /// others one and three.
-    fn shares(active: u8, failover: Failover) -> [u32; 3] {
-        let backend = |n: u8| LocalBackend {
-            ip: [10, 1, 0, n].into(),
-            ports: PortMap::new(),
-            state: BackendState::Active,
-            node: None,
-            zone: None,
-            hostname: None,
-        };
-        let own = LocalService {
-            cluster: "alpha".into(),
-            name: NamespacedName { namespace: "shop".into(), name: "orders".into() },
-            cluster_id: 1,
-            global: true,
-            shared: true,
-            private: false,
-            affinity: Affinity::Local,
-            failover: Some(failover),
-            headless: false,
-            frontends: BTreeMap::new(),
-            backends: (0..active).map(backend).collect(),
-        };
-        let of = |cluster: u8, count: u8| Candidates {
-            cluster: cluster.into(),
-            backends: (0..count)
-                .map(|n| BackendKey {
-                    cluster: cluster.into(),
-                    ip: [10, cluster, 0, n].into(),
-                    port: 80,
-                    proto: 6,
-                    terminating: false,
-                })
-                .collect(),
-        };
-        let inputs = Inputs { own_cluster: 1, own: &own, remotes: BTreeMap::new(), before: None };
-        let groups = inputs.groups(vec![of(1, active), of(2, 1), of(3, 3)]);
-        let all: u32 = groups.iter().map(|group| u32::from(group.weight)).sum();
-        let share = |cluster| {
-            let group = groups.iter().find(|group| group.cluster == cluster);
-            group.map_or(0, |group| (u32::from(group.weight) * 1000 + all / 2) / all)
-        };
-        [share(1), share(2), share(3)]
-    }
-
-    #[test]
-    fn calls_leave_the_cluster_as_far_as_its_backends_are_missing() {
-        let half = |active| shares(active, Failover { threshold: 50, expected: 8 });
-        assert_eq!(half(8), [1000, 0, 0]);
-        assert_eq!(half(4), [1000, 0, 0]);
-        assert_eq!(half(3), [750, 62, 187]);
-        assert_eq!(half(1), [250, 187, 563]);
-        assert_eq!(half(0), [0, 250, 750]);
-        // From nothing to thirty: the first one does not get all calls.
-        assert_eq!(shares(1, Failover { threshold: 100, expected: 30 }), [33, 242, 725]);
-        // Nobody is expected: none is missing.
-        assert_eq!(shares(2, Failover { threshold: 100, expected: 0 }), [1000, 0, 0]);
-        // More than were expected.
-        assert_eq!(shares(9, Failover { threshold: 100, expected: 8 }), [1000, 0, 0]);
-    }
-
-    #[test]
-    fn weights_keep_their_proportion_when_they_are_scaled() {
-        assert_eq!((scale(3, 9), scale(9, 9)), (3, 9));
-        assert_eq!(scale(131_070, 131_070), u16::MAX);
-        assert_eq!(scale(65_535, 131_070), 32_767);
-        assert_eq!(scale(1, 131_070), 1);
-    }
 }

@@ -102,7 +102,7 @@ impl World {
             0 => {
                 let cidr = format!("10.{}.{n}.0/24", of + 100).parse().unwrap();
                 let internal_ips = vec![ip(of, n % 3 + 1)];
-                let node = NodeFact { internal_ips, mesh_ips: Vec::new(), pod_cidrs: vec![cidr] };
+                let node = NodeFact { internal_ips, mesh_ips: Vec::new(), pod_cidrs: vec![cidr], zone: None };
                 self.mesh.upsert(id, Fact::Node(format!("n{}", n % 3), node), 0);
             }
             1 => self.mesh.delete(id, &FactKey::Node(format!("n{}", n % 3))),
@@ -132,9 +132,10 @@ impl World {
                 .map(|n| BackendKey { cluster, ip: ip(100, n), port: 80, proto: TCP, terminating: false })
                 .collect();
             backends.sort_unstable();
-            (!backends.is_empty()).then_some(GroupPlan { cluster, weight: 1, backends })
+            (!backends.is_empty()).then_some(GroupPlan { cluster, weight: 1, tier: 0, backends })
         };
-        ServicePlan { groups: [group(1), group(2)].into_iter().flatten().collect() }
+        let groups = [group(1), group(2)].into_iter().flatten().collect();
+        ServicePlan { affinity_timeout: if self.rng.random_bool(0.5) { 30 } else { 0 }, groups }
     }
 
     fn step(&mut self) {

@@ -8,7 +8,12 @@
 //! lowers the count; the surplus slots and orphaned backends go to the [`garbage`] and are deleted a
 //! grace period later, when no program can still be following the old count. A backend that leaves
 //! costs two slot writes and one service write, whatever the size of the service.
+//!
+//! Services share the IDs of backends that they have in common, but for those with session affinity: a client
+//! is bound to an ID, which has to prove that it is one of that service's. When a service gets session affinity, its
+//! slots get new IDs one by one before its value says so.
 
+mod backends;
 mod garbage;
 mod layout;
 mod restore;
@@ -22,6 +27,7 @@ use ebpf_global_svc::abi::{Group, MAX_GROUPS, ServiceKey, ServiceValue, SlotKey}
 
 use super::write::{Round, remove_each, upsert_each};
 use crate::desired::{BackendKey, ServicePlan};
+use backends::Backends;
 use garbage::Garbage;
 
 /// Mirror of the installed services, and what has to become of them.
@@ -42,17 +48,32 @@ pub(super) struct Services {
 #[derive(Debug)]
 struct Installed {
     id: u32,
-    /// The value's groups; none while there is no value.
-    visible: Option<Vec<Group>>,
-    /// Groups that may be visible instead.
-    doubtful: Vec<Vec<Group>>,
+    /// None while there is no value.
+    visible: Option<Shown>,
+    /// What may be visible instead.
+    doubtful: Vec<Shown>,
     /// Slots by cluster; [`NO_BACKEND`] where a slot is missing or unknown.
     slots: BTreeMap<u16, Vec<u32>>,
     /// Backends that unknown slots may name.
     doubtful_slots: HashMap<(u16, u32), Vec<u32>>,
     /// By cluster, what the first slots are known to hold: the start for the next change.
     settled: BTreeMap<u16, Settled>,
+    /// Whose backends those are.
+    settled_for: Owner,
 }
+
+/// What a value says of its service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Shown {
+    affinity_timeout: u16,
+    groups: Vec<Group>,
+}
+
+/// The only service, by ID, whose slots name a backend; [`ANYONE`] if it is shared.
+type Owner = u32;
+
+/// Never allocated as the ID of a service.
+const ANYONE: Owner = 0;
 
 /// Backends that the first slots of a cluster hold, each once, and nothing else.
 #[derive(Debug, Default)]
@@ -70,6 +91,7 @@ const NO_BACKEND: u32 = 0;
 struct Draft {
     key: ServiceKey,
     plan: ServicePlan,
+    owner: Owner,
     members: Vec<Members>,
     groups: Vec<Group>,
     blocked: bool,
@@ -131,7 +153,14 @@ impl Services {
         for (key, plan) in std::mem::take(&mut self.fresh) {
             match plan {
                 Some(plan) => {
-                    drafts.push(Draft { key, plan, members: Vec::new(), groups: Vec::new(), blocked: false })
+                    let last_id = &mut self.last_service_id;
+                    let installed = self.installed.entry(key).or_insert_with(|| {
+                        *last_id = next_id(*last_id);
+                        Installed::new(*last_id)
+                    });
+                    let owner = if plan.affinity_timeout == 0 { ANYONE } else { installed.id };
+                    let (members, groups) = (Vec::new(), Vec::new());
+                    drafts.push(Draft { key, plan, owner, members, groups, blocked: false });
                 }
                 None if self.installed.contains_key(&key) => removals.push(key),
                 None => {}
@@ -143,14 +172,15 @@ impl Services {
     fn write_backends(&mut self, drafts: &mut [Draft], tables: &mut Tables, round: &mut Round) {
         let mut entries = Vec::new();
         for draft in drafts.iter_mut() {
-            let installed = self.installed.get(&draft.key);
+            let owner = draft.owner;
+            let installed = self.installed.get(&draft.key).filter(|known| known.settled_for == owner);
             for group in &draft.plan.groups {
                 let settled = installed.and_then(|installed| installed.settled.get(&group.cluster));
                 let backends = &mut self.backends;
                 let mut allocate = |key: BackendKey| {
-                    let (id, is_new) = backends.allocate(key);
+                    let (id, is_new) = backends.allocate(key, owner);
                     if is_new {
-                        entries.push((id, key.value(id)));
+                        entries.push((id, key.value(id, owner != ANYONE)));
                     }
                     id
                 };
@@ -178,11 +208,7 @@ impl Services {
     fn write_slots(&mut self, drafts: &mut [Draft], tables: &mut Tables, round: &mut Round) {
         let mut writes: Vec<(usize, SlotKey, u32)> = Vec::new();
         for (index, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| !draft.blocked) {
-            let last_id = &mut self.last_service_id;
-            let installed = self.installed.entry(draft.key).or_insert_with(|| {
-                *last_id = next_id(*last_id);
-                Installed::new(*last_id)
-            });
+            let Some(installed) = self.installed.get(&draft.key) else { continue };
             for (group, members) in draft.plan.groups.iter().zip(&draft.members) {
                 let current = installed.slots.get(&group.cluster).map_or(&[][..], Vec::as_slice);
                 let known = members.difference.as_ref().filter(|known| known.before <= current.len());
@@ -196,9 +222,9 @@ impl Services {
                     let key = SlotKey { service: installed.id, slot, cluster: group.cluster, pad: 0 };
                     writes.push((index, key, backend));
                 }
-                // There are no more than a u32 counts: they are distinct u32 IDs.
+                // There are no more than a group can have: the table of slots has no room for so many.
                 let count = u32::try_from(members.ids.len()).unwrap_or(u32::MAX);
-                draft.groups.push(Group { cluster: group.cluster, weight: group.weight, count });
+                draft.groups.push(Group::new(group.cluster, group.weight, group.tier, count));
             }
         }
         let entries: Vec<(SlotKey, u32)> = writes.iter().map(|(_, key, backend)| (*key, *backend)).collect();
@@ -223,29 +249,30 @@ impl Services {
     fn write_values(&mut self, drafts: Vec<Draft>, tables: &mut Tables, round: &mut Round) {
         let mut entries = Vec::new();
         let mut owners = Vec::new();
-        for draft in drafts {
+        for mut draft in drafts {
             if draft.blocked {
                 self.failed.insert(draft.key, Some(draft.plan));
                 continue;
             }
             let Some(installed) = self.installed.get(&draft.key) else { continue };
-            if installed.visible.as_ref() == Some(&draft.groups) && installed.doubtful.is_empty() {
+            let shown = draft.show();
+            if installed.visible.as_ref() == Some(&shown) && installed.doubtful.is_empty() {
                 if installed.has_surplus() {
                     self.garbage.add_surplus(draft.key);
                 }
                 continue;
             }
-            entries.push((draft.key, service_value(installed.id, &draft.groups)));
-            owners.push(draft);
+            entries.push((draft.key, service_value(installed.id, &shown)));
+            owners.push((draft, shown));
         }
         let written = upsert_each(&mut *tables.service, &entries, round);
-        for (draft, written) in owners.into_iter().zip(written) {
+        for ((draft, shown), written) in owners.into_iter().zip(written) {
             let Some(installed) = self.installed.get_mut(&draft.key) else { continue };
             if !written {
-                installed.doubt_value(draft.groups);
+                installed.doubt_value(shown);
                 self.failed.insert(draft.key, Some(draft.plan));
             } else {
-                installed.visible = Some(draft.groups);
+                installed.visible = Some(shown);
                 installed.doubtful.clear();
                 if installed.has_surplus() {
                     self.garbage.add_surplus(draft.key);
@@ -265,11 +292,19 @@ impl Services {
             }
             self.failed.insert(key, None);
             if let Some(installed) = self.installed.get_mut(&key)
-                && let Some(groups) = installed.visible.take()
+                && let Some(shown) = installed.visible.take()
             {
-                installed.doubt_value(groups);
+                installed.doubt_value(shown);
             }
         }
+    }
+}
+
+impl Draft {
+    /// What its value is to say.
+    fn show(&mut self) -> Shown {
+        let groups = std::mem::take(&mut self.groups);
+        Shown { affinity_timeout: self.plan.affinity_timeout, groups }
     }
 }
 
@@ -282,12 +317,14 @@ impl Installed {
             slots: BTreeMap::new(),
             doubtful_slots: HashMap::new(),
             settled: BTreeMap::new(),
+            settled_for: ANYONE,
         }
     }
 
     /// The slots of a draft have been written, or not all of them.
     fn settle(&mut self, draft: &mut Draft) {
         self.settled.clear();
+        self.settled_for = draft.owner;
         if !draft.blocked {
             let groups = draft.plan.groups.iter().zip(std::mem::take(&mut draft.members));
             self.settled = groups
@@ -322,16 +359,16 @@ impl Installed {
         &mut slots[index]
     }
 
-    fn doubt_value(&mut self, groups: Vec<Group>) {
-        if !self.doubtful.contains(&groups) {
-            self.doubtful.push(groups);
+    fn doubt_value(&mut self, shown: Shown) {
+        if !self.doubtful.contains(&shown) {
+            self.doubtful.push(shown);
         }
     }
 
     /// Slots of `cluster` that programs can reach.
     fn count(&self, cluster: u16) -> usize {
-        let groups = self.visible.iter().chain(&self.doubtful).flatten();
-        groups.filter(|group| group.cluster == cluster).map(|group| group.count as usize).max().unwrap_or(0)
+        let groups = self.visible.iter().chain(&self.doubtful).flat_map(|shown| &shown.groups);
+        groups.filter(|group| group.cluster == cluster).map(|group| group.count() as usize).max().unwrap_or(0)
     }
 
     fn has_surplus(&self) -> bool {
@@ -379,87 +416,18 @@ impl Settled {
     }
 }
 
-/// IDs, content and use of the backends in the table.
-#[derive(Debug, Default)]
-struct Backends {
-    by_id: HashMap<u32, Backend>,
-    by_key: HashMap<BackendKey, u32>,
-    last_id: u32,
-    /// Lost their last reference, or never had one, since the last [`Self::take_unreferenced`].
-    unreferenced: Vec<u32>,
-}
-
-#[derive(Debug)]
-struct Backend {
-    key: BackendKey,
-    /// Installed slots that name it, reachable or not.
-    references: u32,
-}
-
-impl Backends {
-    /// The ID of a backend, and whether it was made up now. IDs count upwards, so that one that
-    /// was freed does not come back while anything may remember it.
-    fn allocate(&mut self, key: BackendKey) -> (u32, bool) {
-        if let Some(id) = self.by_key.get(&key) {
-            return (*id, false);
-        }
-        let mut id = next_id(self.last_id);
-        while self.by_id.contains_key(&id) {
-            id = next_id(id);
-        }
-        self.last_id = id;
-        self.by_id.insert(id, Backend { key, references: 0 });
-        self.by_key.insert(key, id);
-        self.unreferenced.push(id);
-        (id, true)
-    }
-
-    fn acquire(&mut self, id: u32) {
-        if let Some(backend) = self.by_id.get_mut(&id) {
-            backend.references += 1;
-        }
-    }
-
-    fn release(&mut self, id: u32) {
-        if let Some(backend) = self.by_id.get_mut(&id) {
-            backend.references = backend.references.saturating_sub(1);
-            if backend.references == 0 {
-                self.unreferenced.push(id);
-            }
-        }
-    }
-
-    fn is_orphan(&self, id: u32) -> bool {
-        self.by_id.get(&id).is_none_or(|backend| backend.references == 0)
-    }
-
-    /// It may or may not be in the table: nothing new refers to it.
-    fn disown(&mut self, id: u32) {
-        if let Some(backend) = self.by_id.get(&id)
-            && self.by_key.get(&backend.key) == Some(&id)
-        {
-            self.by_key.remove(&backend.key);
-        }
-    }
-
-    fn forget(&mut self, id: u32) {
-        self.disown(id);
-        self.by_id.remove(&id);
-    }
-
-    fn take_unreferenced(&mut self) -> Vec<u32> {
-        let mut ids = std::mem::take(&mut self.unreferenced);
-        ids.retain(|id| self.by_id.get(id).is_some_and(|backend| backend.references == 0));
-        ids
-    }
-}
-
 fn next_id(id: u32) -> u32 {
     id.checked_add(1).unwrap_or(1)
 }
 
-fn service_value(id: u32, groups: &[Group]) -> ServiceValue {
-    let mut value = ServiceValue { id, n_groups: 0, flags: 0, groups: [Group::default(); MAX_GROUPS] };
+fn service_value(id: u32, shown: &Shown) -> ServiceValue {
+    let Shown { affinity_timeout, groups } = shown;
+    let mut value = ServiceValue {
+        id,
+        n_groups: 0,
+        affinity_timeout: *affinity_timeout,
+        groups: [Group::default(); MAX_GROUPS],
+    };
     for (slot, group) in value.groups.iter_mut().zip(groups) {
         *slot = *group;
         value.n_groups += 1;

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
-use ebpf_global_svc::abi::{Group, MAX_GROUPS, ServiceKey, ServiceValue, SlotKey};
+use ebpf_global_svc::abi::{
+    BACKEND_EXCLUSIVE, BackendValue, Group, MAX_GROUPS, ServiceKey, ServiceValue, SlotKey,
+};
 use ebpf_global_svc::{DatapathError, Tables};
 
-use super::{Backend, Backends, Installed, NO_BACKEND, Services, next_id};
+use super::backends::Backends;
+use super::{ANYONE, Installed, NO_BACKEND, Services, Shown, next_id};
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
 
 /// Slots by service ID, cluster and number.
@@ -19,11 +22,12 @@ impl Services {
         tables: &Tables,
         now: Instant,
     ) -> Result<(Self, Vec<(ServiceKey, ServicePlan)>), DatapathError> {
-        let (backends, foreign) = restore_backends(tables)?;
+        let installed_slots = tables.slot.dump()?;
+        let (backends, foreign) = restore_backends(tables, &installed_slots)?;
         let mut services = Self { backends, ..Self::default() };
         services.garbage.add_orphans(foreign);
         let mut slots = SlotIndex::new();
-        for (key, backend) in tables.slot.dump()? {
+        for (key, backend) in installed_slots {
             let of_service = slots.entry(key.service).or_default();
             of_service.entry(key.cluster).or_default().insert(key.slot, backend);
             services.last_service_id = services.last_service_id.max(key.service);
@@ -56,7 +60,9 @@ impl Services {
         slots: &mut SlotIndex,
     ) -> ServicePlan {
         let groups = &value.groups[..usize::from(value.n_groups).min(MAX_GROUPS)];
-        let mut installed = Installed { visible: Some(groups.to_vec()), ..Installed::new(value.id) };
+        let affinity_timeout = value.affinity_timeout;
+        let shown = Shown { affinity_timeout, groups: groups.to_vec() };
+        let mut installed = Installed { visible: Some(shown), ..Installed::new(value.id) };
         let mut damaged = !id_is_unique;
         if !id_is_unique {
             // Its slots are somebody else's: build it anew under an ID of its own.
@@ -67,20 +73,22 @@ impl Services {
         for (cluster, found) in slots.remove(&installed.id).unwrap_or_default() {
             installed.slots.insert(cluster, self.restore_slots(&found));
         }
-        let mut plan = ServicePlan::default();
-        for Group { cluster, weight, count } in groups.iter().copied() {
+        let mut plan = ServicePlan { affinity_timeout, ..ServicePlan::default() };
+        let owner = if affinity_timeout == 0 { ANYONE } else { installed.id };
+        for group in groups {
+            let Group { cluster, weight, .. } = *group;
+            let count = group.count() as usize;
             let found = installed.slots.get(&cluster).map_or(&[][..], Vec::as_slice);
-            let visible = &found[..found.len().min(count as usize)];
-            let mut backends: Vec<BackendKey> = visible
-                .iter()
-                .filter_map(|id| self.backends.by_id.get(id))
-                .map(|backend| backend.key)
-                .collect();
+            let visible = &found[..found.len().min(count)];
+            let known = visible.iter().filter_map(|id| self.backends.by_id.get(id));
+            // It was about to get session affinity, or to lose it.
+            damaged |= known.clone().any(|backend| backend.owner != owner);
+            let mut backends: Vec<BackendKey> = known.map(|backend| backend.key).collect();
             backends.sort_unstable();
             backends.dedup();
-            damaged |= backends.len() != count as usize;
+            damaged |= backends.len() != count;
             if !backends.is_empty() {
-                plan.groups.push(GroupPlan { cluster, weight, backends });
+                plan.groups.push(GroupPlan { cluster, weight, tier: group.tier(), backends });
             }
         }
         if damaged {
@@ -123,19 +131,47 @@ impl Services {
 }
 
 /// The backends by ID, and the IDs of entries that we would never write.
-fn restore_backends(tables: &Tables) -> Result<(Backends, Vec<u32>), DatapathError> {
+fn restore_backends(
+    tables: &Tables,
+    slots: &[(SlotKey, u32)],
+) -> Result<(Backends, Vec<u32>), DatapathError> {
     let mut backends = Backends::default();
     let mut foreign = Vec::new();
     let mut rows = tables.backend.dump()?;
     rows.sort_unstable_by_key(|(id, _)| *id);
+    let owners = owners(&rows, slots);
     for (id, value) in rows {
         backends.last_id = backends.last_id.max(id);
-        let Some(key) = BackendKey::of(id, &value).filter(|_| id != NO_BACKEND) else {
-            foreign.push(id);
-            continue;
-        };
-        backends.by_id.insert(id, Backend { key, references: 0 });
-        backends.by_key.entry(key).or_insert(id);
+        let key = BackendKey::of(id, &value).filter(|_| id != NO_BACKEND);
+        let owner = if is_exclusive(&value) { owners.get(&id).copied() } else { Some(ANYONE) };
+        match key.zip(owner) {
+            Some((key, owner)) => backends.restore(id, key, owner),
+            // Also one that was to be a single service's and is not: whoever wants it gets a new one.
+            None => foreign.push(id),
+        }
+    }
+    // Clients may still be bound to backends that are gone: their IDs must not become others'.
+    for (_, binding) in tables.affinity.dump()? {
+        backends.last_id = backends.last_id.max(binding.backend);
     }
     Ok((backends, foreign))
+}
+
+/// The services that exclusive backends belong to: those that name them, unless several do.
+fn owners(backends: &[(u32, BackendValue)], slots: &[(SlotKey, u32)]) -> HashMap<u32, u32> {
+    let exclusive: HashSet<u32> =
+        backends.iter().filter(|(_, value)| is_exclusive(value)).map(|(id, _)| *id).collect();
+    let mut owners = HashMap::with_capacity(exclusive.len());
+    let mut torn = HashSet::new();
+    for (slot, id) in slots.iter().filter(|(_, id)| exclusive.contains(id)) {
+        if *owners.entry(*id).or_insert(slot.service) != slot.service {
+            torn.insert(*id);
+        }
+    }
+    owners.retain(|id, _| !torn.contains(id));
+    owners
+}
+
+fn is_exclusive(value: &BackendValue) -> bool {
+    value.flags & BACKEND_EXCLUSIVE != 0
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ebpf_global_svc::abi::{BackendValue, ServiceKey, ServiceValue, SlotKey};
 
 use super::super::drift::Want;
-use super::{Installed, NO_BACKEND, Services, service_value};
+use super::{ANYONE, Installed, NO_BACKEND, Services, service_value};
 
 /// The mirror by service ID.
 pub(in crate::reconcile) struct Slots<'a> {
@@ -22,8 +22,8 @@ impl Services {
             _ if self.is_pending(key) => Want::Unsettled,
             None => Want::Nothing,
             Some(installed) => match &installed.visible {
-                Some(groups) if installed.doubtful.is_empty() => {
-                    Want::Value(service_value(installed.id, groups))
+                Some(shown) if installed.doubtful.is_empty() => {
+                    Want::Value(service_value(installed.id, shown))
                 }
                 _ => Want::Unsettled,
             },
@@ -33,7 +33,9 @@ impl Services {
     /// Of `cm_backend`. One that no slot names is about to go, or about to be named.
     pub(in crate::reconcile) fn want_backend(&self, id: u32) -> Want<BackendValue> {
         match self.backends.by_id.get(&id) {
-            Some(backend) if backend.references > 0 => Want::Value(backend.key.value(id)),
+            Some(backend) if backend.references > 0 => {
+                Want::Value(backend.key.value(id, backend.owner != ANYONE))
+            }
             Some(_) => Want::Unsettled,
             None if self.garbage.has_orphan(id) => Want::Unsettled,
             None => Want::Nothing,
