@@ -88,6 +88,7 @@ impl Bench {
             cluster: Box::new(counted("cm_cluster")),
             policy: Box::new(counted("cm_policy")),
             cidr: Box::new(counted("cm_cidr")),
+            translate: Box::new(counted("cm_translate")),
             affinity: Box::new(counted("cm_affinity")),
         };
         let own = OwnCluster { name: name(1), id: id(1), max: MAX };

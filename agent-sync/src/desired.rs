@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
     BACKEND_EXCLUSIVE, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue,
-    PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, backend_state,
+    PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, TranslateKey, TranslateValue, backend_state,
 };
 
 use crate::mesh::RouteChanges;
@@ -97,6 +97,8 @@ pub struct Changes {
     pub policy: Vec<(PolicyKey, Option<PolicyValue>)>,
     /// Address ranges that policies name.
     pub cidr: Vec<(PrefixKey, Option<u32>)>,
+    /// Virtual addresses of pods.
+    pub translate: Vec<(TranslateKey, Option<TranslateValue>)>,
     /// States of clusters, by ID; healthy ones have none.
     pub cluster: Vec<(u32, Option<ClusterState>)>,
     /// Routes of this node, which are in no table of ours.
@@ -113,6 +115,7 @@ impl Changes {
             + self.service.len()
             + self.policy.len()
             + self.cidr.len()
+            + self.translate.len()
             + self.cluster.len()
     }
 
@@ -139,6 +142,8 @@ pub struct Restored {
     pub policy: Vec<(PolicyKey, PolicyValue)>,
     /// `cm_cidr`.
     pub cidr: Vec<(PrefixKey, u32)>,
+    /// `cm_translate`.
+    pub translate: Vec<(TranslateKey, TranslateValue)>,
     /// `cm_cluster`.
     pub cluster: Vec<(u16, ClusterState)>,
 }

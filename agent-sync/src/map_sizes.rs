@@ -34,6 +34,9 @@ pub(crate) struct MapSizeFlags {
     /// Address ranges named by policies that fit (cm_cidr)
     #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().cidr, value_parser = entries())]
     cidr_max_entries: u32,
+    /// Virtual pod prefixes of other clusters, each twice (cm_translate)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().translate, value_parser = entries())]
+    translate_max_entries: u32,
     /// Clients times the services with session affinity that they call (cm_affinity)
     #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().affinity, value_parser = entries())]
     affinity_max_entries: u32,
@@ -54,6 +57,7 @@ impl MapSizeFlags {
             backend: self.backend_max_entries,
             policy: self.policy_max_entries,
             cidr: self.cidr_max_entries,
+            translate: self.translate_max_entries,
             affinity: self.affinity_max_entries,
             ct: self.ct_max_entries,
             ..MapSizes::default()

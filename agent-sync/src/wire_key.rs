@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ebpf_global_svc::abi::{FAMILY_V4, FAMILY_V6, IpKey, NodeKey, PrefixKey, ServiceKey};
+use ebpf_global_svc::abi::{
+    FAMILY_V4, FAMILY_V6, IpKey, NodeKey, PrefixKey, ServiceKey, TranslateKey, TranslateValue, translate,
+};
 use ipnet::IpNet;
 
 /// IPPROTO_TCP.
@@ -49,6 +51,24 @@ pub fn prefix_key(net: IpNet) -> PrefixKey {
 pub fn prefix(key: &PrefixKey) -> Option<IpNet> {
     let length = u8::try_from(key.prefixlen.checked_sub(32)?).ok()?;
     IpNet::new(address(key.family, key.ip)?, length).ok()
+}
+
+/// Entries for pods of a cluster in `real` that are known by addresses in `virtual_`, a prefix of that length: to the
+/// one, and to the other.
+pub fn translations(cluster: u16, real: IpNet, virtual_: IpNet) -> [(TranslateKey, TranslateValue); 2] {
+    let ((family, real_ip), (_, virtual_ip)) = (octets(real.network()), octets(virtual_.network()));
+    let bits = std::array::from_fn(|n| real_ip[n] ^ virtual_ip[n]);
+    let prefixlen = 32 + u32::from(real.prefix_len());
+    [(translate::TO_REAL, virtual_ip), (translate::TO_VIRTUAL, real_ip)]
+        .map(|(way, ip)| (TranslateKey { prefixlen, cluster, family, way, ip }, TranslateValue { bits }))
+}
+
+/// The prefix of a key, and the one in its place; none if the key is no prefix.
+pub fn translation(key: &TranslateKey, value: &TranslateValue) -> Option<(IpNet, IpNet)> {
+    let length = u8::try_from(key.prefixlen.checked_sub(32)?).ok()?;
+    let turned = std::array::from_fn(|n| key.ip[n] ^ value.bits[n]);
+    let net = |ip| IpNet::new(address(key.family, ip)?, length).ok();
+    Some((net(key.ip)?, net(turned)?))
 }
 
 /// Key of an underlay address.

@@ -14,6 +14,7 @@ use clustermesh_apiserver::etcdinit;
 use clustermesh_apiserver::rights::users;
 use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, TlsVersion};
 use clustermesh_kvstore::reflector::{Connection, ConnectionOptions};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use member::{free_ports, member, start};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
@@ -268,6 +269,7 @@ impl Etcd {
             username: None,
             password: None,
             tls_min_version: TlsVersion::default(),
+            virtual_pod_cidrs: VirtualCidrs::default(),
         }
     }
 

@@ -198,6 +198,7 @@ impl Datapath {
             )),
             policy: Box::new(self.table("cm_policy")?),
             cidr: Box::new(self.table("cm_cidr")?),
+            translate: Box::new(self.table("cm_translate")?),
             affinity: Box::new(self.table("cm_affinity")?),
         })
     }

@@ -16,7 +16,7 @@ use crate::{
     abi::{
         AffinityKey, AffinityValue, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS,
         NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue,
-        SlotKey,
+        SlotKey, TranslateKey, TranslateValue,
     },
     sys,
 };
@@ -120,6 +120,8 @@ pub struct Tables {
     pub policy: Box<dyn Table<PolicyKey, PolicyValue>>,
     /// `cm_cidr`: address ranges outside of the mesh that policies name, and their identities.
     pub cidr: Box<dyn Table<PrefixKey, u32>>,
+    /// `cm_translate`: virtual addresses of clusters whose pods have addresses that are taken here.
+    pub translate: Box<dyn Table<TranslateKey, TranslateValue>>,
     /// `cm_affinity`: which backend a client is bound to. Programs write it.
     pub affinity: Box<dyn Table<AffinityKey, AffinityValue>>,
 }
@@ -139,6 +141,7 @@ impl Tables {
             cluster: Box::new(MemoryTable::array("cm_cluster", MAX_CLUSTERS.into(), ClusterState::default())),
             policy: Box::new(MemoryTable::new("cm_policy", sizes.policy.into())),
             cidr: Box::new(MemoryTable::new("cm_cidr", sizes.cidr.into())),
+            translate: Box::new(MemoryTable::new("cm_translate", sizes.translate.into())),
             affinity: Box::new(MemoryTable::new("cm_affinity", sizes.affinity.into())),
         }
     }
@@ -172,6 +175,8 @@ pub struct MapSizes {
     pub policy: u32,
     /// Address ranges outside of the mesh that policies name.
     pub cidr: u32,
+    /// Pod prefixes known by virtual addresses, each both ways.
+    pub translate: u32,
     /// Flows of pods that a policy selects (preallocated: about 120 bytes each).
     pub ct: u32,
     /// Rules that have decided lately, per CPU (preallocated).
@@ -195,6 +200,7 @@ impl Default for MapSizes {
             overlay_rx: 8_192,
             policy: 262_144,
             cidr: 16_384,
+            translate: 8_192,
             ct: 131_072,
             verdict: 8_192,
             fragment: 8_192,

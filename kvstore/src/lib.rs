@@ -24,3 +24,4 @@ pub mod labels;
 pub mod publisher;
 pub mod record;
 pub mod reflector;
+pub mod virtual_cidrs;

@@ -11,6 +11,7 @@ use clustermesh_kvstore::etcd::{
     EtcdConfig, KeyRange, Session, SessionError, SessionOptions, TlsVersion, WriteOp,
 };
 use clustermesh_kvstore::key::HEARTBEAT;
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use support::{DEADLINE, Etcd, Pki};
@@ -105,6 +106,7 @@ async fn servers_without_tls_1_3_are_refused() {
         username: None,
         password: None,
         tls_min_version: TlsVersion::default(),
+        virtual_pod_cidrs: VirtualCidrs::default(),
     };
     assert_says(&error(&config).await, &["TLS 1.3", "tls-min-version"]);
     // The handshake comes to its end; behind it is no etcd.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Refusal};
+use clustermesh_kvstore::import_policy::{self, Imported, Ledger, PeerPolicy, Refusal, Rules};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{IpRecord, Node, NodeAddressKind, ServiceReader};
 use ebpf_global_svc::abi::IpValue;
@@ -46,7 +46,7 @@ impl Intake {
             Ok((None, _)) => return Verdict::Keep,
             Err(refusal) => {
                 self.note(peer, kind, suffix, &refusal, false);
-                let held = key(kind, suffix).filter(|_| refusal.reason.is_operators());
+                let held = key(&peer.rules, kind, suffix).filter(|_| refusal.reason.is_operators());
                 return held.map_or(Verdict::Keep, Verdict::Drop);
             }
         };
@@ -84,7 +84,8 @@ impl Intake {
     ) -> Result<(Option<Fact>, Option<Refusal>), Refusal> {
         if kind == Kind::Services {
             let (service, audited) = import_policy::admit_service(&mut self.services, suffix, value, peer)?;
-            let fact = RemoteService { shared: service.shared, backends: service.backends.clone() };
+            let known_by = peer.rules.virtual_cidrs.clone();
+            let fact = RemoteService { shared: service.shared, backends: service.backends.clone(), known_by };
             return Ok((Some(Fact::Service(service.name.clone(), fact)), audited));
         }
         let admitted = import_policy::admit(kind, suffix, value, peer)?;
@@ -96,11 +97,11 @@ impl Intake {
     }
 }
 
-/// The key of a record that may be held; none if no record can have it.
-pub(super) fn key(kind: Kind, suffix: &str) -> Option<FactKey> {
+/// The key of a record that may be held, of a cluster with these rules; none if no record can have it.
+pub(super) fn key(rules: &Rules, kind: Kind, suffix: &str) -> Option<FactKey> {
     match kind {
         Kind::Nodes => Some(FactKey::Node(suffix.to_owned())),
-        Kind::Ip => canonical(suffix).map(FactKey::Ip),
+        Kind::Ip => canonical(suffix).and_then(|ip| rules.virtual_cidrs.known_by(ip)).map(FactKey::Ip),
         Kind::Identities => canonical(suffix).map(FactKey::Identity),
         Kind::Services => name(suffix).map(FactKey::Service),
         Kind::LocalServices => name(suffix).map(FactKey::LocalService),
@@ -124,7 +125,7 @@ fn name(suffix: &str) -> Option<NamespacedName> {
 /// What the agent uses of a record; none of a kind that it does not read, or not in this way.
 fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
     Some(match record {
-        Imported::Node(node) => node_fact(node, peer.is_own),
+        Imported::Node(node) => node_fact(node, peer),
         Imported::Ip(record) => {
             let (ip, value) = ip_fact(peer, &record);
             if kind == Kind::LocalIp { Fact::LocalIp(ip, value) } else { Fact::Ip(ip, value) }
@@ -147,15 +148,20 @@ fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
 /// Label of the failure zone, as Kubernetes has it.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
-fn node_fact(node: Node, is_own: bool) -> Fact {
-    let of_kind = |kind: NodeAddressKind| {
+fn node_fact(node: Node, peer: &PeerPolicy) -> Fact {
+    let virtual_cidrs = &peer.rules.virtual_cidrs;
+    let of_kind = |kind: NodeAddressKind| -> Vec<IpAddr> {
         node.addresses.iter().filter(move |address| address.kind == kind).map(|address| address.ip).collect()
     };
     let fact = NodeFact {
         internal_ips: of_kind(NodeAddressKind::InternalIp),
-        mesh_ips: of_kind(NodeAddressKind::CiliumInternalIp),
-        pod_cidrs: node.pod_cidrs().collect(),
-        zone: node.labels.as_ref().filter(|_| is_own).and_then(|labels| labels.get(ZONE).cloned()),
+        mesh_ips: of_kind(NodeAddressKind::CiliumInternalIp)
+            .into_iter()
+            .filter_map(|ip| virtual_cidrs.known_by(ip))
+            .collect(),
+        pod_cidrs: node.pod_cidrs().filter_map(|cidr| virtual_cidrs.prefix_known_by(cidr)).collect(),
+        virtual_cidrs: virtual_cidrs.clone(),
+        zone: node.labels.as_ref().filter(|_| peer.is_own).and_then(|labels| labels.get(ZONE).cloned()),
     };
     Fact::Node(node.name, fact)
 }
@@ -168,7 +174,9 @@ fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> (IpAddr, IpValue) {
     };
     let identity = peer.identity_of(record).0;
     let value = IpValue { identity, node_ip, key: record.key, flags: 0, pad: 0 };
-    (record.prefix.addr(), value)
+    let ip = record.prefix.addr();
+    // One without is refused before.
+    (peer.rules.virtual_cidrs.known_by(ip).unwrap_or(ip), value)
 }
 
 #[cfg(test)]
@@ -178,6 +186,7 @@ mod tests {
     /// A delete of another spelling must not take the record itself away.
     #[test]
     fn a_record_has_one_key() {
+        let key = |kind, suffix| key(&Rules::default(), kind, suffix);
         assert_eq!(key(Kind::Identities, "131373"), Some(FactKey::Identity(131_373)));
         assert_eq!(key(Kind::Ip, "fd00::1"), Some(FactKey::Ip("fd00::1".parse().unwrap())));
         for (kind, alias) in [

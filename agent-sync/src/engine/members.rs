@@ -113,6 +113,7 @@ impl Members {
                 member.digests.values_mut().for_each(KindDigest::listing);
                 kinds.iter().for_each(|kind| mesh.begin_list(id, *kind));
                 mesh.set_placement(id, placement(&member.rules));
+                mesh.set_virtual_cidrs(id, &member.rules.virtual_cidrs);
                 self.forget_strangers(mesh);
             }
             Input::Record { name, kind, event } => self.record(&name, kind, event, mesh),
@@ -168,7 +169,7 @@ impl Members {
                         digest.taken(&suffix);
                     }
                     Verdict::Keep => {
-                        if let Some(key) = intake::key(kind, &suffix) {
+                        if let Some(key) = intake::key(&member.rules, kind, &suffix) {
                             mesh.disown(id, &key);
                         }
                         digest.refused(&suffix, hash);
@@ -185,7 +186,7 @@ impl Members {
                 if let Some(intake) = member.intake.get_mut(&kind) {
                     intake.forget(&suffix);
                 }
-                if let Some(key) = intake::key(kind, &suffix) {
+                if let Some(key) = intake::key(&member.rules, kind, &suffix) {
                     mesh.delete(id, &key);
                 }
                 digest.taken(&suffix);

@@ -54,9 +54,24 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 16] = [
-    "service", "slot", "backend", "affinity", "ipcache", "prefix", "endpoint", "node", "cluster", "policy",
-    "cidr", "ct", "verdict", "overlay", "metrics", "sockrev",
+pub const TABLES: [&str; 17] = [
+    "service",
+    "slot",
+    "backend",
+    "affinity",
+    "ipcache",
+    "prefix",
+    "endpoint",
+    "node",
+    "cluster",
+    "policy",
+    "cidr",
+    "translate",
+    "ct",
+    "verdict",
+    "overlay",
+    "metrics",
+    "sockrev",
 ];
 
 /// A table that cannot be dumped.
@@ -226,6 +241,7 @@ impl Engine {
             "cluster" => rows(&*tables.cluster, cluster_row)?,
             "policy" => self.policy_rows()?,
             "cidr" => rows(&*tables.cidr, policy_rows::range)?,
+            "translate" => rows(&*tables.translate, translate_row)?,
             "ct" => self.connection_rows()?,
             "verdict" => self.verdict_rows()?,
             "overlay" => self.overlay_rows()?,
@@ -344,6 +360,15 @@ fn affinity_row(key: abi::AffinityKey, value: abi::AffinityValue) -> Row {
     ]
 }
 
+fn translate_row(key: abi::TranslateKey, value: abi::TranslateValue) -> Row {
+    let (from, to) = match wire_key::translation(&key, &value) {
+        Some((from, to)) => (from.to_string(), to.to_string()),
+        None => ("?".to_owned(), "?".to_owned()),
+    };
+    let way = if key.way == abi::translate::TO_REAL { "to-real" } else { "to-virtual" };
+    vec![("cluster", key.cluster.to_string()), ("way", way.to_owned()), ("from", from), ("to", to)]
+}
+
 fn address_columns(key: &IpKey) -> Row {
     vec![("cluster", key.cluster.to_string()), ("address", shown(wire_key::address(key.family, key.ip)))]
 }
@@ -409,6 +434,7 @@ fn reason_name(reason: u8) -> String {
         abi::reason::NO_TUNNEL_KEY => "no-tunnel-key",
         abi::reason::UNKNOWN_TARGET => "unknown-target",
         abi::reason::NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",
+        abi::reason::NO_MAPPING => "no-mapping",
         abi::reason::ENCAPSULATION_PROHIBITED => "encapsulation-prohibited",
         abi::reason::INVALID_IDENTITY => "invalid-identity",
         abi::reason::UNKNOWN_SENDER => "unknown-sender",
@@ -439,5 +465,6 @@ fn fills(tables: &Tables) -> Vec<Box<dyn FnOnce() -> Fill + Send>> {
         fill(&*tables.node),
         fill(&*tables.policy),
         fill(&*tables.cidr),
+        fill(&*tables.translate),
     ]
 }

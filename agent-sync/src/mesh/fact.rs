@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{Backends, LocalPolicy, LocalService, PolicyName};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
 
@@ -93,6 +94,8 @@ pub struct NodeFact {
     pub mesh_ips: Vec<IpAddr>,
     /// Pod CIDRs.
     pub pod_cidrs: Vec<IpNet>,
+    /// Which of those addresses and prefixes are virtual.
+    pub virtual_cidrs: VirtualCidrs,
     /// Failure zone, of nodes of the own cluster.
     pub zone: Option<String>,
 }
@@ -112,8 +115,10 @@ impl NodeFact {
 pub struct RemoteService {
     /// Its backends may be used.
     pub shared: bool,
-    /// Target ports by name, for each backend.
+    /// Target ports by name, for each backend, by its own address.
     pub backends: Backends,
+    /// By which addresses they are known here.
+    pub known_by: VirtualCidrs,
 }
 
 /// What is known about the interfaces of this node's pods.

@@ -21,6 +21,7 @@ mod records;
 mod routes;
 mod service;
 mod topology;
+mod translate;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -29,6 +30,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{LocalService, Nearness};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
 
 use crate::desired::{Changes, Restored};
@@ -39,6 +41,7 @@ use placement::Placement;
 use records::{Change, Records};
 use service::{Here, Services};
 use topology::Topology;
+use translate::Translations;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
 pub use lookup::InUse;
@@ -62,6 +65,7 @@ pub struct Mesh {
     zone: Option<String>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
     placement: Placement,
+    translations: Translations,
     endpoints: Endpoints,
     services: Services,
     policies: Policies,
@@ -114,6 +118,7 @@ impl Mesh {
             zone: None,
             ipcache: HashMap::new(),
             placement: Placement::default(),
+            translations: Translations::restore(restored.translate),
             endpoints,
             services: Services::new(own, restored.service),
             policies: Policies::new(max, restored.policy, restored.cidr),
@@ -145,6 +150,9 @@ impl Mesh {
             mesh.clusters.entry(cluster).or_default();
         }
         for cluster in mesh.policies.restored_clusters() {
+            mesh.clusters.entry(cluster).or_default();
+        }
+        for cluster in mesh.translations.clusters() {
             mesh.clusters.entry(cluster).or_default();
         }
         for (cluster, state) in restored.cluster {
@@ -401,6 +409,7 @@ impl Mesh {
         let mut changes = std::mem::take(&mut self.foreign);
         self.compute_topology(&mut changes);
         changes.routes = self.compute_routes(&changes);
+        changes.translate.extend(self.translations.compute());
         self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);
@@ -585,6 +594,7 @@ impl Mesh {
     fn drain_id(&mut self, cluster: u16) {
         self.set_state(cluster, None);
         self.names.remove(&cluster);
+        self.translations.set(cluster, &VirtualCidrs::default());
         let Some(records) = self.clusters.remove(&cluster) else { return };
         for (ip, _) in records.addresses() {
             self.address_changed(cluster, ip, None);

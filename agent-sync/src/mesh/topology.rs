@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use ebpf_global_svc::abi::{NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ebpf_global_svc::abi::{NODE_VIRTUAL, NodeKey, NodeValue, PREFIX_VIRTUAL, PrefixKey, PrefixValue};
 use ipnet::IpNet;
 
 use super::fact::NodeFact;
@@ -21,13 +21,13 @@ use crate::wire_key;
 /// All claims, and who holds what.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Topology {
-    prefix_claims: BTreeMap<IpNet, Claims<[u8; 4]>>,
-    address_claims: BTreeMap<IpAddr, Claims<()>>,
-    /// Accepted, with the underlay address of the node that carries it.
+    prefix_claims: BTreeMap<IpNet, Claims<Carrier>>,
+    address_claims: BTreeMap<IpAddr, Claims<Speaker>>,
+    /// Accepted.
     prefixes: BTreeMap<IpNet, Holder>,
     /// Lengths that accepted prefixes have, or once had, by family.
     lengths: BTreeSet<(bool, u8)>,
-    addresses: BTreeMap<IpAddr, u16>,
+    addresses: BTreeMap<IpAddr, (u16, Speaker)>,
     /// Clusters whose claim was refused, and for whom.
     refused_prefixes: BTreeMap<(IpNet, u16), u16>,
     refused_addresses: BTreeMap<(IpAddr, u16), u16>,
@@ -49,7 +49,23 @@ type Claimant = (u16, Option<Box<str>>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Holder {
     cluster: u16,
+    carrier: Carrier,
+}
+
+/// What carries a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Carrier {
+    /// Underlay address of the node.
     node_ip: [u8; 4],
+    /// Pods have other addresses there.
+    is_virtual: bool,
+}
+
+/// Who speaks from an underlay address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Speaker {
+    /// Pods of its cluster are known by virtual addresses.
+    is_virtual: bool,
 }
 
 /// What a cluster held until now.
@@ -76,9 +92,10 @@ impl Topology {
         let Some(net) = wire_key::prefix(&key).filter(|net| wire_key::prefix_key(*net) == key) else {
             return false;
         };
-        self.prefix_claims.entry(net).or_default().insert((value.cluster, None), value.node_ip);
+        let carrier = Carrier { node_ip: value.node_ip, is_virtual: value.flags & PREFIX_VIRTUAL != 0 };
+        self.prefix_claims.entry(net).or_default().insert((value.cluster, None), carrier);
         self.restored.entry(value.cluster).or_default().0.push(net);
-        let holder = Holder { cluster: value.cluster, node_ip: value.node_ip };
+        let holder = Holder { cluster: value.cluster, carrier };
         if holder.value() == value {
             self.prefixes.insert(net, holder);
             self.lengths.insert((net.addr().is_ipv4(), net.prefix_len()));
@@ -93,10 +110,11 @@ impl Topology {
         else {
             return false;
         };
-        self.address_claims.entry(ip).or_default().insert((value.cluster, None), ());
+        let speaker = Speaker { is_virtual: value.flags & NODE_VIRTUAL != 0 };
+        self.address_claims.entry(ip).or_default().insert((value.cluster, None), speaker);
         self.restored.entry(value.cluster).or_default().1.push(ip);
-        if node_value(value.cluster) == value {
-            self.addresses.insert(ip, value.cluster);
+        if node_value((value.cluster, speaker)) == value {
+            self.addresses.insert(ip, (value.cluster, speaker));
         }
         self.dirty_addresses.insert(ip);
         true
@@ -138,11 +156,13 @@ impl Topology {
         if let Some(after) = after {
             let node_ip = after.tunnel_ip().map_or([0; 4], |ip| ip.octets());
             for net in after.pod_cidrs.iter().map(IpNet::trunc) {
-                self.prefix_claims.entry(net).or_default().insert(claimant(), node_ip);
+                let carrier = Carrier { node_ip, is_virtual: after.virtual_cidrs.is_virtual(net) };
+                self.prefix_claims.entry(net).or_default().insert(claimant(), carrier);
                 self.dirty_prefixes.insert(net);
             }
+            let speaker = Speaker { is_virtual: !after.virtual_cidrs.is_empty() };
             for ip in &after.internal_ips {
-                self.address_claims.entry(*ip).or_default().insert(claimant(), ());
+                self.address_claims.entry(*ip).or_default().insert(claimant(), speaker);
                 self.dirty_addresses.insert(*ip);
             }
         }
@@ -175,7 +195,7 @@ impl Topology {
 
     /// Accepted pod prefixes, with the cluster and the underlay address of the node.
     pub(super) fn prefixes(&self) -> impl Iterator<Item = (IpNet, u16, [u8; 4])> {
-        self.prefixes.iter().map(|(net, holder)| (*net, holder.cluster, holder.node_ip))
+        self.prefixes.iter().map(|(net, holder)| (*net, holder.cluster, holder.carrier.node_ip))
     }
 
     /// The cluster that holds an address: by a pod prefix around it, or as a node's.
@@ -194,7 +214,7 @@ impl Topology {
 
     /// The cluster that has a node of this underlay address.
     pub(super) fn address_holder(&self, ip: IpAddr) -> Option<u16> {
-        self.addresses.get(&ip).copied()
+        self.addresses.get(&ip).map(|(cluster, _)| *cluster)
     }
 
     /// What is to be installed for a prefix.
@@ -204,7 +224,7 @@ impl Topology {
 
     /// What is to be installed for an underlay address.
     pub(super) fn wanted_node(&self, ip: IpAddr) -> Option<NodeValue> {
-        self.address_holder(ip).map(node_value)
+        self.addresses.get(&ip).copied().map(node_value)
     }
 
     /// Underlay addresses of all nodes.
@@ -238,8 +258,8 @@ impl Topology {
     fn resolve_prefixes(&mut self, root: IpNet, own: u16, changes: &mut Changes) {
         let mut claims: Vec<(IpNet, Holder)> = Vec::new();
         for (net, claimants) in within(&self.prefix_claims, root, |net| *net) {
-            for ((cluster, _), node_ip) in claimants {
-                let claim = (*net, Holder { cluster: *cluster, node_ip: *node_ip });
+            for ((cluster, _), carrier) in claimants {
+                let claim = (*net, Holder { cluster: *cluster, carrier: *carrier });
                 match claims.last_mut().filter(|(last, holder)| (last, holder.cluster) == (net, *cluster)) {
                     Some(same) => *same = claim,
                     None => claims.push(claim),
@@ -293,21 +313,25 @@ impl Topology {
         for key in refused {
             self.refused_addresses.remove(&key);
         }
-        let claimants: BTreeSet<u16> =
-            self.address_claims.get(&ip).into_iter().flatten().map(|((cluster, _), ())| *cluster).collect();
+        let claims = self.address_claims.get(&ip).into_iter().flatten();
+        let claimants: BTreeMap<u16, Speaker> =
+            claims.map(|((cluster, _), speaker)| (*cluster, *speaker)).collect();
         let before = self.addresses.get(&ip).copied();
-        let preferred = [Some(own), before].into_iter().flatten().find(|cluster| claimants.contains(cluster));
-        let holder = preferred.or_else(|| claimants.first().copied());
+        let preferred = [Some(own), before.map(|(cluster, _)| cluster)].into_iter().flatten();
+        let preferred = preferred.filter_map(|cluster| claimants.get_key_value(&cluster)).next();
+        let holder =
+            preferred.or_else(|| claimants.first_key_value()).map(|(cluster, speaker)| (*cluster, *speaker));
         if holder != before {
-            self.lost.extend(before.map(|cluster| (cluster, Lost::Address(ip))));
+            let lost = before.filter(|(cluster, _)| holder.is_none_or(|(now, _)| now != *cluster));
+            self.lost.extend(lost.map(|(cluster, _)| (cluster, Lost::Address(ip))));
             match holder {
                 Some(holder) => self.addresses.insert(ip, holder),
                 None => self.addresses.remove(&ip),
             };
             changes.node.push((wire_key::node_key(ip), holder.map(node_value)));
         }
-        for cluster in claimants {
-            if let Some(holder) = holder.filter(|holder| *holder != cluster) {
+        for cluster in claimants.into_keys() {
+            if let Some((holder, _)) = holder.filter(|(holder, _)| *holder != cluster) {
                 self.refused_addresses.insert((ip, cluster), holder);
             }
         }
@@ -316,12 +340,14 @@ impl Topology {
 
 impl Holder {
     fn value(self) -> PrefixValue {
-        PrefixValue { cluster: self.cluster, flags: 0, pad: 0, node_ip: self.node_ip, reserved: 0 }
+        let Carrier { node_ip, is_virtual } = self.carrier;
+        let flags = if is_virtual { PREFIX_VIRTUAL } else { 0 };
+        PrefixValue { cluster: self.cluster, flags, pad: 0, node_ip, reserved: 0 }
     }
 }
 
-fn node_value(cluster: u16) -> NodeValue {
-    NodeValue { cluster, flags: 0, reserved: 0 }
+fn node_value((cluster, speaker): (u16, Speaker)) -> NodeValue {
+    NodeValue { cluster, flags: if speaker.is_virtual { NODE_VIRTUAL } else { 0 }, reserved: 0 }
 }
 
 /// Entries whose prefix lies in `root`; `from` is the first key there can be.
@@ -382,9 +408,8 @@ mod tests {
     fn node(cidrs: &[&str], ips: &[&str]) -> NodeFact {
         NodeFact {
             internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
-            mesh_ips: Vec::new(),
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
-            zone: None,
+            ..NodeFact::default()
         }
     }
 
@@ -418,7 +443,7 @@ mod tests {
             assert_eq!(holders(&before), [(stolen.to_owned(), 2)]);
             let after = resolve(&before, &[(2, thief), (1, own.clone())]);
             assert_eq!(holders(&after), [("10.1.0.0/16".to_owned(), 1)]);
-            assert_eq!(after.addresses.values().copied().collect::<Vec<_>>(), [1]);
+            assert_eq!(after.addresses.values().map(|(cluster, _)| *cluster).collect::<Vec<_>>(), [1]);
             assert_eq!(after.conflicts().count(), 2);
         }
     }

@@ -53,8 +53,8 @@ const MUTUAL: Duration = Duration::from_millis(300);
 pub struct Core {
     own: OwnCluster,
     name: ClusterName,
-    /// By which the engine judges.
-    rules: Arc<Rules>,
+    /// By which the engine judges; none: it was not told yet.
+    rules: Option<Arc<Rules>>,
     has_config: bool,
     accepted: Option<Accepted>,
     refused: Option<Refused>,
@@ -106,7 +106,7 @@ impl Core {
         Self {
             own,
             name,
-            rules: Arc::default(),
+            rules: None,
             has_config: false,
             accepted: None,
             refused: None,
@@ -152,10 +152,11 @@ impl Core {
     /// The operator's rules for the cluster. What the engine took or refused by others is told again: the
     /// list's end removes what is not allowed any more, and nothing else. The own cluster has none.
     pub fn policy(&mut self, rules: Arc<Rules>, out: &mut Vec<Effect>) {
-        if rules == self.rules || self.name == self.own.name {
+        // The first time in any case: the engine may have others of a follower before this one.
+        if self.rules.as_ref() == Some(&rules) || self.name == self.own.name {
             return;
         }
-        self.rules = rules.clone();
+        self.rules = Some(rules.clone());
         out.push(Effect::Tell(Input::Policy { name: self.name.clone(), rules }));
         if let Some(accepted) = self.accepted {
             info!(cluster = %self.name, "the import policy changed; listing the cluster again");

@@ -13,6 +13,7 @@ use clustermesh_kvstore::key::{HEARTBEAT, Kind, Layout};
 use clustermesh_kvstore::reflector::{
     Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent, ReflectorSpec,
 };
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use futures::stream::{AbortHandle, Abortable, SelectAll, abortable};
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
@@ -23,7 +24,7 @@ use tracing::warn;
 
 use super::core::{Core, Effect};
 use super::ids::{self, Ids};
-use super::{OwnCluster, PeerState, PeerView, Wish};
+use super::{OwnCluster, PeerState, PeerView, Wish, with_virtual_cidrs};
 use crate::engine::Input;
 
 /// Events of one kind's reflector.
@@ -48,6 +49,7 @@ pub(super) struct Follower {
     state: watch::Sender<PeerState>,
     ids: Arc<Mutex<Ids>>,
     policy: watch::Receiver<CurrentPolicy>,
+    virtual_cidrs: VirtualCidrs,
     engine: mpsc::Sender<Input>,
     stop: CancellationToken,
     /// Kinds whose list is complete, and whose connection was not lost since.
@@ -74,15 +76,20 @@ impl Follower {
         name: ClusterName,
         etcd: EtcdSource,
         ids: Arc<Mutex<Ids>>,
-        policy: watch::Receiver<CurrentPolicy>,
+        (policy, virtual_cidrs): (watch::Receiver<CurrentPolicy>, VirtualCidrs),
         engine: mpsc::Sender<Input>,
         stop: CancellationToken,
     ) -> (Self, PeerView) {
         let (connection, status) = Connection::spawn(etcd, ConnectionOptions::default());
         let (state, view) = watch::channel(PeerState::default());
         let (wish, wishes) = mpsc::channel(2 * Kind::ALL.len());
-        let view =
-            PeerView { state: view, etcd: connection.clone(), connection: status.clone(), wishes: wish };
+        let view = PeerView {
+            state: view,
+            virtual_cidrs: virtual_cidrs.clone(),
+            etcd: connection.clone(),
+            connection: status.clone(),
+            wishes: wish,
+        };
         let (counts, counted) = mpsc::channel(Kind::ALL.len());
         let counter = count(name.clone(), connection.clone(), counted, engine.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(counter));
@@ -95,6 +102,7 @@ impl Follower {
             state,
             ids,
             policy,
+            virtual_cidrs,
             engine,
             stop,
             records: SelectAll::new(),
@@ -167,6 +175,7 @@ impl Follower {
 
     async fn take_policy(&mut self) {
         let rules = self.policy.borrow_and_update().file.rules_for(&self.name);
+        let rules = with_virtual_cidrs(rules, &self.virtual_cidrs);
         let mut effects = Vec::new();
         self.core.policy(rules, &mut effects);
         for effect in effects {

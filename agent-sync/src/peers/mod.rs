@@ -16,10 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::config_dir::ConfigChange;
 use clustermesh_kvstore::digest::Ticket;
-use clustermesh_kvstore::etcd::EtcdSource;
-use clustermesh_kvstore::import_policy::CurrentPolicy;
+use clustermesh_kvstore::etcd::{EtcdConfig, EtcdSource};
+use clustermesh_kvstore::import_policy::{CurrentPolicy, Rules};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::{Connection, ConnectionStatus};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -62,12 +63,28 @@ pub struct PeerState {
 pub struct PeerView {
     /// State of the peer task.
     pub state: watch::Receiver<PeerState>,
+    /// By which prefixes its pods are known here.
+    pub virtual_cidrs: VirtualCidrs,
     /// Its etcd, for reading single keys.
     pub etcd: Connection,
     /// State of its connection.
     pub connection: watch::Receiver<ConnectionStatus>,
     /// Kinds that are to be read again.
     wishes: mpsc::Sender<(Kind, Wish)>,
+}
+
+impl PeerView {
+    /// The operator's rules for the cluster, with what its configuration file says.
+    pub fn rules(&self, rules: Arc<Rules>) -> Arc<Rules> {
+        with_virtual_cidrs(rules, &self.virtual_cidrs)
+    }
+}
+
+fn with_virtual_cidrs(mut rules: Arc<Rules>, virtual_cidrs: &VirtualCidrs) -> Arc<Rules> {
+    if rules.virtual_cidrs != *virtual_cidrs {
+        Arc::make_mut(&mut rules).virtual_cidrs = virtual_cidrs.clone();
+    }
+    rules
 }
 
 /// How a kind is to be read again.
@@ -132,7 +149,7 @@ impl Peers {
 
     /// Follows the own cluster.
     pub async fn start_own(&mut self, etcd: EtcdSource) {
-        self.start(self.own.name.clone(), etcd).await;
+        self.start(self.own.name.clone(), etcd, VirtualCidrs::default()).await;
     }
 
     /// Obeys the config directory.
@@ -141,7 +158,10 @@ impl Peers {
             ConfigChange::Set { name, path } => {
                 info!(cluster = %name, "following a remote cluster");
                 self.stop(&name).await;
-                self.start(name, path.into()).await;
+                // A file that cannot be read connects nobody either; its connection says why.
+                let virtual_cidrs =
+                    EtcdConfig::load(&path).map(|config| config.virtual_pod_cidrs).unwrap_or_default();
+                self.start(name, path.into(), virtual_cidrs).await;
             }
             ConfigChange::Removed { name } => {
                 info!(cluster = %name, "a remote cluster is configured no more; draining it");
@@ -158,7 +178,7 @@ impl Peers {
         self.tell(Input::AllConfigured).await;
     }
 
-    async fn start(&mut self, name: ClusterName, etcd: EtcdSource) {
+    async fn start(&mut self, name: ClusterName, etcd: EtcdSource, virtual_cidrs: VirtualCidrs) {
         self.tell(Input::Configured(name.clone())).await;
         let stop = CancellationToken::new();
         let (follower, view) = Follower::new(
@@ -166,7 +186,7 @@ impl Peers {
             name.clone(),
             etcd,
             self.ids.clone(),
-            self.policy.clone(),
+            (self.policy.clone(), virtual_cidrs),
             self.engine.clone(),
             stop.clone(),
         );

@@ -5,7 +5,7 @@
 //! written stays pending and is retried with back-off. No I/O of its own and no clock, so a test can
 //! check every invariant after every single write.
 //!
-//! One round writes policies, then addresses, nodes and prefixes, then backends, then slots, then the services'
+//! One round writes policies, then virtual addresses, then addresses, nodes and prefixes, then backends, then slots, then the services'
 //! values, which alone make slots reachable; then it removes services, and addresses last. Slots and
 //! backends that nothing reaches any more stay for a grace period (see [`services`]): a program that
 //! read the old count a moment ago may still follow it.
@@ -20,7 +20,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, TranslateKey,
+    TranslateValue,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
@@ -43,6 +44,7 @@ pub struct Reconciler {
     endpoint: Plain<IpKey, EndpointValue>,
     policy: Policy,
     cidr: Plain<PrefixKey, u32>,
+    translate: Plain<TranslateKey, TranslateValue>,
     services: Services,
     cluster: Plain<u32, ClusterState>,
     failures: u32,
@@ -68,6 +70,7 @@ impl Reconciler {
             endpoint: tables.endpoint.dump()?,
             policy: tables.policy.dump()?,
             cidr: tables.cidr.dump()?,
+            translate: tables.translate.dump()?,
             service,
         };
         Ok((Self { services, ..Self::default() }, restored))
@@ -81,6 +84,7 @@ impl Reconciler {
         self.endpoint.accept(changes.endpoint);
         self.policy.accept(changes.policy);
         self.cidr.accept(changes.cidr);
+        self.translate.accept(changes.translate);
         self.services.accept(changes.service);
         self.cluster.accept(changes.cluster);
     }
@@ -96,6 +100,7 @@ impl Reconciler {
             self.endpoint.retry();
             self.policy.retry();
             self.cidr.retry();
+            self.translate.retry();
             self.services.retry();
             self.cluster.retry();
         }
@@ -105,6 +110,8 @@ impl Reconciler {
         // What is allowed comes before those who are named in it, and before it is enforced.
         self.policy.upsert(&mut *tables.policy, &mut round);
         self.cidr.upsert(&mut *tables.cidr, &mut round);
+        // Before what says that it has to be looked for there.
+        self.translate.upsert(&mut *tables.translate, &mut round);
         self.ipcache.upsert(&mut *tables.ipcache, &mut round);
         self.node.upsert(&mut *tables.node, &mut round);
         self.prefix.upsert(&mut *tables.prefix, &mut round);
@@ -114,6 +121,7 @@ impl Reconciler {
         self.prefix.remove(&mut *tables.prefix, &mut round);
         self.node.remove(&mut *tables.node, &mut round);
         self.ipcache.remove(&mut *tables.ipcache, &mut round);
+        self.translate.remove(&mut *tables.translate, &mut round);
         self.cidr.remove(&mut *tables.cidr, &mut round);
         self.policy.remove(&mut *tables.policy, &mut round);
         // A cluster returns when everything of it is as desired.
@@ -138,6 +146,7 @@ impl Reconciler {
             + self.endpoint.pending()
             + self.policy.pending()
             + self.cidr.pending()
+            + self.translate.pending()
             + self.services.pending()
             + self.cluster.pending()
     }

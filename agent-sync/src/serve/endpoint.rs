@@ -104,18 +104,25 @@ impl Source {
             return Ok((part, Vec::new()));
         };
         let found = search(view, name, is_own, pod).await;
+        let known_by = |ip: IpAddr| view.virtual_cidrs.known_by(ip);
         let ips: Vec<Option<IpAddr>> =
-            found.records.iter().map(|(_, listed)| listed.suffix.parse().ok()).collect();
+            found.records.iter().map(|(_, listed)| listed.suffix.parse().ok().and_then(known_by)).collect();
         let (reply, answer) = oneshot::channel();
         let known = ips.iter().flatten().copied().collect();
         self.queries.send(Query::Addresses(name.clone(), known, reply)).await.map_err(|_| Gone)?;
         let known = answer.await.map_err(|_| Gone)?.map_err(|error| Status::internal(error.to_string()))?;
         let mut known = known.into_iter();
         let mut installed = Vec::new();
-        let rules = if is_own { Default::default() } else { self.policy.borrow().file.rules_for(name) };
+        let rules = match is_own {
+            true => Default::default(),
+            false => view.rules(self.policy.borrow().file.rules_for(name)),
+        };
         let peer = PeerPolicy { name: name.clone(), id, max: self.max(), is_own, rules };
         for ((kind, listed), ip) in found.records.into_iter().zip(ips) {
-            let of_engine = ip.and_then(|_| known.next()).unwrap_or_default();
+            let mut of_engine = ip.and_then(|_| known.next()).unwrap_or_default();
+            if let Some(ip) = ip.filter(|ip| view.virtual_cidrs.real(*ip) != *ip) {
+                of_engine.part.why.push(format!("known here by the virtual address {ip}"));
+            }
             part.synced &= of_engine.part.synced;
             let (address, rows) = address(&peer, kind, listed, of_engine, view).await;
             part.addresses.push(address);

@@ -1,5 +1,6 @@
 //! Why something is as it is: the engine's view, and beside it what stands in each cluster's etcd now.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clustermesh_agent_api::v1;
@@ -7,6 +8,7 @@ use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::etcd::KeyValue;
 use clustermesh_kvstore::import_policy::{PeerPolicy, admit};
 use clustermesh_kvstore::key::{Kind, Layout, data_prefix};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use futures::future::join_all;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -61,10 +63,16 @@ impl Source {
         let kind = subject.kind(part.private);
         let cached = view.is_some_and(|view| view.state.borrow().cached);
         let layout = if cached { Layout::Cache } else { Layout::State };
-        let suffix = subject.suffix();
+        let mut why = part.why.clone();
+        let suffix = match (subject, view.map(|view| &view.virtual_cidrs)) {
+            (Subject::Ip(ip), Some(virtual_cidrs)) if !virtual_cidrs.is_empty() => {
+                why.extend(known_as(virtual_cidrs, *ip));
+                virtual_cidrs.real(*ip).to_string()
+            }
+            _ => subject.suffix(),
+        };
         let key = data_prefix(kind, name, layout) + &suffix;
         let connected = view.is_some_and(|view| view.connection.borrow().connected);
-        let mut why = part.why.clone();
         let mut found = None;
         if !connected {
             why.push("its etcd is not connected: what was last heard of it counts".into());
@@ -78,8 +86,10 @@ impl Source {
         }
         let mut refused = false;
         if let (Some(found), Some(id)) = (&found, part.id) {
-            let rules = self.policy.borrow().file.rules_for(name);
-            let rules = if is_own { Default::default() } else { rules };
+            let rules = match view {
+                Some(view) if !is_own => view.rules(self.policy.borrow().file.rules_for(name)),
+                _ => Default::default(),
+            };
             let peer = PeerPolicy { name: name.clone(), id, max: self.max(), is_own, rules };
             refused = judge(&peer, kind, &suffix, &found.value, part.held, &mut why);
         }
@@ -99,6 +109,16 @@ impl Source {
             addresses: Vec::new(),
         }
     }
+}
+
+/// What an address stands for in a cluster whose pods are known by virtual ones.
+fn known_as(virtual_cidrs: &VirtualCidrs, ip: IpAddr) -> Option<String> {
+    let real = virtual_cidrs.real(ip);
+    if real != ip {
+        return Some(format!("a virtual address: the pod itself has {real}"));
+    }
+    let known = virtual_cidrs.known_by(ip).filter(|known| *known != ip)?;
+    Some(format!("its pod of this address is known here as {known}"))
 }
 
 /// What became of a record, in a word.

@@ -63,7 +63,7 @@ impl Source {
         };
         let peer = |rules| PeerPolicy { name: name.clone(), id, max: self.max(), is_own: false, rules };
         let now = self.policy.borrow().file.rules_for(name);
-        let mut trial = Trial::new(peer(now), peer(file.rules_for(name)));
+        let mut trial = Trial::new(peer(view.rules(now)), peer(view.rules(file.rules_for(name))));
         for kind in Trial::KINDS {
             let look = |listed: listing::Listed| trial.look(kind, &listed.suffix, &listed.value);
             if let Err(error) = listing::each(view, name, kind, look).await {

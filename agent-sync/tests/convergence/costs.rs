@@ -103,7 +103,7 @@ fn pod(cluster: u16, number: u16) -> IpAddr {
 
 fn remote(cluster: u16, pods: impl IntoIterator<Item = u16>) -> Fact {
     let backends = pods.into_iter().map(|number| (pod(cluster, number), ports(8080))).collect();
-    Fact::Service(name(), RemoteService { shared: true, backends })
+    Fact::Service(name(), RemoteService { shared: true, backends, ..RemoteService::default() })
 }
 
 fn local(pods: &[u16]) -> Fact {

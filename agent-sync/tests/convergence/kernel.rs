@@ -216,6 +216,7 @@ pub(crate) fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         node: Box::new(MemoryTable::new("cm_node", 1 << 20)),
         policy: Box::new(MemoryTable::new("cm_policy", 1 << 20)),
         cidr: Box::new(MemoryTable::new("cm_cidr", 1 << 20)),
+        translate: Box::new(MemoryTable::new("cm_translate", 1 << 20)),
         affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
     }
 }

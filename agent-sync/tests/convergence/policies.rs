@@ -110,6 +110,7 @@ fn tables(log: &Log) -> Tables {
         slot: Box::new(MemoryTable::new("cm_slot", 1)),
         backend: Box::new(MemoryTable::new("cm_backend", 1)),
         cluster: Box::new(MemoryTable::new("cm_cluster", 1)),
+        translate: Box::new(MemoryTable::new("cm_translate", 1)),
         affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
         prefix: Box::new(MemoryTable::new("cm_prefix", 1 << 10)),
         node: Box::new(MemoryTable::new("cm_node", 1 << 10)),

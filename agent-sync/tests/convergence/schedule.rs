@@ -435,7 +435,10 @@ impl World {
             backends.insert(self.random_pod(cluster), self.random_ports());
         }
         let backends = backends.into_iter().collect();
-        Event::Upsert(Fact::Service(name, RemoteService { shared: self.rng.random_bool(0.8), backends }))
+        Event::Upsert(Fact::Service(
+            name,
+            RemoteService { shared: self.rng.random_bool(0.8), backends, ..RemoteService::default() },
+        ))
     }
 
     fn random_local_service(&mut self) -> Event {
@@ -539,9 +542,8 @@ fn id(cluster: u16) -> ClusterId {
 fn node(ip: &[u8; 4], cidrs: &[&str]) -> NodeFact {
     NodeFact {
         internal_ips: vec![Ipv4Addr::from(*ip).into()],
-        mesh_ips: Vec::new(),
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
-        zone: None,
+        ..NodeFact::default()
     }
 }
 

@@ -34,9 +34,8 @@ fn pod(node: u16, number: u8) -> IpAddr {
 fn node(number: u16) -> Fact {
     let fact = NodeFact {
         internal_ips: vec![node_ip(number).into()],
-        mesh_ips: Vec::new(),
         pod_cidrs: vec![format!("{}/24", pod(number, 0)).parse().unwrap()],
-        zone: None,
+        ..NodeFact::default()
     };
     Fact::Node(format!("n{number}"), fact)
 }
@@ -62,7 +61,11 @@ fn mesh(size: u16, rules: PlacementRules) -> Mesh {
             mesh.upsert(id(2), Fact::Ip(pod(number, at), value), 0);
         }
         let backends = (1..=2).map(|at| (pod(number, at), ports(8080))).collect();
-        mesh.upsert(id(2), Fact::Service(name(number), RemoteService { shared: true, backends }), 0);
+        mesh.upsert(
+            id(2),
+            Fact::Service(name(number), RemoteService { shared: true, backends, ..RemoteService::default() }),
+            0,
+        );
         let [high, low] = number.to_be_bytes();
         let frontend = Ipv4Addr::new(172, 16, high, low);
         let service = LocalService {
@@ -147,7 +150,14 @@ fn a_pod_costs_one_address() {
         mesh.begin_list(id(2), Kind::Services);
         (0..size).filter(|number| *number != 4).for_each(|number| {
             let backends = (1..=2).map(|at| (pod(number, at), ports(8080))).collect();
-            mesh.upsert(id(2), Fact::Service(name(number), RemoteService { shared: true, backends }), 0);
+            mesh.upsert(
+                id(2),
+                Fact::Service(
+                    name(number),
+                    RemoteService { shared: true, backends, ..RemoteService::default() },
+                ),
+                0,
+            );
         });
         let (_, changes) = cost(&mut mesh, |mesh| mesh.finish_list(id(2), Kind::Services));
         assert_eq!(lengths(&changes), [0, 0, 0, 1, 0], "{size}");

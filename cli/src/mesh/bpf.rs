@@ -51,6 +51,8 @@ enum TableName {
     Policy,
     /// Address ranges that policies name
     Cidr,
+    /// Virtual pod prefixes of other clusters -> the real ones, and back
+    Translate,
     /// Connections that policies let through
     Ct,
     /// How often each rule of a policy has decided

@@ -5,13 +5,14 @@ use std::path::Path;
 use anyhow::bail;
 use clap::Args;
 use clustermesh_agent_api::v1::{Peer, StatusResponse};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use serde::Serialize;
 
 use super::entry::{self, Entry, FileSystem};
 use super::plan::{AgentFacts, Facts, Outcome, Plan, Probe, Side, plan};
 use super::status::why_not_ready;
 use super::terminal::{Style, Tone, print};
-use super::{Output, Wait, agents, users, wait};
+use super::{Output, Wait, agents, users, virtual_cidrs, wait};
 use crate::context::{self, Context};
 use crate::error::usage;
 
@@ -23,6 +24,7 @@ use crate::error::usage;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   clustermesh connect --context alpha --destination-context beta --wait
+  clustermesh connect --context alpha --destination-context beta --virtual-pod-cidrs
   clustermesh connect --context ./alpha --destination-context lab/beta --dry-run -o json")]
 pub(crate) struct ConnectArgs {
     /// One cluster: a directory with a context.yaml, or a cluster of a running lab ([LAB/]CLUSTER).
@@ -37,6 +39,10 @@ pub(crate) struct ConnectArgs {
     /// How long to wait.
     #[arg(long, value_name = "DURATION", default_value = "60s")]
     wait_duration: Wait,
+    /// Let each know the other's pods by virtual addresses, which every node translates: for clusters whose pod CIDRs
+    /// overlap with each other, or with those of a third one (see docs/overlap.md).
+    #[arg(long)]
+    virtual_pod_cidrs: bool,
     /// Only check. The clusters may read each other's etcd for as long as that takes.
     #[arg(long)]
     dry_run: bool,
@@ -53,6 +59,7 @@ impl ConnectArgs {
             destination_context: destination.display().to_string(),
             wait: true,
             wait_duration: limit,
+            virtual_pod_cidrs: false,
             dry_run: false,
             output: Output::Text,
         }
@@ -71,10 +78,11 @@ impl ConnectArgs {
                 source.dir.display()
             )));
         }
-        let of_source = Entry::new(&source, &destination)?;
-        let of_destination = Entry::new(&destination, &source)?;
+        // What is wrong with their directories or certificates is told before anybody is let in.
+        Wanted::now(&source, &destination)?;
+        Wanted::now(&destination, &source)?;
         let admissions = Admissions::grant(&source, &destination)?;
-        let verdict = self.check_and_write(&source, &destination, of_source, of_destination).await;
+        let verdict = self.check_and_write(&source, &destination).await;
         if !verdict.as_ref().is_ok_and(|verdict| verdict.is_connected()) {
             admissions.take_back();
         }
@@ -90,23 +98,39 @@ impl ConnectArgs {
     }
 
     /// All between letting each other in and waiting for the agents.
-    async fn check_and_write(
-        &self,
-        source: &Context,
-        destination: &Context,
-        of_source: Entry,
-        of_destination: Entry,
-    ) -> anyhow::Result<Verdict> {
+    async fn check_and_write(&self, source: &Context, destination: &Context) -> anyhow::Result<Verdict> {
+        let mut of_source = Wanted::now(source, destination)?;
+        let mut of_destination = Wanted::now(destination, source)?;
         let (from, to) =
             tokio::join!(side(source, destination, &of_source), side(destination, source, &of_destination));
-        let facts = Facts { source: from?, destination: to? };
+        let mut facts = Facts { source: from?, destination: to? };
+        if self.virtual_pod_cidrs {
+            for (wanted, peer, side) in [
+                (&mut of_source, destination, &mut facts.source),
+                (&mut of_destination, source, &mut facts.destination),
+            ] {
+                let reader = if peer.dir == source.dir { destination } else { source };
+                let cidrs = virtual_cidrs::choose(peer.id, &side.pod_cidrs_of_peer()).map_err(|why| {
+                    usage(format!(
+                        "no virtual prefix can be chosen for the pods of {}: {why}; write virtual-pod-cidrs into {} and \
+                         connect again",
+                        peer.cluster,
+                        reader.clustermesh_config.join(peer.cluster.as_str()).display()
+                    ))
+                })?;
+                *wanted = Wanted::new(reader, peer, cidrs)?;
+                side.virtual_cidrs = wanted.virtual_cidrs.clone();
+                side.entry = wanted.entry.state()?;
+            }
+        }
         let plan = plan(&facts);
 
         let written = match () {
             () if !plan.is_clear() => Ok(Verdict::Refused),
             () if facts.already_connected() => Ok(Verdict::AlreadyConnected),
             () if self.dry_run => Ok(Verdict::DryRun),
-            () => entry::install(&FileSystem, &[&of_source, &of_destination]).map(|()| Verdict::Connected),
+            () => entry::install(&FileSystem, &[&of_source.entry, &of_destination.entry])
+                .map(|()| Verdict::Connected),
         };
         let verdict = *written.as_ref().unwrap_or(&Verdict::Failed);
         self.show(&facts, &plan, verdict)?;
@@ -210,8 +234,25 @@ struct Named<'a> {
     id: u32,
 }
 
+/// What one cluster is to have of the other.
+struct Wanted {
+    entry: Entry,
+    virtual_cidrs: VirtualCidrs,
+}
+
+impl Wanted {
+    fn new(reader: &Context, peer: &Context, virtual_cidrs: VirtualCidrs) -> anyhow::Result<Self> {
+        Ok(Self { entry: Entry::new(reader, peer, &virtual_cidrs)?, virtual_cidrs })
+    }
+
+    /// With the virtual addresses that it has for it already.
+    fn now(reader: &Context, peer: &Context) -> anyhow::Result<Self> {
+        Self::new(reader, peer, entry::virtual_cidrs(reader, &peer.cluster))
+    }
+}
+
 /// Asks all agents of `context`, and lets one of them try the peer's etcd.
-async fn side(context: &Context, peer: &Context, entry: &Entry) -> anyhow::Result<Side> {
+async fn side(context: &Context, peer: &Context, wanted: &Wanted) -> anyhow::Result<Side> {
     let statuses = agents::statuses(context).await;
     let asked = context.agents.iter().zip(&statuses).find(|(_, status)| status.is_ok());
     let probe = match asked {
@@ -231,7 +272,8 @@ async fn side(context: &Context, peer: &Context, entry: &Entry) -> anyhow::Resul
             .map(|(agent, status)| AgentFacts { node: agent.node.clone(), status })
             .collect(),
         probe,
-        entry: entry.state()?,
+        virtual_cidrs: wanted.virtual_cidrs.clone(),
+        entry: wanted.entry.state()?,
     })
 }
 

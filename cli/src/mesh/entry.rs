@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::EtcdConfig;
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 
 use super::plan::EntryState;
 use crate::context::Context;
@@ -30,12 +31,17 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// The entry that lets the agents of `reader` follow `peer`, through their mirror if they have one.
+    /// The entry that lets the agents of `reader` follow `peer`, through their mirror if they have one, and know its
+    /// pods by these addresses.
     /// Reads the peer's certificates.
     ///
     /// # Errors
     /// A usage error if the directory is missing or a certificate of the peer's context cannot be read.
-    pub(crate) fn new(reader: &Context, peer: &Context) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        reader: &Context,
+        peer: &Context,
+        virtual_cidrs: &VirtualCidrs,
+    ) -> anyhow::Result<Self> {
         if let Some(dir) = reader.config_dirs().find(|dir| !dir.is_dir()) {
             return Err(usage(format!(
                 "{}: clustermeshConfig {} is not a directory",
@@ -67,6 +73,7 @@ impl Entry {
             trusted_ca_file: ca.as_ref().map(|_| paths.ca.clone()),
             cert_file: cert.as_ref().map(|_| paths.cert.clone()),
             key_file: key.as_ref().map(|_| paths.key.clone()),
+            virtual_pod_cidrs: if mirror.is_none() { virtual_cidrs.clone() } else { VirtualCidrs::default() },
             ..etcd
         }
         .to_yaml();
@@ -79,7 +86,8 @@ impl Entry {
         if let Some(mirror) = mirror {
             // The agents follow their own etcd; whose certificates it takes is theirs to know.
             config = Paths::new(&reader.clustermesh_config, &peer.cluster).config;
-            files.push((config.clone(), Some(mirror.etcd.to_yaml().into_bytes())));
+            let etcd = EtcdConfig { virtual_pod_cidrs: virtual_cidrs.clone(), ..mirror.etcd.clone() };
+            files.push((config.clone(), Some(etcd.to_yaml().into_bytes())));
         }
         Ok(Self { files, config })
     }
@@ -162,6 +170,13 @@ fn remove(disk: &impl Disk, dir: &Path, peer: &ClusterName) -> anyhow::Result<bo
             .map_err(|e| anyhow::anyhow!("cannot remove {}: {e}; remove it by hand", path.display()))?;
     }
     Ok(existed)
+}
+
+/// By which addresses the agents of `reader` know the pods of `peer`, as its entry says; an entry that cannot be read
+/// is replaced, and one that is not there says nothing.
+pub(crate) fn virtual_cidrs(reader: &Context, peer: &ClusterName) -> VirtualCidrs {
+    let Paths { config, .. } = Paths::new(&reader.clustermesh_config, peer);
+    EtcdConfig::load(&config).map(|config| config.virtual_pod_cidrs).unwrap_or_default()
 }
 
 /// The clusters for which there is an entry, by the rule that agents use: a file that is named like a
@@ -356,6 +371,7 @@ mod tests {
                 username: None,
                 password: None,
                 tls_min_version: TlsVersion::default(),
+                virtual_pod_cidrs: VirtualCidrs::default(),
             },
             remote: None,
             users: None,
@@ -382,7 +398,7 @@ mod tests {
     fn an_entry_is_complete_private_and_self_contained() {
         let tmp = tempfile::tempdir().unwrap();
         let (alpha, beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
-        let entry = Entry::new(&alpha, &beta).unwrap();
+        let entry = Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap();
         assert_eq!(entry.state().unwrap(), EntryState::Absent);
         install(&FileSystem, &[&entry]).unwrap();
         assert_eq!(entry.state().unwrap(), EntryState::Same);
@@ -415,7 +431,7 @@ mod tests {
         let file = |key: &str| tmp.path().join("alpha/pki").join(key);
         alpha.remote = Some(ClientFiles { cert_file: file("remote.crt"), key_file: file("remote.key") });
         let written = |alpha: &Context, beta: &Context| {
-            install(&FileSystem, &[&Entry::new(alpha, beta).unwrap()]).unwrap();
+            install(&FileSystem, &[&Entry::new(alpha, beta, &VirtualCidrs::default()).unwrap()]).unwrap();
             let key = fs::read_to_string(alpha.clustermesh_config.join("beta.etcd-client.key")).unwrap();
             let ca = fs::read_to_string(alpha.clustermesh_config.join("beta.etcd-client-ca.crt")).unwrap();
             (key, ca)
@@ -425,7 +441,7 @@ mod tests {
         (beta.etcd.cert_file, beta.etcd.key_file) = (None, None);
         assert_eq!(written(&alpha, &beta), ("remote.key of alpha".to_owned(), ca));
         fs::remove_file(file("remote.crt")).unwrap();
-        let error = Entry::new(&alpha, &beta).unwrap_err().to_string();
+        let error = Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap_err().to_string();
         assert!(error.contains("alpha/context.yaml"), "{error}");
     }
 
@@ -433,9 +449,9 @@ mod tests {
     fn certificates_that_are_no_longer_named_go() {
         let tmp = tempfile::tempdir().unwrap();
         let (alpha, mut beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
-        install(&FileSystem, &[&Entry::new(&alpha, &beta).unwrap()]).unwrap();
+        install(&FileSystem, &[&Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap()]).unwrap();
         beta = context(tmp.path(), "beta", false);
-        let plain = Entry::new(&alpha, &beta).unwrap();
+        let plain = Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap();
         assert_eq!(plain.state().unwrap(), EntryState::Different);
         install(&FileSystem, &[&plain]).unwrap();
         assert_eq!(files(&alpha.clustermesh_config).into_keys().collect::<Vec<_>>(), ["beta"]);
@@ -446,7 +462,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let (alpha, beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
         fs::remove_file(beta.etcd.key_file.as_ref().unwrap()).unwrap();
-        let error = Entry::new(&alpha, &beta).unwrap_err().to_string();
+        let error = Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap_err().to_string();
         assert!(error.contains("remote.key") && error.contains("context.yaml"), "{error}");
     }
 
@@ -455,7 +471,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let (alpha, beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
         std::os::unix::fs::symlink("..data/beta", alpha.clustermesh_config.join("beta")).unwrap();
-        let state = Entry::new(&alpha, &beta).unwrap().state().unwrap();
+        let state = Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap().state().unwrap();
         assert!(matches!(&state, EntryState::Foreign(why) if why.contains("symbolic link")), "{state:?}");
     }
 
@@ -472,7 +488,9 @@ mod tests {
         }
         let tmp = tempfile::tempdir().unwrap();
         let (alpha, beta) = (context(tmp.path(), "alpha", true), context(tmp.path(), "beta", true));
-        let error = install(&Broken, &[&Entry::new(&alpha, &beta).unwrap()]).unwrap_err().to_string();
+        let error = install(&Broken, &[&Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap()])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("no space") && error.contains("read-only"), "{error}");
     }
 
@@ -493,7 +511,7 @@ mod tests {
         ) {
             let tmp = tempfile::tempdir().unwrap();
             let (alpha, beta) = (context(tmp.path(), "alpha", tls), context(tmp.path(), "beta", tls));
-            let entries = [Entry::new(&alpha, &beta).unwrap(), Entry::new(&beta, &alpha).unwrap()];
+            let entries = [Entry::new(&alpha, &beta, &VirtualCidrs::default()).unwrap(), Entry::new(&beta, &alpha, &VirtualCidrs::default()).unwrap()];
             for (entry, contents) in entries.iter().zip(&before) {
                 for ((path, _), file) in entry.files.iter().zip(contents) {
                     if let Some((text, mode)) = file {

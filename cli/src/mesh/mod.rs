@@ -22,6 +22,7 @@ mod policy;
 mod status;
 mod terminal;
 mod users;
+mod virtual_cidrs;
 mod wait;
 
 /// The commands that operate a mesh.

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clustermesh_agent_api::v1::{ProbePeerResponse, StatusResponse};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ipnet::IpNet;
 use serde::Serialize;
 
@@ -33,6 +34,8 @@ pub(crate) struct Side {
     pub(crate) probe: Option<Probe>,
     /// What it has configured for the other side already.
     pub(crate) entry: EntryState,
+    /// By which addresses it knows, or is to know, the other side's pods.
+    pub(crate) virtual_cidrs: VirtualCidrs,
 }
 
 /// One agent's answer, or why there is none.
@@ -158,6 +161,12 @@ impl Facts {
 impl Side {
     fn statuses(&self) -> impl Iterator<Item = (&str, &StatusResponse)> {
         self.agents.iter().filter_map(|a| Some((a.node.as_str(), a.status.as_ref().ok()?)))
+    }
+
+    /// Pod CIDRs of the other side's nodes, as far as they are known and are any.
+    pub(crate) fn pod_cidrs_of_peer(&self) -> Vec<IpNet> {
+        let told = self.reached().into_iter().flat_map(|etcd| &etcd.pod_cidrs);
+        told.filter_map(|text| text.parse().ok()).collect()
     }
 
     fn reached(&self) -> Option<&ProbePeerResponse> {
@@ -414,14 +423,45 @@ fn pod_cidrs(a: &Side, b: &Side) -> Check {
             );
         }
     }
-    let overlap = of_a.iter().find_map(|x| of_b.iter().find(|y| overlaps(x, y)).map(|y| (x, y)));
-    match overlap {
-        Some((x, y)) => fail(
-            check,
-            format!("pod CIDRs overlap: {x} of {} and {y} of {}", a.cluster, b.cluster),
-            "give one of the clusters other pod CIDRs",
-        ),
-        None => pass(
+    for (reader, own, peer, foreign) in [(a, &of_a, b, &of_b), (b, &of_b, a, &of_a)] {
+        for net in foreign {
+            let Some(known_by) = reader.virtual_cidrs.prefix_known_by(*net) else {
+                return fail(
+                    check,
+                    format!(
+                        "{} knows pods of {} by virtual addresses ({}), among which {net} is not",
+                        reader.cluster, peer.cluster, reader.virtual_cidrs
+                    ),
+                    "correct virtual-pod-cidrs in its entry for the other cluster",
+                );
+            };
+            if let Some(taken) = own.iter().find(|own| overlaps(own, &known_by)) {
+                let seen = if known_by == *net {
+                    String::new()
+                } else {
+                    format!(", which {} knows as {known_by}", reader.cluster)
+                };
+                return fail(
+                    check,
+                    format!(
+                        "pod CIDRs overlap: {net} of {}{seen} and {taken} of {}",
+                        peer.cluster, reader.cluster
+                    ),
+                    "connect with --virtual-pod-cidrs, or give one of the clusters other pod CIDRs",
+                );
+            }
+        }
+    }
+    let known: Vec<_> = [(a, b), (b, a)]
+        .into_iter()
+        .filter(|(reader, _)| !reader.virtual_cidrs.is_empty())
+        .map(|(reader, peer)| {
+            format!("{} knows pods of {} by {}", reader.cluster, peer.cluster, reader.virtual_cidrs)
+        })
+        .collect();
+    match known.is_empty() {
+        false => pass(check, format!("pod CIDRs do not get into each other's way: {}", known.join("; "))),
+        true => pass(
             check,
             format!(
                 "pod CIDRs do not overlap ({} of {}, {} of {})",

@@ -35,6 +35,7 @@ fn side(name: &str, id: u32, peer_id: u32) -> Side {
             }),
         }),
         entry: EntryState::Absent,
+        virtual_cidrs: VirtualCidrs::default(),
     }
 }
 
@@ -106,7 +107,7 @@ fn each_mistake_fails_its_own_check() {
             let peer = Peer { name: "gamma".into(), cluster_id: 2, ..Default::default() };
             statuses(&mut f.source).last().unwrap().remotes.push(peer);
         }),
-        ("pod CIDRs overlap: 10.1.0.0/24 of alpha and 10.0.0.0/8 of beta", CheckId::PodCidrs, |f| {
+        ("pod CIDRs overlap: 10.0.0.0/8 of beta and 10.1.0.0/24 of alpha", CheckId::PodCidrs, |f| {
             reached(&mut f.source).pod_cidrs.push("10.0.0.0/8".into());
         }),
         ("is a symbolic link", CheckId::Entries, |f| {
@@ -213,6 +214,29 @@ fn half_a_connection_is_completed() {
     let plan = plan(&facts);
     assert!(plan.is_clear());
     assert!(plan.checks.last().unwrap().message.contains("only beta has its half"), "{plan:?}");
+}
+
+/// What is in the way is not the other side's addresses, but those by which they are known.
+#[test]
+fn virtual_addresses_are_out_of_the_way() {
+    let mut facts = good();
+    reached(&mut facts.source).pod_cidrs = vec!["10.1.0.0/24".into()];
+    assert_eq!(ended(&facts, Outcome::Fail), [CheckId::PodCidrs]);
+    let cidrs = |real: &str, virtual_: &str| {
+        VirtualCidrs::new([(real.parse().unwrap(), virtual_.parse().unwrap())]).unwrap()
+    };
+    facts.source.virtual_cidrs = cidrs("10.1.0.0/16", "240.2.0.0/16");
+    // One side alone is not enough.
+    assert_eq!(ended(&facts, Outcome::Fail), [CheckId::PodCidrs]);
+    facts.destination.virtual_cidrs = cidrs("10.1.0.0/16", "240.1.0.0/16");
+    assert!(plan(&facts).is_clear());
+    let told =
+        plan(&facts).checks.iter().find(|check| check.check == CheckId::PodCidrs).unwrap().message.clone();
+    assert!(told.contains("alpha knows pods of beta by 10.1.0.0/16 as 240.2.0.0/16; beta knows"), "{told}");
+    // A new node, of which nobody thought.
+    reached(&mut facts.source).pod_cidrs.push("10.0.0.0/12".into());
+    let failed = plan(&facts).failures().map(|check| check.message.clone()).collect::<Vec<_>>();
+    assert!(failed[0].contains("among which 10.0.0.0/12 is not"), "{failed:?}");
 }
 
 fn network() -> impl Strategy<Value = IpNet> {

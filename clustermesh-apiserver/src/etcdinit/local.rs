@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, TlsVersion};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -118,6 +119,7 @@ impl LocalEtcd {
             username: None,
             password: None,
             tls_min_version: TlsVersion::default(),
+            virtual_pod_cidrs: VirtualCidrs::default(),
         };
         loop {
             // The caller has a deadline for all of it.

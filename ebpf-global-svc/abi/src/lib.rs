@@ -43,6 +43,7 @@ plain! {
     BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
     CtValue = 16, FragmentKey = 40, FragmentValue = 8, AffinityKey = 16, AffinityValue = 16,
+    TranslateKey = 24, TranslateValue = 16,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -95,7 +96,7 @@ pub struct PrefixKey {
 pub struct PrefixValue {
     /// Cluster ID.
     pub cluster: u16,
-    /// None defined.
+    /// [`PREFIX_VIRTUAL`], or 0.
     pub flags: u8,
     /// Zero.
     pub pad: u8,
@@ -103,6 +104,44 @@ pub struct PrefixValue {
     pub node_ip: [u8; 4],
     /// Zero.
     pub reserved: u32,
+}
+
+/// [`PrefixValue::flags`]: the addresses are virtual: the cluster's pods have others, see [`TranslateKey`].
+pub const PREFIX_VIRTUAL: u8 = 1;
+
+/// `cm_translate` (LPM_TRIE) key: pods of a cluster whose addresses are taken here are known by virtual ones.
+/// `prefixlen` counts from `cluster`: 32 + n for a /n.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TranslateKey {
+    /// Bits that count from `cluster` on.
+    pub prefixlen: u32,
+    /// Cluster ID.
+    pub cluster: u16,
+    /// [`FAMILY_V4`] or [`FAMILY_V6`].
+    pub family: u8,
+    /// See [`translate`].
+    pub way: u8,
+    /// A virtual prefix if the way is [`translate::TO_REAL`], a real one otherwise. Network order; IPv4 in the first
+    /// four bytes.
+    pub ip: [u8; 16],
+}
+
+/// `cm_translate` value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TranslateValue {
+    /// Bits of the prefix that differ between real and virtual; exclusive or leads either way. For IPv6 the sum of
+    /// the 16-bit words of both prefixes is the same, so that no checksum changes (as in RFC 6296).
+    pub bits: [u8; 16],
+}
+
+/// [`TranslateKey::way`].
+pub mod translate {
+    /// From a virtual address to the pod's own.
+    pub const TO_REAL: u8 = 0;
+    /// From a pod's own address to the virtual one.
+    pub const TO_VIRTUAL: u8 = 1;
 }
 
 /// `cm_endpoint` (HASH, key [`IpKey`]) value: a pod on this node.
@@ -279,11 +318,13 @@ pub struct NodeKey {
 pub struct NodeValue {
     /// The cluster for which this node may speak.
     pub cluster: u16,
-    /// None defined.
+    /// [`NODE_VIRTUAL`], or 0.
     pub flags: u16,
     /// Zero.
     pub reserved: u32,
 }
+/// [`NodeValue::flags`]: pods of its cluster are known by virtual addresses: see [`TranslateKey`].
+pub const NODE_VIRTUAL: u16 = 1;
 
 /// `cm_service` (HASH) key: a frontend of this cluster.
 #[repr(C)]
@@ -604,6 +645,8 @@ pub mod reason {
     pub const UNKNOWN_TARGET: u8 = 150;
     /// Drop: the destination is in the mesh, but its node is not known (or there is no overlay).
     pub const NO_TUNNEL_ENDPOINT: u8 = 160;
+    /// Drop: a virtual address that stands for none.
+    pub const NO_MAPPING: u8 = 167;
     /// Drop: a pod speaks the overlay's protocol itself, to pass for its node.
     pub const ENCAPSULATION_PROHIBITED: u8 = 170;
     /// Drop: a later fragment whose first one has not been seen, so that policy cannot be asked.

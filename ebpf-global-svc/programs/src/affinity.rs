@@ -23,7 +23,8 @@ const UNIT_NS: u64 = AFFINITY_UNIT_SECONDS as u64 * 1_000_000_000;
 pub fn bound(client: u64, service: u32, timeout: u16) -> u32 {
     let Some(binding) = AFFINITY.get_ptr_mut(AffinityKey { client, service, pad: 0 }) else { return 0 };
     // SAFETY: the element stays readable until the program ends; what it holds is checked.
-    let (used, word) = unsafe { ((&raw const (*binding).used).read_volatile(), backend_and_service(binding)) };
+    let (used, word) =
+        unsafe { ((&raw const (*binding).used).read_volatile(), backend_and_service(binding)) };
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     // Another CPU may have noted a call that came a little later.
@@ -57,7 +58,8 @@ pub fn can_bind(backend: &BackendValue) -> bool {
 #[inline(always)]
 pub fn is_usable(backend: &BackendValue, draining: bool) -> bool {
     let Some(cluster) = CLUSTER.get(backend.cluster.into()) else { return false };
-    let stays = cluster.state == cluster_state::HEALTHY || draining && cluster.state == cluster_state::DRAINING;
+    let stays =
+        cluster.state == cluster_state::HEALTHY || draining && cluster.state == cluster_state::DRAINING;
     stays && backend.state == backend_state::ACTIVE && can_bind(backend)
 }
 

@@ -9,12 +9,12 @@ use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, FragmentKey, FragmentValue, reas
 use crate::{maps::FRAGMENT, packet::ETHERNET, zero::zero};
 
 const HOP_BY_HOP: u8 = 0;
-const ICMP: u8 = 1;
+pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub const UDP: u8 = 17;
 const ROUTING: u8 = 43;
 const FRAGMENT_HEADER: u8 = 44;
-const ICMPV6: u8 = 58;
+pub const ICMPV6: u8 = 58;
 const DESTINATION_OPTIONS: u8 = 60;
 const SCTP: u8 = 132;
 
@@ -107,7 +107,7 @@ pub const OUTER: u32 = ETHERNET as u32;
 pub unsafe extern "C" fn read_flow(skb: *mut __sk_buff, at: u32, flow: *mut Flow) -> u32 {
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
-    let behind = if flow.family == FAMILY_V4 { read_ipv4(skb, at, flow) } else { read_ipv6(skb, at, flow) };
+    let behind = read_network(skb, at, flow);
     match behind.part {
         Part::Unknown => flow.unreadable = reason::INVALID_PACKET,
         Part::Later => {
@@ -130,17 +130,17 @@ pub unsafe extern "C" fn read_flow(skb: *mut __sk_buff, at: u32, flow: *mut Flow
 
 /// What comes behind the IP headers. No enum with fields: of those that a variant does not have the compiler reads
 /// what nobody wrote, ahead of the test, which kernels before 6.3 refuse.
-struct Behind {
-    part: Part,
+pub struct Behind {
+    pub part: Part,
     /// Where the transport header is.
-    at: u32,
+    pub at: u32,
     /// Of the packet that this is a fragment of.
     id: [u8; 4],
 }
 
 /// How much of a packet this is.
 #[derive(Clone, Copy)]
-enum Part {
+pub enum Part {
     /// Its headers are cut off.
     Unknown,
     All,
@@ -150,6 +150,12 @@ enum Part {
 }
 
 const TRUNCATED: Behind = Behind { part: Part::Unknown, at: 0, id: [0; 4] };
+
+/// Addresses and protocol of the packet whose IP header is at `at`.
+#[inline(always)]
+pub fn read_network(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Behind {
+    if flow.family == FAMILY_V4 { read_ipv4(skb, at, flow) } else { read_ipv6(skb, at, flow) }
+}
 
 #[inline(always)]
 fn read_ipv4(skb: *mut __sk_buff, at: u32, flow: &mut Flow) -> Behind {
@@ -226,13 +232,10 @@ fn read_transport(skb: *mut __sk_buff, at: u32, embedded: bool, flow: &mut Flow)
             let header: [u8; 8] = load(skb, at)?;
             let [kind, code] = [header[0], header[1]];
             icmp(kind, u16::from_ne_bytes([header[4], header[5]]), flow);
-            let (error, too_big) = match flow.family {
-                FAMILY_V4 => (matches!(kind, 3 | 11 | 12), kind == 3 && code == 4),
-                _ => (matches!(kind, 1..=4), kind == 2),
-            };
-            if error {
-                flow.embedded = at + 8;
+            if is_error(flow.family, kind) {
+                flow.embedded = at + EMBEDDED;
             }
+            let too_big = if flow.family == FAMILY_V4 { kind == 3 && code == 4 } else { kind == 2 };
             if too_big {
                 flow.traits |= traits::TOO_BIG;
             }
@@ -240,6 +243,15 @@ fn read_transport(skb: *mut __sk_buff, at: u32, embedded: bool, flow: &mut Flow)
         _ => {}
     }
     Some(())
+}
+
+/// Where, in an ICMP error, the packet begins that it is about.
+pub const EMBEDDED: u32 = 8;
+
+/// Whether an ICMP packet of this type is about another packet.
+#[inline(always)]
+pub fn is_error(family: u8, kind: u8) -> bool {
+    if family == FAMILY_V4 { matches!(kind, 3 | 11 | 12) } else { matches!(kind, 1..=4) }
 }
 
 #[inline(always)]
@@ -325,13 +337,13 @@ pub fn bytes(words: [u32; 4]) -> [u8; 16] {
 }
 
 #[inline(always)]
-fn is_icmp(flow: &Flow) -> bool {
+pub fn is_icmp(flow: &Flow) -> bool {
     matches!((flow.proto, flow.family), (ICMP, FAMILY_V4) | (ICMPV6, FAMILY_V6))
 }
 
 /// `size_of::<T>()` bytes of the packet, wherever they are; none if it ends before.
 #[inline(always)]
-fn load<T: Copy>(skb: *mut __sk_buff, at: u32) -> Option<T> {
+pub fn load<T: Copy>(skb: *mut __sk_buff, at: u32) -> Option<T> {
     let mut bytes = core::mem::MaybeUninit::<T>::uninit();
     // SAFETY: the caller passes the program's own context, and the buffer has the size that is passed. T is
     // an array of integers, for which all bytes are valid, and the helper fills it whole if it succeeds.

@@ -9,6 +9,7 @@
 //!   `conntrack` whether it is an answer.
 //! * `mark`: what a packet carries through the stack.
 //! * `packet`, `delivery`: what all need: addresses in, verdicts out.
+//! * `translate`: addresses of clusters whose pods have addresses that are taken here.
 //! * `maps`, `counters`: everything shared with user space.
 //! * `zero`: zeros that cost nothing.
 //!
@@ -30,6 +31,7 @@ mod pod;
 mod policy;
 mod selection;
 mod sockets;
+mod translate;
 mod zero;
 
 /// The kernel lends most helpers to programs under its own licence only.

@@ -10,9 +10,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use ebpf_global_svc_abi::{
-    AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue, FragmentKey, FragmentValue,
-    IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue,
-    ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
+    AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue,
+    FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey,
+    PolicyValue, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue,
+    VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -62,6 +63,9 @@ static POLICY: LpmTrie<PolicyBytes, PolicyValue, 1> = LpmTrie::new();
 #[btf_map(name = "cm_cidr")]
 static CIDR: LpmTrie<PrefixBytes, u32, 1> = LpmTrie::new();
 
+#[btf_map(name = "cm_translate")]
+static TRANSLATE: LpmTrie<TranslateBytes, TranslateValue, 1> = LpmTrie::new();
+
 #[btf_map(name = "cm_ct")]
 pub static CT: LruHashMap<CtKey, CtValue, 1> = LruHashMap::new();
 
@@ -98,6 +102,15 @@ impl PrefixBytes {
     }
 }
 
+/// What `TranslateKey` holds after its length.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TranslateBytes {
+    /// The cluster, the family and the way.
+    kind: u32,
+    ip: [u32; 4],
+}
+
 /// What this node is. The map always has its one element; the verifier wants to see a check.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
@@ -114,6 +127,18 @@ pub fn prefix_of(address: &IpKey) -> Option<&'static PrefixValue> {
 #[inline(always)]
 pub fn cidr_of(address: &IpKey) -> Option<u32> {
     CIDR.get(&Key::new(size_of::<PrefixBytes>() as u32 * 8, PrefixBytes::of(address))).copied()
+}
+
+/// Bits in which an address of a cluster and its counterpart differ; none if it has no counterpart. By words, in
+/// network order.
+#[inline(always)]
+pub fn turned_bits(cluster: u16, family: u8, way: u8, ip: [u32; 4]) -> Option<[u32; 4]> {
+    let [low, high] = cluster.to_ne_bytes();
+    let bytes = TranslateBytes { kind: u32::from_ne_bytes([low, high, family, way]), ip };
+    let value = TRANSLATE.get(&Key::new(size_of::<TranslateBytes>() as u32 * 8, bytes))?;
+    let words: *const [u32; 4] = (&raw const value.bits).cast();
+    // SAFETY: of the same size, and the kernel aligns values to words.
+    Some(unsafe { *words })
 }
 
 /// The longest policy entry for a subject, peer, direction, protocol and port. `bits` leaves out the port of

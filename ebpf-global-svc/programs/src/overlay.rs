@@ -10,7 +10,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    Config, EndpointValue, FAMILY_V4, NodeKey, OverlayKey, direction, identity, reason,
+    Config, EndpointValue, FAMILY_V4, NODE_VIRTUAL, NodeKey, NodeValue, OverlayKey, PREFIX_VIRTUAL,
+    PrefixValue, direction, identity, reason,
 };
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
     mark,
     packet::{Addresses, Packet},
-    peer, policy,
+    peer, policy, translate,
     zero::zero,
 };
 
@@ -29,9 +30,15 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
     let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, reason::NO_TUNNEL_KEY) };
     let speaker = match speaker(config, &origin) {
-        Ok(cluster) => cluster,
+        Ok(node) => node,
         Err(reason) => return drop(&ctx, reason),
     };
+    if speaker.flags & NODE_VIRTUAL != 0
+        && let Err(reason) = translate::enter(&ctx, speaker.cluster)
+    {
+        return drop(&ctx, reason);
+    }
+    let speaker = speaker.cluster;
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
@@ -75,7 +82,12 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
     };
-    let Some(node_ip) = node_of(addresses) else { return drop(&ctx, reason::NO_TUNNEL_ENDPOINT) };
+    let Some((prefix, node_ip)) = node_of(addresses) else { return drop(&ctx, reason::NO_TUNNEL_ENDPOINT) };
+    if prefix.flags & PREFIX_VIRTUAL != 0
+        && let Err(reason) = translate::leave(&ctx, prefix.cluster)
+    {
+        return drop(&ctx, reason);
+    }
     // SAFETY: the context is valid for the program's run.
     let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
     // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.
@@ -127,9 +139,9 @@ fn tunnel_origin(ctx: &TcContext) -> Option<OverlayKey> {
     Some(OverlayKey { identity: key.tunnel_id, node_ip: remote.to_be_bytes() })
 }
 
-/// The cluster for which the outer source speaks, if it may speak for this identity.
+/// The node that is the outer source, if it may speak for this identity.
 #[inline(always)]
-fn speaker(config: &Config, origin: &OverlayKey) -> Result<u16, u8> {
+fn speaker(config: &Config, origin: &OverlayKey) -> Result<&'static NodeValue, u8> {
     let mut ip = [0; 16];
     ip[0] = origin.node_ip[0];
     ip[1] = origin.node_ip[1];
@@ -141,12 +153,12 @@ fn speaker(config: &Config, origin: &OverlayKey) -> Result<u16, u8> {
     };
     if origin.identity < identity::FIRST_USER {
         return match origin.identity {
-            identity::REMOTE_NODE | identity::WORLD => Ok(node.cluster),
+            identity::REMOTE_NODE | identity::WORLD => Ok(node),
             _ => Err(reason::INVALID_IDENTITY),
         };
     }
     let claimed = origin.identity >> (config.identity_shift & 31);
-    if claimed == u32::from(node.cluster) { Ok(node.cluster) } else { Err(reason::INVALID_CLUSTER_ID) }
+    if claimed == u32::from(node.cluster) { Ok(node) } else { Err(reason::INVALID_CLUSTER_ID) }
 }
 
 /// Whether the stack of this node is where the packet has to go: otherwise any node of the mesh
@@ -168,9 +180,9 @@ fn belongs_here(config: &Config, addresses: &Addresses) -> bool {
     }
 }
 
-/// The node behind which a destination lives.
+/// The prefix of a destination, and the node behind which it lives.
 #[inline(always)]
-fn node_of(addresses: &Addresses) -> Option<[u8; 4]> {
+fn node_of(addresses: &Addresses) -> Option<(&'static PrefixValue, [u8; 4])> {
     let mut destination = addresses.destination;
     let prefix = prefix_of(&destination)?;
     destination.cluster = prefix.cluster;
@@ -179,5 +191,5 @@ fn node_of(addresses: &Addresses) -> Option<[u8; 4]> {
         Some(entry) => entry.node_ip,
         None => prefix.node_ip,
     };
-    (node_ip != [0; 4]).then_some(node_ip)
+    (node_ip != [0; 4]).then_some((prefix, node_ip))
 }

@@ -46,12 +46,14 @@ impl Addresses {
     }
 
     /// Multicast, broadcast and link-local destinations never leave the link: neighbour discovery,
-    /// router solicitation, DHCP, mDNS. They are the stack's.
+    /// router solicitation, DHCP, mDNS. They are the stack's. 240.0.0.0/4 is like any other: virtual addresses are there.
     #[inline(always)]
     pub fn stay_on_link(&self) -> bool {
         let ip = &self.destination.ip;
         match self.destination.family {
-            FAMILY_V4 => ip[0] >= 224 || self.to_ipv4_link_local(),
+            FAMILY_V4 => {
+                ip[0] & 0xf0 == 224 || [ip[0], ip[1], ip[2], ip[3]] == [0xff; 4] || self.to_ipv4_link_local()
+            }
             _ => ip[0] == 0xff || (ip[0] == 0xfe && ip[1] & 0xc0 == 0x80),
         }
     }

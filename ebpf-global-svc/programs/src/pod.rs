@@ -5,7 +5,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
-use ebpf_global_svc_abi::{Config, EndpointValue, direction, identity, reason};
+use ebpf_global_svc_abi::{Config, EndpointValue, PREFIX_VIRTUAL, direction, identity, reason};
 
 use crate::{
     counters::count,
@@ -14,7 +14,7 @@ use crate::{
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark,
     packet::{Addresses, Packet, udp_port},
-    peer, policy,
+    peer, policy, translate,
 };
 
 /// Ingress: a packet from the pod.
@@ -53,7 +53,14 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             count(reason::FORWARDED, ctx.len());
             to_pod(&ctx, pod)
         }
-        To::Node(ip) => to_node(&ctx, config, sender.identity, ip),
+        To::Node(ip) => {
+            if way.is_virtual
+                && let Err(reason) = translate::leave(&ctx, way.cluster)
+            {
+                return drop(&ctx, reason);
+            }
+            to_node(&ctx, config, sender.identity, ip)
+        }
     }
 }
 
@@ -92,6 +99,15 @@ struct Way {
     peer: u32,
     /// 0: outside of the mesh.
     cluster: u16,
+    /// The destination is an address that nobody has there.
+    is_virtual: bool,
+}
+
+impl Way {
+    #[inline(always)]
+    fn outside(peer: u32) -> Self {
+        Self { to: To::Stack, peer, cluster: 0, is_virtual: false }
+    }
 }
 
 enum To {
@@ -107,8 +123,8 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
         // Masquerading would make a pod's own VXLAN packet one of this node, with any identity.
         return match udp_port(ctx, destination) {
             Some(port) if port == config.overlay_port => Err(reason::ENCAPSULATION_PROHIBITED),
-            _ if !policy::selects(sender) => Ok(Way { to: To::Stack, peer: identity::UNKNOWN, cluster: 0 }),
-            _ => Ok(Way { to: To::Stack, peer: peer::outside(config, destination), cluster: 0 }),
+            _ if !policy::selects(sender) => Ok(Way::outside(identity::UNKNOWN)),
+            _ => Ok(Way::outside(peer::outside(config, destination))),
         };
     };
 
@@ -116,7 +132,8 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
     if local {
         // SAFETY: as above.
         if let Some(pod) = unsafe { ENDPOINT.get(destination) } {
-            return Ok(Way { to: To::Pod(pod), peer: pod.identity, cluster: prefix.cluster });
+            let cluster = prefix.cluster;
+            return Ok(Way { to: To::Pod(pod), peer: pod.identity, cluster, is_virtual: false });
         }
     }
     let mut destination = *destination;
@@ -131,7 +148,8 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
         [0, 0, 0, 0] => return Err(reason::NO_TUNNEL_ENDPOINT),
         ip => To::Node(ip),
     };
-    Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster })
+    let is_virtual = prefix.flags & PREFIX_VIRTUAL != 0;
+    Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster, is_virtual })
 }
 
 /// What the policies of the sender, and of a receiver on this node, say of a packet.

@@ -52,7 +52,11 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
         let Some(group) = choose_group(service, random) else { break };
 
         let timeout = service.affinity_timeout;
-        let bound = if timeout != 0 && attempt == 0 { affinity::bound(client(), service_id, timeout) } else { NO_BACKEND };
+        let bound = if timeout != 0 && attempt == 0 {
+            affinity::bound(client(), service_id, timeout)
+        } else {
+            NO_BACKEND
+        };
         if bound != NO_BACKEND {
             if let Some(backend) = backend(bound, frontend)
                 && affinity::is_usable(&backend, group.rank >= rank::DRAINING)

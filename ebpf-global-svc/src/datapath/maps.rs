@@ -15,7 +15,8 @@ use crate::{
         AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue,
         EndpointValue, FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey,
         NodeValue, OverlayKey, Plain, PolicyKey, PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION,
-        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, VerdictKey,
+        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateKey, TranslateValue,
+        VerdictKey,
     },
     sys,
 };
@@ -31,7 +32,7 @@ pub(super) struct MapSpec {
 }
 
 /// How many maps there are.
-pub(super) const MAPS: usize = 18;
+pub(super) const MAPS: usize = 19;
 
 /// All maps of the programs.
 pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
@@ -51,6 +52,7 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
         spec::<OverlayKey, Counter>("cm_overlay_rx", MapType::LruPerCpuHash, sizes.overlay_rx),
         spec::<PolicyKey, PolicyValue>("cm_policy", MapType::LpmTrie, sizes.policy),
         spec::<PrefixKey, u32>("cm_cidr", MapType::LpmTrie, sizes.cidr),
+        spec::<TranslateKey, TranslateValue>("cm_translate", MapType::LpmTrie, sizes.translate),
         spec::<CtKey, CtValue>("cm_ct", MapType::LruHash, sizes.ct),
         spec::<VerdictKey, Counter>("cm_verdict", MapType::LruPerCpuHash, sizes.verdict),
         spec::<FragmentKey, FragmentValue>("cm_fragment", MapType::LruHash, sizes.fragment),

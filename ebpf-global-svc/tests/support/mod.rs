@@ -24,6 +24,7 @@ use ebpf_global_svc::{
     abi::{
         BACKEND_EXCLUSIVE, BackendValue, EndpointValue, FAMILY_V4, FAMILY_V6, Group, IpKey, IpValue,
         MAX_GROUPS, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+        TranslateKey, TranslateValue, translate,
     },
 };
 
@@ -95,6 +96,7 @@ pub const SMALL: MapSizes = MapSizes {
     overlay_rx: 1_024,
     policy: 16_384,
     cidr: 1_024,
+    translate: 64,
     ct: 1_024,
     verdict: 1_024,
     fragment: 256,
@@ -173,6 +175,10 @@ impl Netns {
     pub fn ip(&self, arguments: &str) {
         let mut all = vec!["-n", self.0.as_str()];
         all.extend(arguments.split(' '));
+        if arguments.starts_with("addr add") && arguments.contains("::") {
+            // Else the kernel lets nobody use the address until a task of its own has come round.
+            all.push("nodad");
+        }
         run("ip", &all);
     }
 
@@ -339,6 +345,20 @@ impl Service<'_> {
             generation: id,
         }
     }
+}
+
+/// Both entries for a prefix of a cluster's pods and the virtual one, of `length` bits.
+pub fn translation(
+    cluster: u16,
+    real: IpAddr,
+    virtual_: IpAddr,
+    length: u32,
+) -> [(TranslateKey, TranslateValue); 2] {
+    let ((family, real), (_, other)) = (address(real), address(virtual_));
+    let bits = std::array::from_fn(|n| real[n] ^ other[n]);
+    [(translate::TO_REAL, other), (translate::TO_VIRTUAL, real)].map(|(way, ip)| {
+        (TranslateKey { prefixlen: 32 + length, cluster, family, way, ip }, TranslateValue { bits })
+    })
 }
 
 /// A counter of `cm_metrics`.

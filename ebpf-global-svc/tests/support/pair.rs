@@ -13,16 +13,18 @@ use std::{
 
 use ebpf_global_svc::{
     Datapath, DatapathOptions, Tables,
-    abi::{EndpointValue, OverlayKey},
+    abi::{EndpointValue, NODE_VIRTUAL, NodeValue, OverlayKey, PREFIX_VIRTUAL, PrefixValue},
 };
 
-use super::{Netns, Root, endpoint, ip_key, ip_value, node, prefix_key, prefix_value};
+use super::{Netns, Root, endpoint, ip_key, ip_value, node, prefix_key, prefix_value, translation};
 
 pub const PATIENCE: Duration = Duration::from_secs(5);
 pub const ECHO: u16 = 7;
 
 pub struct Node {
     pub cluster: u16,
+    /// That of its pods; see [`address`].
+    pub net: u16,
     pub datapath: Option<Datapath>,
     pub tables: Tables,
     pub options: DatapathOptions,
@@ -35,21 +37,31 @@ pub fn underlay(cluster: u16) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, cluster.to_be_bytes()[1])
 }
 
-pub fn address(cluster: u16, n: u8, family: u8) -> IpAddr {
+/// Nets from here on are virtual, for pods in net 1.
+pub const VIRTUAL: u16 = 100;
+
+/// An address in a net. Those of a cluster's pods are in the net of its number, unless clusters overlap.
+pub fn address(net: u16, n: u8, family: u8) -> IpAddr {
     match family {
-        4 => Ipv4Addr::new(10, cluster.to_be_bytes()[1], 0, n).into(),
-        _ => Ipv6Addr::new(0xfd00, 10, cluster, 0, 0, 0, 0, n.into()).into(),
+        4 if net > VIRTUAL => Ipv4Addr::new(240, (net - VIRTUAL).to_be_bytes()[1], 0, n).into(),
+        4 => Ipv4Addr::new(10, net.to_be_bytes()[1], 0, n).into(),
+        // Its words have the sum of those of net 1.
+        _ if net > VIRTUAL => {
+            let cluster = net - VIRTUAL;
+            Ipv6Addr::new(0xfd00, 10 - cluster, 1 + cluster, 0, 0, 0, 0, n.into()).into()
+        }
+        _ => Ipv6Addr::new(0xfd00, 10, net, 0, 0, 0, 0, n.into()).into(),
     }
 }
 
 /// The one pod of a cluster.
-pub fn pod(cluster: u16, family: u8) -> IpAddr {
-    address(cluster, 10, family)
+pub fn pod(net: u16, family: u8) -> IpAddr {
+    address(net, 10, family)
 }
 
 /// The node's own address in its pod CIDR.
-pub fn router(cluster: u16, family: u8) -> IpAddr {
-    address(cluster, 1, family)
+pub fn router(net: u16, family: u8) -> IpAddr {
+    address(net, 1, family)
 }
 
 pub fn pod_identity(cluster: u16) -> u32 {
@@ -57,7 +69,9 @@ pub fn pod_identity(cluster: u16) -> u32 {
 }
 
 impl Node {
-    pub fn new(cluster: u16) -> Self {
+    /// `net_of`: where pods of a cluster are, as this node knows them.
+    fn new(cluster: u16, net_of: impl Fn(u16) -> u16) -> Self {
+        let net = net_of(cluster);
         let netns = Netns::new(&format!("node{cluster}"));
         let pod_netns = Netns::new(&format!("pod{cluster}"));
         let EndpointValue { pod_mac, host_mac, .. } = endpoint(0, 0);
@@ -73,19 +87,19 @@ impl Node {
         netns.ip("link set cm_vxlan arp off up");
         pod_netns.ip("link set eth0 up");
         for (family, gateway, length) in [(4, "169.254.1.1", 32), (6, "fe80::1", 128)] {
-            let ip = pod(cluster, family);
+            let ip = pod(net, family);
             pod_netns.ip(&format!("addr add {ip}/{length} dev eth0"));
             pod_netns.ip(&format!("neigh add {gateway} lladdr {host_mac} dev eth0 nud permanent"));
             if family == 4 {
                 pod_netns.ip(&format!("route add {gateway} dev eth0 scope link"));
             }
             pod_netns.ip(&format!("-{family} route add default via {gateway} dev eth0"));
-            netns.ip(&format!("addr add {}/{length} dev lo", router(cluster, family)));
+            netns.ip(&format!("addr add {}/{length} dev lo", router(net, family)));
             netns.ip(&format!("-{family} route add {ip} dev lxc0"));
             netns.ip(&format!("neigh add {ip} lladdr {pod_mac} dev lxc0 nud permanent"));
         }
-        for ip in [4, 6].map(|family| pod(cluster, family)).into_iter().chain([router(cluster, 4)]) {
-            echo(if ip == router(cluster, 4) { &netns } else { &pod_netns }, ip);
+        for ip in [4, 6].map(|family| pod(net, family)).into_iter().chain([router(net, 4)]) {
+            echo(if ip == router(net, 4) { &netns } else { &pod_netns }, ip);
         }
 
         let root = Root::new();
@@ -98,32 +112,49 @@ impl Node {
         });
         let mut tables = datapath.tables().unwrap();
         for family in [4, 6] {
-            let entry = (ip_key(cluster, pod(cluster, family)), endpoint(veth, pod_identity(cluster)));
+            let entry = (ip_key(cluster, pod(net, family)), endpoint(veth, pod_identity(cluster)));
             tables.endpoint.upsert(&[entry]).unwrap();
         }
         for other in [1, 2] {
-            tables.node.upsert(&[node(underlay(other), other)]).unwrap();
+            let seen = net_of(other);
+            let is_virtual = seen > VIRTUAL;
+            let (node_key, node_value) = node(underlay(other), other);
+            let flags = if is_virtual { NODE_VIRTUAL } else { 0 };
+            tables.node.upsert(&[(node_key, NodeValue { flags, ..node_value })]).unwrap();
             for (family, length) in [(4, 24), (6, 64)] {
+                let flags = if is_virtual { PREFIX_VIRTUAL } else { 0 };
+                let value = PrefixValue { flags, ..prefix_value(other, underlay(other)) };
+                tables.prefix.upsert(&[(prefix_key(address(seen, 0, family), length), value)]).unwrap();
                 let entry =
-                    (prefix_key(address(other, 0, family), length), prefix_value(other, underlay(other)));
-                tables.prefix.upsert(&[entry]).unwrap();
-                let entry =
-                    (ip_key(other, pod(other, family)), ip_value(pod_identity(other), underlay(other)));
+                    (ip_key(other, pod(seen, family)), ip_value(pod_identity(other), underlay(other)));
                 tables.ipcache.upsert(&[entry]).unwrap();
+                if is_virtual {
+                    let (real, virtual_) = (address(1, 0, family), address(seen, 0, family));
+                    tables.translate.upsert(&translation(other, real, virtual_, length)).unwrap();
+                }
             }
         }
-        Self { cluster, datapath: Some(datapath), tables, options, _root: root, netns, pod: pod_netns }
+        Self { cluster, net, datapath: Some(datapath), tables, options, _root: root, netns, pod: pod_netns }
     }
 
     pub fn pair() -> [Self; 2] {
-        let nodes = [Self::new(1), Self::new(2)];
+        Self::connected([Self::new(1, |cluster| cluster), Self::new(2, |cluster| cluster)], |cluster| cluster)
+    }
+
+    /// Pods of both have the same addresses; each knows those of the other by virtual ones.
+    pub fn overlapping_pair() -> [Self; 2] {
+        let seen_by = |own: u16| move |cluster: u16| if cluster == own { 1 } else { VIRTUAL + cluster };
+        Self::connected([Self::new(1, seen_by(1)), Self::new(2, seen_by(2))], |peer| VIRTUAL + peer)
+    }
+
+    fn connected(nodes: [Self; 2], net_of_peer: impl Fn(u16) -> u16) -> [Self; 2] {
         nodes[0].netns.ip(&format!("link add eth0 type veth peer name eth0 netns {}", nodes[1].netns.name()));
         for node in &nodes {
             let peer = 3 - node.cluster;
             node.netns.ip(&format!("addr add {}/24 dev eth0", underlay(node.cluster)));
             node.netns.ip("link set eth0 up");
             for (family, length) in [(4, 24), (6, 64)] {
-                let (to, source) = (address(peer, 0, family), router(node.cluster, family));
+                let (to, source) = (address(net_of_peer(peer), 0, family), router(node.net, family));
                 node.netns.ip(&format!("-{family} route add {to}/{length} dev cm_vxlan src {source}"));
             }
         }
@@ -145,7 +176,7 @@ impl Node {
     pub fn claim(&mut self, identity: u32) {
         let veth = self.netns.ifindex("lxc0");
         for family in [4, 6] {
-            let entry = (ip_key(self.cluster, pod(self.cluster, family)), endpoint(veth, identity));
+            let entry = (ip_key(self.cluster, pod(self.net, family)), endpoint(veth, identity));
             self.tables.endpoint.upsert(&[entry]).unwrap();
         }
     }

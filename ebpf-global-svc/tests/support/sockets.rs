@@ -36,7 +36,7 @@ impl Node {
         let cgroup = Cgroup::enter();
         let netns = Netns::new("sockets");
         for n in 1..=4 {
-            netns.ip(&format!("addr add {}/128 dev lo nodad", server6(n)));
+            netns.ip(&format!("addr add {}/128 dev lo", server6(n)));
         }
         let root = Root::new();
         let options = DatapathOptions { cgroup: Some(cgroup.path().to_owned()), ..root.options(LOCAL) };

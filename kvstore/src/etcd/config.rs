@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::virtual_cidrs::VirtualCidrs;
+
 /// Where an etcd is and how to prove who we are: the YAML that Cilium keeps for each remote cluster.
 /// Unknown keys are ignored.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +31,10 @@ pub struct EtcdConfig {
     /// What the server has to speak at least. Not one of Cilium's keys.
     #[serde(default, skip_serializing_if = "TlsVersion::is_default")]
     pub tls_min_version: TlsVersion,
+    /// By which prefixes the pods of that cluster are known here, if their own addresses are taken. Not one of
+    /// Cilium's keys.
+    #[serde(default, skip_serializing_if = "VirtualCidrs::is_empty")]
+    pub virtual_pod_cidrs: VirtualCidrs,
 }
 
 /// A version of TLS, spelled as in etcd's `--tls-min-version`.

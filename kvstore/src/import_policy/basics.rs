@@ -33,7 +33,10 @@ impl PeerPolicy {
             check_address(address.ip)?;
         }
         bounded("pod prefixes", node.pod_cidrs().count(), MAX_NODE_PREFIXES)?;
-        node.pod_cidrs().try_for_each(check_prefix)
+        node.pod_cidrs().try_for_each(check_prefix)?;
+        let of_mesh =
+            node.addresses.iter().filter(|address| address.kind == NodeAddressKind::CiliumInternalIp);
+        self.rules.check_places(of_mesh.map(|address| address.ip), node.pod_cidrs())
     }
 
     pub(super) fn check_ip(&self, record: &IpRecord) -> Result<(), Refusal> {
@@ -49,7 +52,7 @@ impl PeerPolicy {
         if !identity.is_reserved() && !identity.belongs_to(self.id, self.max) {
             return refuse(Reason::IdentityRange, self.out_of_range(identity));
         }
-        Ok(())
+        self.rules.check_places([record.prefix.addr()].into_iter(), [])
     }
 
     pub(super) fn check_identity(&self, record: &IdentityRecord) -> Result<(), Refusal> {
@@ -71,7 +74,7 @@ impl PeerPolicy {
             check_address(*ip)?;
             bounded("ports", ports.len(), MAX_PORTS)?;
         }
-        Ok(())
+        self.rules.check_places(service.backends.iter().map(|(ip, _)| *ip), [])
     }
 
     /// Of the own cluster, which alone may have one of this kind.

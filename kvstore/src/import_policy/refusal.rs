@@ -33,6 +33,8 @@ pub enum Reason {
     Backends,
     /// Operator: outside of `pod-cidrs`.
     PodCidr,
+    /// Operator: its address is, for this reader, another one's virtual address.
+    VirtualCidr,
     /// Operator: outside of `node-cidrs`.
     NodeCidr,
     /// Operator: one of `refuse-identities`.
@@ -45,7 +47,7 @@ pub enum Reason {
 
 impl Reason {
     /// All that do not come from the record's syntax.
-    pub const OF_POLICY: [Self; 17] = [
+    pub const OF_POLICY: [Self; 18] = [
         Self::ClusterName,
         Self::ClusterId,
         Self::ClusterLabel,
@@ -59,6 +61,7 @@ impl Reason {
         Self::RecordSize,
         Self::Backends,
         Self::PodCidr,
+        Self::VirtualCidr,
         Self::NodeCidr,
         Self::ReservedIdentity,
         Self::Namespace,
@@ -82,6 +85,7 @@ impl Reason {
             Self::RecordSize => "record_too_large",
             Self::Backends => "too_many_backends",
             Self::PodCidr => "outside_pod_cidrs",
+            Self::VirtualCidr => "virtual_address",
             Self::NodeCidr => "outside_node_cidrs",
             Self::ReservedIdentity => "identity_not_allowed",
             Self::Namespace => "namespace_not_allowed",
@@ -97,6 +101,7 @@ impl Reason {
             Self::RecordSize
                 | Self::Backends
                 | Self::PodCidr
+                | Self::VirtualCidr
                 | Self::NodeCidr
                 | Self::ReservedIdentity
                 | Self::Namespace

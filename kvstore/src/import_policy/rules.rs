@@ -10,6 +10,7 @@ use super::refusal::{Reason, Refusal, refuse};
 use crate::cluster::NamespacedName;
 use crate::key::Kind;
 use crate::record::{IdentityRecord, IpRecord, MAX_VALUE, Node, NodeAddressKind, Service};
+use crate::virtual_cidrs::VirtualCidrs;
 
 /// The label in which an identity has its pods' namespace.
 const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
@@ -21,6 +22,9 @@ pub struct Rules {
     pub mode: Mode,
     /// Where its pods may be.
     pub pod_cidrs: PodCidrs,
+    /// By which prefixes those of its pods are known to this reader, who has it from the cluster's configuration file
+    /// and not from the policy's. Rules name real addresses.
+    pub virtual_cidrs: VirtualCidrs,
     /// Where its nodes may be; none: anywhere.
     pub node_cidrs: Option<Vec<IpNet>>,
     /// Reserved identities (below 256) that its addresses may not have.
@@ -86,6 +90,7 @@ impl Default for Rules {
         Self {
             mode: Mode::Enforce,
             pod_cidrs: PodCidrs::Any,
+            virtual_cidrs: VirtualCidrs::default(),
             node_cidrs: None,
             refused_identities: BTreeSet::new(),
             namespaces: NameFilter::default(),
@@ -122,6 +127,30 @@ impl Rules {
             return refuse(Reason::RecordSize, format!("it has {bytes} bytes; at most {max} are allowed"));
         }
         Ok(())
+    }
+
+    /// Whoever reads the record could not tell its addresses from virtual ones.
+    pub(super) fn check_places(
+        &self,
+        mut ips: impl Iterator<Item = IpAddr>,
+        cidrs: impl IntoIterator<Item = IpNet>,
+    ) -> Result<(), Refusal> {
+        if self.virtual_cidrs.is_empty() {
+            return Ok(());
+        }
+        if let Some(ip) = ips.find(|ip| self.virtual_cidrs.known_by(*ip).is_none()) {
+            return refuse(
+                Reason::VirtualCidr,
+                format!("{ip} is a virtual address ({})", self.virtual_cidrs),
+            );
+        }
+        match cidrs.into_iter().find(|cidr| self.virtual_cidrs.prefix_known_by(*cidr).is_none()) {
+            Some(cidr) => refuse(
+                Reason::VirtualCidr,
+                format!("pod CIDR {cidr} lies across virtual prefixes ({})", self.virtual_cidrs),
+            ),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn check_node(&self, node: &Node) -> Result<(), Refusal> {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clustermesh_kvstore::etcd::{EtcdConfig, KeyRange, Session, SessionOptions, TlsVersion, WriteOp};
 use clustermesh_kvstore::reflector::core::Timing;
 use clustermesh_kvstore::reflector::{ConnectionOptions, ReflectorEvent};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use member::{free_ports, member, start};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -129,6 +130,7 @@ impl Etcd {
             username: None,
             password: None,
             tls_min_version: TlsVersion::default(),
+            virtual_pod_cidrs: VirtualCidrs::default(),
         }
     }
 

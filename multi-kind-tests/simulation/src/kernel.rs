@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
 use ebpf_global_svc::abi::{
     BackendValue, ClusterState, EndpointValue, Group, IpKey, IpValue, NodeKey, NodeValue, PolicyKey,
-    PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
+    PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey, TranslateKey, TranslateValue,
 };
 use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
@@ -60,6 +60,8 @@ pub struct Kernel {
     pub policies: BTreeMap<PolicyKey, PolicyValue>,
     /// `cm_cidr`.
     pub ranges: BTreeMap<PrefixKey, u32>,
+    /// `cm_translate`.
+    pub translations: BTreeMap<TranslateKey, TranslateValue>,
     /// Values that programs may still be following, and since when they are replaced.
     replaced: Vec<(Instant, ServiceValue)>,
     /// Slots that wait for the values that count them.
@@ -104,6 +106,7 @@ impl Kernel {
             clusters: BTreeMap::new(),
             policies: BTreeMap::new(),
             ranges: BTreeMap::new(),
+            translations: BTreeMap::new(),
             replaced: Vec::new(),
             late: Vec::new(),
             dead: BTreeMap::new(),
@@ -327,6 +330,7 @@ map!(PolicyMap, PolicyKey, PolicyValue, "cm_policy", policies, |kernel, key, bef
     }
 });
 map!(RangeMap, PrefixKey, u32, "cm_cidr", ranges, |_, _, _, _| {});
+map!(TranslateMap, TranslateKey, TranslateValue, "cm_translate", translations, |_, _, _, _| {});
 
 struct IpMap;
 impl Map<IpKey, IpValue> for IpMap {
@@ -482,6 +486,7 @@ pub fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         cluster: checked::<ClusterMap>(kernel),
         policy: checked::<PolicyMap>(kernel),
         cidr: checked::<RangeMap>(kernel),
+        translate: checked::<TranslateMap>(kernel),
         // Programs write it, and there are none here.
         affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
     }

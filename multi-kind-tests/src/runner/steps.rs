@@ -8,8 +8,8 @@ use crate::lab::{Lab, READY, micros, ordered};
 use crate::pace;
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, Delete, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef, Ready,
-    Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
+    Annotate, Apply, Call, Check, Connect, Delete, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef,
+    Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -180,19 +180,29 @@ impl<'a> Stage<'a> {
         self.lab.context("this step needs a lab, and the scenario names no topology")
     }
 
-    fn connect(&mut self, pair: &Pair) -> anyhow::Result<Option<String>> {
-        self.join_or_part("connect", pair)
+    fn connect(
+        &mut self,
+        Connect { from, to, virtual_pod_cidrs }: &Connect,
+    ) -> anyhow::Result<Option<String>> {
+        let more: &[&str] = if *virtual_pod_cidrs { &["--virtual-pod-cidrs"] } else { &[] };
+        self.join_or_part("connect", (from, to), more)
     }
 
-    fn disconnect(&mut self, pair: &Pair) -> anyhow::Result<Option<String>> {
-        self.join_or_part("disconnect", pair)
+    fn disconnect(&mut self, Pair { from, to }: &Pair) -> anyhow::Result<Option<String>> {
+        self.join_or_part("disconnect", (from, to), &[])
     }
 
-    fn join_or_part(&mut self, verb: &str, pair: &Pair) -> anyhow::Result<Option<String>> {
+    fn join_or_part(
+        &mut self,
+        verb: &str,
+        (from, to): (&str, &str),
+        more: &[&str],
+    ) -> anyhow::Result<Option<String>> {
         let lab = self.lab()?;
-        let (from, to) = (lab.context(&pair.from), lab.context(&pair.to));
+        let (from, to) = (lab.context(from), lab.context(to));
         self.changed = now()?;
-        lab.clustermesh(&[verb, "--context", &from, "--destination-context", &to])?;
+        let arguments = [verb, "--context", &from, "--destination-context", &to];
+        lab.clustermesh(&[&arguments, more].concat())?;
         Ok(None)
     }
 

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 pub use duration::Span;
 pub use step::{
-    Annotate, Apply, Call, Chaos, Check, Delete, Fails, IdentitySeen, Load, LoadStop, NodeRef, Pair,
+    Annotate, Apply, Call, Chaos, Check, Connect, Delete, Fails, IdentitySeen, Load, LoadStop, NodeRef, Pair,
     ProcessRef, Propagated, Ready, Rotated, Rotation, Scale, Shift, Step, Stream, StreamEnd, Tamper,
     TamperedTable, Tampering, Unchanged,
 };

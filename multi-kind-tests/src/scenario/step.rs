@@ -13,7 +13,7 @@ pub enum Step {
     Say(String),
 
     /// `clustermesh connect`.
-    Connect(Pair),
+    Connect(Connect),
     /// `clustermesh disconnect`.
     Disconnect(Pair),
     /// Wait until every agent says that it is ready and synced with all its peers.
@@ -77,6 +77,19 @@ pub enum Step {
     Rotated(Rotated),
     /// Entries of a node's kernel table change beside its agent, which notices and puts them right.
     Tamper(Tamper),
+}
+
+/// Two clusters to be connected.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Connect {
+    /// `--context`.
+    pub from: String,
+    /// `--destination-context`.
+    pub to: String,
+    /// `--virtual-pod-cidrs`.
+    #[serde(default)]
+    pub virtual_pod_cidrs: bool,
 }
 
 /// Two clusters.

@@ -223,7 +223,7 @@ impl Services {
             for (cluster, records) in clusters.iter().filter(|(cluster, _)| **cluster != self.own) {
                 if let Some(service) = records.services.get(&own.name) {
                     if service.shared {
-                        remotes.insert(*cluster, Remote::Record(&service.backends));
+                        remotes.insert(*cluster, Remote::Record(service));
                     }
                 } else if !records.services.is_synced() {
                     let restored = self.restored.get(key);

@@ -7,10 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::ClusterName;
-use clustermesh_kvstore::record::{BackendState, Backends, LocalService, PortMap};
+use clustermesh_kvstore::record::{BackendState, LocalService, PortMap};
 use ebpf_global_svc::abi::{AFFINITY_UNIT_SECONDS, FAMILY_V4, MAX_GROUPS, ServiceKey};
 
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
+use crate::mesh::RemoteService;
 use crate::wire_key;
 
 /// What a frontend is computed from.
@@ -37,7 +38,7 @@ pub(in crate::mesh) struct Here<'a> {
 /// What another cluster contributes.
 pub(super) enum Remote<'a> {
     /// Its service as it says.
-    Record(&'a Backends),
+    Record(&'a RemoteService),
     /// What was installed by this agent's predecessor, until the cluster is synced.
     Restored(&'a GroupPlan),
 }
@@ -177,9 +178,10 @@ impl Inputs<'_> {
                     backends.sort();
                 }
                 Remote::Record(record) => {
-                    backends.reserve(record.len());
-                    record.each(targets, |ip, targets| {
-                        if fits(ip) {
+                    backends.reserve(record.backends.len());
+                    record.backends.each(targets, |ip, targets| {
+                        // One without is refused before.
+                        if let Some(ip) = record.known_by.known_by(ip).filter(|ip| fits(*ip)) {
                             let of_port = |port: &u16| BackendKey {
                                 cluster,
                                 ip,
@@ -190,6 +192,9 @@ impl Inputs<'_> {
                             backends.extend(targets.iter().map(of_port));
                         }
                     });
+                    if !record.known_by.is_empty() {
+                        backends.sort();
+                    }
                 }
             }
             backends.retain(|backend| {

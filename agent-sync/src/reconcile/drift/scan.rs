@@ -14,7 +14,7 @@ const CHUNK: usize = 2048;
 /// From one go to the next.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Tables that are looked at, one after the other.
-const TABLES: usize = 10;
+const TABLES: usize = 11;
 
 /// Compares all tables with what is wanted, again and again.
 ///
@@ -159,6 +159,10 @@ impl Scan {
             8 => {
                 let want = |key: &_| reconciler.cidr.want(key, mesh.wanted_cidr(key));
                 self.table(limit, now, &mut *tables.cidr, want, || mesh.cidr_keys())
+            }
+            9 => {
+                let want = |key: &_| reconciler.translate.want(key, mesh.wanted_translation(key));
+                self.table(limit, now, &mut *tables.translate, want, || mesh.translation_keys())
             }
             _ => {
                 let want = |id: &u32| reconciler.cluster.want(id, mesh.wanted_state(*id));

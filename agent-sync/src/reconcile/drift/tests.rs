@@ -9,7 +9,8 @@ use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
     LabelSelector, LocalPolicy, Peer, PolicyRule, PolicySection, Requirement, Traffic,
 };
-use ebpf_global_svc::abi::{ClusterState, IpValue, PolicyKey, SlotKey};
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
+use ebpf_global_svc::abi::{ClusterState, IpValue, PolicyKey, SlotKey, TranslateKey};
 use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{MapSizes, Tables};
 use rand::rngs::SmallRng;
@@ -59,6 +60,12 @@ fn policy(n: u8) -> LocalPolicy {
     }
 }
 
+fn virtual_cidrs(n: u8) -> VirtualCidrs {
+    let pair =
+        |n: u8| (format!("10.{n}.0.0/16").parse().unwrap(), format!("240.{n}.0.0/16").parse().unwrap());
+    VirtualCidrs::new((0..n % 3).map(pair)).unwrap()
+}
+
 fn ip(a: u8, b: u8) -> IpAddr {
     Ipv4Addr::new(10, a, 0, b).into()
 }
@@ -102,7 +109,7 @@ impl World {
             0 => {
                 let cidr = format!("10.{}.{n}.0/24", of + 100).parse().unwrap();
                 let internal_ips = vec![ip(of, n % 3 + 1)];
-                let node = NodeFact { internal_ips, mesh_ips: Vec::new(), pod_cidrs: vec![cidr], zone: None };
+                let node = NodeFact { internal_ips, pod_cidrs: vec![cidr], ..NodeFact::default() };
                 self.mesh.upsert(id, Fact::Node(format!("n{}", n % 3), node), 0);
             }
             1 => self.mesh.delete(id, &FactKey::Node(format!("n{}", n % 3))),
@@ -116,6 +123,7 @@ impl World {
             8 => self.mesh.upsert(cluster(1), Fact::LocalPolicy(Box::new(policy(n % 9))), 0),
             9 => self.mesh.delete(cluster(1), &FactKey::LocalPolicy(policy(n % 9).name)),
             6 if of > 1 => self.mesh.set_dead(id, n % 2 == 0),
+            7 if n < 10 => self.mesh.set_virtual_cidrs(id, &virtual_cidrs(n)),
             _ => {
                 let plan = self.rng.random_bool(0.8).then(|| self.plan());
                 let service = vec![(service_key(1, ip(96, n % 4), 80, TCP), plan)];
@@ -162,7 +170,7 @@ impl World {
         let services = (t.service.dump().unwrap(), t.slot.dump().unwrap(), t.backend.dump().unwrap());
         let nodes = (t.node.dump().unwrap(), t.prefix.dump().unwrap(), t.cluster.dump().unwrap());
         let pods = (t.ipcache.dump().unwrap(), t.endpoint.dump().unwrap());
-        let policies = (t.policy.dump().unwrap(), t.cidr.dump().unwrap());
+        let policies = (t.policy.dump().unwrap(), t.cidr.dump().unwrap(), t.translate.dump().unwrap());
         format!("{services:?} {nodes:?} {pods:?} {policies:?}")
     }
 
@@ -170,7 +178,7 @@ impl World {
     fn damage(&mut self) -> Option<usize> {
         let Self { rng, tables: t, .. } = self;
         let strange = ip(200, 7);
-        let which = rng.random_range(0..10);
+        let which = rng.random_range(0..11);
         let done = match which {
             0 => spoil(rng, &mut *t.ipcache, |_| ip_key(9, strange), |v| v.identity += 1),
             1 => spoil(rng, &mut *t.prefix, |_| prefix_key(strange.into()), |v| v.node_ip[3] ^= 64),
@@ -181,6 +189,7 @@ impl World {
             6 => spoil(rng, &mut *t.backend, |_| 999_999, |v| v.port ^= 1),
             7 => spoil(rng, &mut *t.policy, |key| PolicyKey { peer: 99, ..key }, |v| v.flags ^= 1),
             8 => spoil(rng, &mut *t.cidr, |_| prefix_key(strange.into()), |v| *v += 1),
+            9 => spoil(rng, &mut *t.translate, |key| TranslateKey { cluster: 9, ..key }, |v| v.bits[1] ^= 1),
             _ => spoil(rng, &mut *t.cluster, |_| 77, |v| *v = ClusterState { state: v.state ^ 3 }),
         };
         done.then_some(which)
@@ -212,7 +221,7 @@ fn spoil<K: Copy, V: Copy>(
 
 #[test]
 fn changes_are_no_drift_and_what_a_hand_did_is_put_right_within_a_scan() {
-    let mut damaged = [0; 10];
+    let mut damaged = [0; 11];
     for seed in 0..100 {
         let mut world = World::new(seed);
         for _ in 0..120 {
