@@ -10,11 +10,14 @@ use agent_sync::peers::core::{Core as Follower, Effect};
 use agent_sync::peers::{Ids, OwnCluster};
 use agent_sync::wire_key::ip_key;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
+use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{IpRecord, Record as _};
 use clustermesh_kvstore::reflector::ReflectorEvent;
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{IpKey, IpValue};
+use ipnet::IpNet;
 use rand::Rng as _;
 use rand::rngs::SmallRng;
 
@@ -40,6 +43,8 @@ pub struct Agent {
     pub memory: Memory,
     /// Number of its node.
     pub node: u8,
+    /// Places of clusters whose pods it knows by virtual addresses, as its directory says.
+    pub virtual_places: BTreeSet<usize>,
     tables: Tables,
 }
 
@@ -170,7 +175,8 @@ impl Agent {
     pub fn new(own: OwnCluster, home: usize, node: u8, now: Instant) -> Self {
         let kernel = Kernel::new(own.id.get(), now);
         let tables = tables(&kernel);
-        Self { own, home, kernel, life: None, memory: Memory::default(), tables, node }
+        let virtual_places = BTreeSet::new();
+        Self { own, home, kernel, life: None, memory: Memory::default(), tables, node, virtual_places }
     }
 
     /// Starts the agent with a directory of remote clusters.
@@ -195,11 +201,11 @@ impl Agent {
             inbox: VecDeque::new(),
             all_configured: false,
         };
-        life.configure(self.home, &places[self.home], &self.own, now, rng);
+        life.configure(self.home, &places[self.home], &self.own, VirtualCidrs::default(), now, rng);
         // What is not configured now is as soon as somebody looks at the directory.
         let configured = remotes.iter().filter(|_| !broken::is(Broken::ForgetsStrangersEarly));
         for place in configured {
-            life.configure(*place, &places[*place], &self.own, now, rng);
+            life.configure(*place, &places[*place], &self.own, self.virtual_cidrs(*place), now, rng);
         }
         life.tell(self.home, Input::AllConfigured, 0);
         life.all_configured = true;
@@ -220,27 +226,53 @@ impl Agent {
         now: Instant,
         rng: &mut SmallRng,
     ) -> bool {
+        if self.life.is_none() {
+            return false;
+        }
+        let known = |life: &Life, place: &usize| life.peers.contains_key(place);
+        let new =
+            remotes.iter().copied().find(|place| !self.life.as_ref().is_some_and(|life| known(life, place)));
+        let virtual_cidrs = new.map(|place| self.draw_virtual_cidrs(place, rng));
         let Some(life) = &mut self.life else { return false };
         let gone = life.peers.keys().copied().find(|place| *place != self.home && !remotes.contains(place));
         if let Some(place) = gone {
             life.remove(place, &places[place].name);
             return true;
         }
-        let new = remotes.iter().copied().find(|place| !life.peers.contains_key(place));
-        if let Some(place) = new {
-            life.configure(place, &places[place], &self.own, now, rng);
+        if let Some((place, virtual_cidrs)) = new.zip(virtual_cidrs) {
+            life.configure(place, &places[place], &self.own, virtual_cidrs, now, rng);
         }
         new.is_some()
     }
 
     /// A file was written again: its cluster is followed anew.
     pub fn rewrite(&mut self, place: usize, places: &[Place], now: Instant, rng: &mut SmallRng) -> bool {
-        let Some(life) = self.life.as_mut().filter(|life| life.peers.contains_key(&place)) else {
+        if !self.life.as_ref().is_some_and(|life| life.peers.contains_key(&place)) {
             return false;
-        };
+        }
+        let virtual_cidrs = self.draw_virtual_cidrs(place, rng);
+        let Some(life) = &mut self.life else { return false };
         life.peers.remove(&place);
-        life.configure(place, &places[place], &self.own, now, rng);
+        life.configure(place, &places[place], &self.own, virtual_cidrs, now, rng);
         true
+    }
+
+    /// By which addresses it knows the pods of a cluster.
+    pub fn virtual_cidrs(&self, place: usize) -> VirtualCidrs {
+        if !self.virtual_places.contains(&place) {
+            return VirtualCidrs::default();
+        }
+        let cidr = |first: u8| -> Option<IpNet> { format!("{first}.{}.0.0/16", place + 1).parse().ok() };
+        cidr(10).zip(cidr(240)).and_then(|pair| VirtualCidrs::new([pair]).ok()).unwrap_or_default()
+    }
+
+    /// A file that is written says so, or not.
+    fn draw_virtual_cidrs(&mut self, place: usize, rng: &mut SmallRng) -> VirtualCidrs {
+        match place != self.home && rng.random_bool(0.4) {
+            true => self.virtual_places.insert(place),
+            false => self.virtual_places.remove(&place),
+        };
+        self.virtual_cidrs(place)
     }
 
     /// Liveness has judged a cluster.
@@ -377,12 +409,25 @@ impl Life {
             })
     }
 
-    fn configure(&mut self, index: usize, place: &Place, own: &OwnCluster, now: Instant, rng: &mut SmallRng) {
+    fn configure(
+        &mut self,
+        index: usize,
+        place: &Place,
+        own: &OwnCluster,
+        virtual_cidrs: VirtualCidrs,
+        now: Instant,
+        rng: &mut SmallRng,
+    ) {
         self.tell(index, Input::Configured(place.name.clone()), 0);
-        let follower = Follower::new(own.clone(), place.name.clone());
+        let mut follower = Follower::new(own.clone(), place.name.clone());
         let mut link = Link::new(now);
         link.reflect(None, &follower.config_spec(), now, rng);
+        let mut effects = Vec::new();
+        follower.policy(Arc::new(Rules { virtual_cidrs, ..Rules::default() }), &mut effects);
         self.peers.insert(index, Peer { name: place.name.clone(), follower, link, accepted: false });
+        if !broken::is(Broken::KeepsVirtualCidrs) {
+            self.perform(index, effects.into_iter().map(|effect| (effect, 0)).collect(), now, rng);
+        }
     }
 
     fn remove(&mut self, index: usize, name: &ClusterName) {

@@ -50,6 +50,7 @@ broken! {
     TakesTimeoutForSuccess = "a publisher takes a write without answer for made",
     IgnoresNewEtcd = "a publisher does not notice that its etcd is another one",
     KeepsPolicies = "an agent does not hear that a policy is gone",
+    KeepsVirtualCidrs = "an agent does not hear by which addresses it is to know a cluster",
     ForgetsToWithdraw = "an exporter does not withdraw what is gone",
 }
 

@@ -8,8 +8,8 @@ use agent_sync::wire_key;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{Affinity, IpRecord, Nearness, Record as _};
 use ebpf_global_svc::abi::{
-    ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, IpKey, POLICY_DENY, backend_state, cluster_state,
-    direction,
+    ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, IpKey, NODE_VIRTUAL, POLICY_DENY, PREFIX_VIRTUAL,
+    backend_state, cluster_state, direction,
 };
 
 use crate::agent::Agent;
@@ -109,7 +109,9 @@ fn followed<'a>(world: &'a World, agent: &'a Agent) -> impl Iterator<Item = (usi
 fn check_addresses(world: &World, agent: &Agent) -> Result<(), String> {
     let mut wanted: BTreeMap<IpKey, u32> = BTreeMap::new();
     for (place, exporter) in followed(world, agent) {
+        let virtual_cidrs = agent.virtual_cidrs(place);
         for (ip, record) in ip_records(exporter) {
+            let ip = virtual_cidrs.known_by(ip).unwrap_or(ip);
             // A host is "the host" only at home.
             let is_foreign_host = record.identity.0 == 1 && place != agent.home;
             let identity = if is_foreign_host { 6 } else { record.identity.0 };
@@ -130,25 +132,35 @@ fn check_addresses(world: &World, agent: &Agent) -> Result<(), String> {
 }
 
 fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
-    let (mut nodes, mut prefixes) = (BTreeMap::new(), BTreeMap::new());
+    let (mut nodes, mut prefixes, mut translations) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (place, exporter) in followed(world, agent) {
         let truth = &world.truths[place];
+        let (id, virtual_cidrs) = (exporter.id().get(), agent.virtual_cidrs(place));
+        let is_virtual = !virtual_cidrs.is_empty();
+        translations.extend(virtual_cidrs.iter().flat_map(|(a, b)| wire_key::translations(id, a, b)));
         for node in truth.nodes.keys() {
-            nodes.insert(wire_key::node_key(truth.node_ip(*node)), exporter.id().get());
+            nodes.insert(wire_key::node_key(truth.node_ip(*node)), (id, is_virtual));
             let IpAddr::V4(ip) = truth.mesh_ip(*node) else { continue };
             let net =
                 ipnet::Ipv4Net::new(ip, 24).map(|net| net.trunc()).map_err(|error| error.to_string())?;
-            prefixes.insert(wire_key::prefix_key(net.into()), exporter.id().get());
+            let net = virtual_cidrs.prefix_known_by(net.into()).unwrap_or_else(|| net.into());
+            prefixes.insert(wire_key::prefix_key(net), (id, is_virtual));
         }
     }
     let kernel = agent.kernel();
-    let found: BTreeMap<_, _> = kernel.nodes.iter().map(|(key, value)| (*key, value.cluster)).collect();
+    let found = kernel.nodes.iter().map(|(key, value)| (*key, (value.cluster, value.flags == NODE_VIRTUAL)));
+    let found: BTreeMap<_, _> = found.collect();
     if found != nodes {
         return Err(format!("I1: nodes are {found:?}, not {nodes:?}"));
     }
-    let found: BTreeMap<_, _> = kernel.prefixes.iter().map(|(key, value)| (*key, value.cluster)).collect();
+    let found =
+        kernel.prefixes.iter().map(|(key, value)| (*key, (value.cluster, value.flags == PREFIX_VIRTUAL)));
+    let found: BTreeMap<_, _> = found.collect();
     if found != prefixes {
         return Err(format!("I1: prefixes are {found:?}, not {prefixes:?}"));
+    }
+    if kernel.translations != translations {
+        return Err(format!("I1: virtual addresses are {:?}, not {translations:?}", kernel.translations));
     }
     Ok(())
 }
@@ -171,7 +183,11 @@ fn check_services(world: &World, agent: &Agent) -> Result<(), String> {
                     && there.services.get(number).is_some_and(|other| other.global && other.shared);
             let backends: BTreeSet<IpAddr> = match place == agent.home {
                 true => there.near(*number, agent.node),
-                false => there.backends(*number).filter(|_| offers).collect(),
+                false => {
+                    let virtual_cidrs = agent.virtual_cidrs(place);
+                    let known_by = |ip| virtual_cidrs.known_by(ip);
+                    there.backends(*number).filter(|_| offers).filter_map(known_by).collect()
+                }
             };
             let preferred = match service.affinity {
                 _ if service.only.is_some() => service.only == Some(place),
@@ -320,7 +336,16 @@ pub(crate) fn check_removals(agent: &mut Agent, places: &[crate::place::Place]) 
             Removed::Address(key) => {
                 let Some(ip) = wire_key::address(key.family, key.ip) else { continue };
                 // Without an entry the cluster was drained, or the address was never told.
-                let Some((place, tick)) = memory.addresses.get(&(key.cluster, ip.to_string())) else {
+                let told = |ip: IpAddr| memory.addresses.get(&(key.cluster, ip.to_string()));
+                // Its cluster's pods may be known otherwise than they were.
+                let known = memory.members.iter().find(|(_, id)| **id == Some(key.cluster));
+                let virtual_cidrs = known.map(|(place, _)| agent.virtual_cidrs(*place)).unwrap_or_default();
+                let real = virtual_cidrs.real(ip);
+                if virtual_cidrs.known_by(real) != Some(ip) {
+                    continue;
+                }
+                let ip = real;
+                let Some((place, tick)) = told(ip) else {
                     continue;
                 };
                 let place = &places[*place];
