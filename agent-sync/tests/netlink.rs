@@ -162,8 +162,8 @@ fn what_an_agent_made_is_found_and_removed_and_nothing_else() {
         netlink.remove_routes().await.unwrap();
         assert!(netlink.owned_routes().await.unwrap().is_empty());
         assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), Some(index));
-        netlink.remove_overlay(index).await.unwrap();
-        netlink.remove_overlay(index).await.unwrap();
+        netlink.remove_link(index).await.unwrap();
+        netlink.remove_link(index).await.unwrap();
         assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), None);
     });
     assert!(ns.ip("route show").contains("10.99.0.0/24"));

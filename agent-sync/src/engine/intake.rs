@@ -155,6 +155,7 @@ fn node_fact(node: Node, is_own: bool) -> Fact {
         internal_ips: of_kind(NodeAddressKind::InternalIp),
         mesh_ips: of_kind(NodeAddressKind::CiliumInternalIp),
         pod_cidrs: node.pod_cidrs().collect(),
+        wireguard: node.wireguard_key(),
         zone: node.labels.as_ref().filter(|_| is_own).and_then(|labels| labels.get(ZONE).cloned()),
     };
     Fact::Node(node.name, fact)

@@ -11,6 +11,7 @@
 
 mod addresses;
 mod endpoint;
+mod ends;
 mod fact;
 mod lists;
 mod lookup;
@@ -401,6 +402,7 @@ impl Mesh {
         let mut changes = std::mem::take(&mut self.foreign);
         self.compute_topology(&mut changes);
         changes.routes = self.compute_routes(&changes);
+        changes.ends = self.compute_ends();
         self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);

@@ -9,13 +9,14 @@
 //! those inside the widest prefix around it. So a node costs the same in a mesh of any size.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ebpf_global_svc::abi::{NodeKey, NodeValue, PrefixKey, PrefixValue};
+use ebpf_global_svc::abi::{NODE_CLEAR, NODE_ENCRYPTED, NodeKey, NodeValue, PrefixKey, PrefixValue};
 use ipnet::IpNet;
 
 use super::fact::NodeFact;
 use crate::desired::Changes;
+use crate::encryption::Scope;
 use crate::wire_key;
 
 /// All claims, and who holds what.
@@ -27,7 +28,10 @@ pub(super) struct Topology {
     prefixes: BTreeMap<IpNet, Holder>,
     /// Lengths that accepted prefixes have, or once had, by family.
     lengths: BTreeSet<(bool, u8)>,
-    addresses: BTreeMap<IpAddr, u16>,
+    addresses: BTreeMap<IpAddr, NodeValue>,
+    encryption: Encryption,
+    /// Addresses whose node may be another one, or say something else.
+    ends: BTreeSet<Ipv4Addr>,
     /// Clusters whose claim was refused, and for whom.
     refused_prefixes: BTreeMap<(IpNet, u16), u16>,
     refused_addresses: BTreeMap<(IpAddr, u16), u16>,
@@ -39,6 +43,27 @@ pub(super) struct Topology {
     lost: BTreeSet<(u16, Lost)>,
     dirty_prefixes: BTreeSet<IpNet>,
     dirty_addresses: BTreeSet<IpAddr>,
+}
+
+/// What has to be encrypted, and is.
+#[derive(Clone, Debug, Default)]
+struct Encryption {
+    /// None: nothing has to be.
+    scope: Option<Scope>,
+    encrypted: BTreeSet<Ipv4Addr>,
+}
+
+impl Encryption {
+    fn flags(&self, own: u16, cluster: u16, ip: IpAddr) -> u16 {
+        let Some(scope) = self.scope else { return 0 };
+        if scope == Scope::Clusters && cluster == own {
+            return NODE_CLEAR;
+        }
+        match ip {
+            IpAddr::V4(ip) if self.encrypted.contains(&ip) => NODE_ENCRYPTED,
+            _ => 0,
+        }
+    }
 }
 
 /// Who claims one thing, by cluster and node; what was restored is nobody's and counts least. Of several
@@ -95,8 +120,9 @@ impl Topology {
         };
         self.address_claims.entry(ip).or_default().insert((value.cluster, None), ());
         self.restored.entry(value.cluster).or_default().1.push(ip);
-        if node_value(value.cluster) == value {
-            self.addresses.insert(ip, value.cluster);
+        let known = NODE_CLEAR | NODE_ENCRYPTED;
+        if value == (NodeValue { flags: value.flags & known, ..node_value(value.cluster) }) {
+            self.addresses.insert(ip, value);
         }
         self.dirty_addresses.insert(ip);
         true
@@ -159,8 +185,35 @@ impl Topology {
         }
         for ip in std::mem::take(&mut self.dirty_addresses) {
             drop_empty(&mut self.address_claims, &ip);
+            if let IpAddr::V4(ip) = ip {
+                self.ends.insert(ip);
+            }
             self.resolve_address(ip, own, changes);
         }
+    }
+
+    /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted`.
+    pub(super) fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<Ipv4Addr>) {
+        let scoped = self.encryption.scope.replace(scope) == Some(scope);
+        let before = std::mem::replace(&mut self.encryption.encrypted, encrypted);
+        let now = &self.encryption.encrypted;
+        self.dirty_addresses.extend(before.symmetric_difference(now).map(|ip| IpAddr::V4(*ip)));
+        if !scoped {
+            self.dirty_addresses.extend(self.addresses.keys());
+        }
+    }
+
+    /// Addresses with perhaps another node than when this was asked last, and who it is: its cluster and, unless
+    /// only an earlier life knew it, its name.
+    pub(super) fn take_ends(&mut self) -> Vec<(Ipv4Addr, Option<(u16, Option<Box<str>>)>)> {
+        let ends = std::mem::take(&mut self.ends);
+        let node = |ip: Ipv4Addr| {
+            let cluster = self.address_holder(ip.into())?;
+            let claims = self.address_claims.get(&IpAddr::V4(ip))?;
+            let last = claims.keys().rfind(|(claimant, _)| *claimant == cluster)?;
+            Some((cluster, last.1.clone()))
+        };
+        ends.into_iter().map(|ip| (ip, node(ip))).collect()
     }
 
     /// Whether conflicts may be others than when this was asked last.
@@ -194,7 +247,7 @@ impl Topology {
 
     /// The cluster that has a node of this underlay address.
     pub(super) fn address_holder(&self, ip: IpAddr) -> Option<u16> {
-        self.addresses.get(&ip).copied()
+        self.addresses.get(&ip).map(|value| value.cluster)
     }
 
     /// What is to be installed for a prefix.
@@ -204,7 +257,7 @@ impl Topology {
 
     /// What is to be installed for an underlay address.
     pub(super) fn wanted_node(&self, ip: IpAddr) -> Option<NodeValue> {
-        self.address_holder(ip).map(node_value)
+        self.addresses.get(&ip).copied()
     }
 
     /// Underlay addresses of all nodes.
@@ -295,16 +348,21 @@ impl Topology {
         }
         let claimants: BTreeSet<u16> =
             self.address_claims.get(&ip).into_iter().flatten().map(|((cluster, _), ())| *cluster).collect();
-        let before = self.addresses.get(&ip).copied();
+        let value = self.addresses.get(&ip).copied();
+        let before = value.map(|value| value.cluster);
         let preferred = [Some(own), before].into_iter().flatten().find(|cluster| claimants.contains(cluster));
         let holder = preferred.or_else(|| claimants.first().copied());
         if holder != before {
             self.lost.extend(before.map(|cluster| (cluster, Lost::Address(ip))));
-            match holder {
-                Some(holder) => self.addresses.insert(ip, holder),
+        }
+        let flags = |cluster| self.encryption.flags(own, cluster, ip);
+        let wanted = holder.map(|cluster| NodeValue { flags: flags(cluster), ..node_value(cluster) });
+        if wanted != value {
+            match wanted {
+                Some(wanted) => self.addresses.insert(ip, wanted),
                 None => self.addresses.remove(&ip),
             };
-            changes.node.push((wire_key::node_key(ip), holder.map(node_value)));
+            changes.node.push((wire_key::node_key(ip), wanted));
         }
         for cluster in claimants {
             if let Some(holder) = holder.filter(|holder| *holder != cluster) {

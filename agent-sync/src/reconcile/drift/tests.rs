@@ -102,7 +102,12 @@ impl World {
             0 => {
                 let cidr = format!("10.{}.{n}.0/24", of + 100).parse().unwrap();
                 let internal_ips = vec![ip(of, n % 3 + 1)];
-                let node = NodeFact { internal_ips, mesh_ips: Vec::new(), pod_cidrs: vec![cidr], zone: None };
+                let node = NodeFact {
+                    internal_ips,
+                    mesh_ips: Vec::new(),
+                    pod_cidrs: vec![cidr],
+                    ..NodeFact::default()
+                };
                 self.mesh.upsert(id, Fact::Node(format!("n{}", n % 3), node), 0);
             }
             1 => self.mesh.delete(id, &FactKey::Node(format!("n{}", n % 3))),
