@@ -42,6 +42,16 @@ pub enum Standing {
 }
 
 impl Standing {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Encrypted,
+        Self::Waiting,
+        Self::NoKey,
+        Self::Refused(Refused::OwnKey),
+        Self::Refused(Refused::AnothersKey),
+        Self::Unconfirmed,
+    ];
+
     /// The word for metrics and the command line.
     pub const fn as_str(self) -> &'static str {
         match self {

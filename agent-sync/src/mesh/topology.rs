@@ -442,7 +442,7 @@ mod tests {
             internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             mesh_ips: Vec::new(),
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
-            zone: None,
+            ..NodeFact::default()
         }
     }
 
@@ -476,7 +476,7 @@ mod tests {
             assert_eq!(holders(&before), [(stolen.to_owned(), 2)]);
             let after = resolve(&before, &[(2, thief), (1, own.clone())]);
             assert_eq!(holders(&after), [("10.1.0.0/16".to_owned(), 1)]);
-            assert_eq!(after.addresses.values().copied().collect::<Vec<_>>(), [1]);
+            assert_eq!(after.addresses.values().map(|value| value.cluster).collect::<Vec<_>>(), [1]);
             assert_eq!(after.conflicts().count(), 2);
         }
     }

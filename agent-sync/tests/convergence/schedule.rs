@@ -541,7 +541,7 @@ fn node(ip: &[u8; 4], cidrs: &[&str]) -> NodeFact {
         internal_ips: vec![Ipv4Addr::from(*ip).into()],
         mesh_ips: Vec::new(),
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
-        zone: None,
+        ..NodeFact::default()
     }
 }
 

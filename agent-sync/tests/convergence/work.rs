@@ -36,7 +36,7 @@ fn node(number: u16) -> Fact {
         internal_ips: vec![node_ip(number).into()],
         mesh_ips: Vec::new(),
         pod_cidrs: vec![format!("{}/24", pod(number, 0)).parse().unwrap()],
-        zone: None,
+        ..NodeFact::default()
     };
     Fact::Node(format!("n{number}"), fact)
 }
