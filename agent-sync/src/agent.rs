@@ -14,14 +14,22 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::encryption::announce::Announcer;
+use crate::encryption::{
+    self, EncryptionOptions, Keeper, KeyError, OVERHEAD, PrivateKey, Report, TunnelBoard,
+};
 use crate::engine::{self, Channels, Engine, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster, Peers};
 use crate::serve::{self, ServeError, Source};
 
-/// VXLAN over an underlay of 1500 bytes leaves this much.
-const OVERLAY_MTU: u32 = 1450;
+/// Of an underlay whose device is not known.
+const UNDERLAY_MTU: u32 = 1500;
+/// VXLAN over IPv4 adds headers of 20, 8, 8 and 14 bytes.
+const VXLAN_OVERHEAD: u32 = 50;
+/// IPv6 packets of this size have to get through, and something has to be left of the underlay.
+const MIN_MTU: u32 = 1280;
 
 /// What the operator decides.
 #[derive(Clone, Debug)]
@@ -67,6 +75,10 @@ pub struct KernelOptions {
     pub tunnel_device: String,
     /// Its UDP port.
     pub tunnel_port: u16,
+    /// Name of the WireGuard device, which also one without encryption has to know: it removes it.
+    pub wireguard_device: String,
+    /// Encryption between nodes; none: all goes in clear.
+    pub encryption: Option<EncryptionOptions>,
 }
 
 /// Why the agent cannot run.
@@ -95,6 +107,19 @@ pub enum AgentError {
     /// The node's network.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+    /// The operator's, or the disk's: this node's private key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The operator's: packets of the mesh's smallest size would not fit.
+    #[error(
+        "the underlay's MTU is {underlay}, which leaves {left} bytes for packets of the mesh: {MIN_MTU} are the least"
+    )]
+    Mtu {
+        /// Of the device with this node's address.
+        underlay: u32,
+        /// Less what tunnels and encryption add.
+        left: u32,
+    },
     /// The servers.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -128,9 +153,13 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         check_cgroup(cgroup)?;
     }
     let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
+    let key = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
+    let key = key.map(|encryption| PrivateKey::load_or_create(&encryption.state_dir)).transpose()?;
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
     let board = Board::default();
+    let (encryption_report, reported) = watch::channel(Report::default());
+    let encryption_view = serve::EncryptionView::new(&options, key.as_ref(), reported);
     let source = Source {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -139,6 +168,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         directory: directory.clone(),
         policy: policy.clone(),
         board: board.clone(),
+        encryption: encryption_view.clone(),
         desk: serve::Desk::default(),
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
@@ -155,10 +185,17 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
 
     let routes = RouteBoard::default();
     let node = match &options.kernel {
-        Some(kernel) => Some(Node::open(&options, kernel, routes.clone()).await?),
+        Some(kernel) => Some(Node::open(&options, kernel, key, routes.clone()).await?),
         None => None,
     };
-    let (datapath, pod_links) = node.map(|node| (node.datapath, node.pod_links)).unzip();
+    let (mut datapath, mut pod_links, mut keeper) = (None, None, None);
+    if let Some(node) = node {
+        encryption_view.set_mtu(node.mtu);
+        (datapath, pod_links, keeper) = (Some(node.datapath), Some(node.pod_links), node.keeper);
+    }
+    let strict = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
+    let strict = strict.filter(|encryption| encryption.strict).map(|encryption| encryption.scope);
+    let encrypted = keeper.as_ref().map(Keeper::encrypted).unwrap_or_default();
     let engine = Engine::new(Setup {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -169,12 +206,15 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         scan_interval: options.scan_interval,
         census_interval: options.relist_interval,
         audit_policies: options.audit_policies,
+        strict: strict.map(|scope| (scope, encrypted)),
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
+    let tunnels = TunnelBoard::default();
     let channels = Channels {
         inputs: received,
         queries: asked,
         routes,
+        tunnels: tunnels.clone(),
         directory: directory.clone(),
         stop: stop.clone(),
     };
@@ -182,6 +222,20 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     if let Some(liveness) = options.liveness {
         let (directory, engine) = (directory.clone(), inputs.clone());
         tokio::spawn(Watch { options: liveness, directory, queries, engine, board }.run());
+    }
+    let announcer = Announcer {
+        cluster: options.own.name.clone(),
+        node: options.node_name.clone(),
+        directory: directory.clone(),
+    };
+    match keeper {
+        Some(keeper) => {
+            tokio::spawn(announcer.keep(keeper.public_key()));
+            tokio::spawn(keeper.run(tunnels, inputs.clone(), encryption_report));
+        }
+        None if options.kernel.is_some() => drop(tokio::spawn(announcer.withdraw())),
+        // Tables in memory say nothing about their node.
+        None => {}
     }
     let peers = Peers::new(options.own.clone(), inputs, directory, policy);
     let peers = tokio::spawn(follow_clusters(peers, options.etcd_config, initial, changes));
@@ -215,10 +269,29 @@ fn check_cgroup(path: &Path) -> Result<(), AgentError> {
 struct Node {
     datapath: Datapath,
     pod_links: watch::Receiver<Arc<PodLinks>>,
+    /// Of the overlay.
+    mtu: u32,
+    keeper: Option<Keeper>,
 }
 
 impl Node {
-    async fn open(options: &Options, kernel: &KernelOptions, routes: RouteBoard) -> Result<Self, AgentError> {
+    async fn open(
+        options: &Options,
+        kernel: &KernelOptions,
+        key: Option<PrivateKey>,
+        routes: RouteBoard,
+    ) -> Result<Self, AgentError> {
+        let netlink = Netlink::open()?;
+        let (underlay, mtu) = mtus(&netlink, options.node_ip, kernel.encryption.is_some()).await?;
+        // First: without it nothing is to be touched.
+        let keeper = match (&kernel.encryption, key) {
+            (Some(encryption), Some(key)) => {
+                let here = (options.own.id.get(), options.node_name.as_str());
+                let (encryption, port) = (encryption.clone(), kernel.tunnel_port);
+                Some(Keeper::open(netlink.clone(), encryption, key, here, port, underlay - OVERHEAD).await?)
+            }
+            _ => None,
+        };
         let mut datapath = Datapath::open(&DatapathOptions {
             cgroup: kernel.cgroup_root.clone(),
             // At most 16.
@@ -226,17 +299,39 @@ impl Node {
             node_ip: options.node_ip,
             overlay_port: kernel.tunnel_port,
             sizes: options.sizes,
+            strict: kernel.encryption.as_ref().is_some_and(|encryption| encryption.strict),
             ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
         })?;
-        let netlink = Netlink::open()?;
-        let spec =
-            OverlaySpec { name: kernel.tunnel_device.clone(), port: kernel.tunnel_port, mtu: OVERLAY_MTU };
+        let spec = OverlaySpec { name: kernel.tunnel_device.clone(), port: kernel.tunnel_port, mtu };
         let overlay = netlink.ensure_overlay(&spec).await?;
         datapath.attach_overlay(overlay)?;
+        match &keeper {
+            Some(keeper) => datapath.attach_wireguard(keeper.ifindex())?,
+            None => {
+                let device = kernel.wireguard_device.clone();
+                tokio::spawn(encryption::leave_quietly(netlink.clone(), device));
+            }
+        }
         let pod_links = netlink.watch_pod_links().await?;
         tokio::spawn(netlink::keep_routes(netlink, overlay, routes));
-        Ok(Self { datapath, pod_links })
+        Ok(Self { datapath, pod_links, mtu, keeper })
     }
+}
+
+/// MTU of the underlay, and what tunnels, and perhaps encryption, leave of it.
+async fn mtus(
+    netlink: &Netlink,
+    node_ip: Option<Ipv4Addr>,
+    encrypts: bool,
+) -> Result<(u32, u32), AgentError> {
+    let known = match node_ip {
+        Some(ip) => netlink.mtu_of(ip).await?,
+        None => None,
+    };
+    let underlay = known.unwrap_or(UNDERLAY_MTU);
+    let overhead = VXLAN_OVERHEAD + if encrypts { OVERHEAD } else { 0 };
+    let left = underlay.saturating_sub(overhead);
+    if left < MIN_MTU { Err(AgentError::Mtu { underlay, left }) } else { Ok((underlay, left)) }
 }
 
 /// Follows the own cluster and whatever the directory says. Ends only with the directory's watcher.

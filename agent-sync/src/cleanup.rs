@@ -1,4 +1,4 @@
-//! Takes away what an agent has left in the kernel: its programs and maps, its routes and its device.
+//! Takes away what an agent has left on its node: programs and maps, routes and devices, and its private key.
 //!
 //! An agent that stops leaves all of it on purpose, and the next one takes over. This is for nodes that
 //! leave the mesh, and for maps that shall get other sizes.
@@ -10,7 +10,8 @@ use ebpf_global_svc::{Datapath, DatapathError, Remains};
 use ipnet::IpNet;
 use tokio::net::UnixStream;
 
-use crate::netlink::{Netlink, NetlinkError, ROUTE_PROTOCOL};
+use crate::encryption::{self, KeyError};
+use crate::netlink::{Netlink, NetlinkError, ROUTE_PROTOCOL, TABLE};
 
 /// Routes that are named.
 const SHOWN: usize = 8;
@@ -26,6 +27,10 @@ pub struct Place {
     pub tunnel_device: String,
     /// Its UDP port.
     pub tunnel_port: u16,
+    /// Name of the WireGuard device.
+    pub wireguard_device: String,
+    /// Where this node's private key is.
+    pub state_dir: PathBuf,
 }
 
 /// Why nothing, or not all, was removed.
@@ -40,15 +45,23 @@ pub enum CleanupError {
     /// The network's configuration.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+    /// The private key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
 }
 
 /// What an agent has left. No other one can start while this exists, if anything is pinned.
 pub struct Leftovers {
     root: PathBuf,
+    state_dir: PathBuf,
     remains: Option<Remains>,
     netlink: Netlink,
     device: Option<(String, u32)>,
     routes: Vec<IpNet>,
+    wireguard: Option<(String, u32)>,
+    /// Rules and routes that lead tunnel packets to WireGuard.
+    steering: (usize, usize),
+    key: Option<PathBuf>,
 }
 
 impl CleanupError {
@@ -70,12 +83,17 @@ impl Leftovers {
         }
         let remains = Datapath::remains(&place.bpf_root)?;
         let netlink = Netlink::open()?;
+        let wireguard = netlink.find_wireguard(&place.wireguard_device).await?;
         let index = netlink.find_overlay(&place.tunnel_device, place.tunnel_port).await?;
         Ok(Self {
             root: place.bpf_root.clone(),
             remains,
             device: index.map(|index| (place.tunnel_device.clone(), index)),
             routes: netlink.owned_routes().await?,
+            wireguard: wireguard.map(|index| (place.wireguard_device.clone(), index)),
+            steering: netlink.count_steering().await?,
+            key: Some(encryption::key_file(&place.state_dir)).filter(|file| file.exists()),
+            state_dir: place.state_dir.clone(),
             netlink,
         })
     }
@@ -90,14 +108,22 @@ impl Leftovers {
         }
         self.netlink.remove_routes().await?;
         if let Some((_, index)) = self.device {
-            self.netlink.remove_overlay(index).await?;
+            self.netlink.remove_link(index).await?;
         }
+        self.netlink.remove_rules().await?;
+        self.netlink.remove_all_steering().await?;
+        if let Some((_, index)) = self.wireguard {
+            self.netlink.remove_link(index).await?;
+        }
+        encryption::forget_key(&self.state_dir)?;
         Ok(())
     }
 
     /// Nothing is left.
     pub fn is_empty(&self) -> bool {
-        self.remains.is_none() && self.device.is_none() && self.routes.is_empty()
+        let networked = self.device.is_some() || !self.routes.is_empty();
+        let encrypts = self.wireguard.is_some() || self.steering != (0, 0) || self.key.is_some();
+        self.remains.is_none() && !networked && !encrypts
     }
 
     /// Folder of the pins.
@@ -124,6 +150,16 @@ impl fmt::Display for Leftovers {
         }
         if let Some((name, _)) = &self.device {
             writeln!(f, "VXLAN device {name}")?;
+        }
+        if self.steering != (0, 0) {
+            let (rules, routes) = self.steering;
+            writeln!(f, "routing rules: {rules}, routes of table {TABLE}: {routes}")?;
+        }
+        if let Some((name, _)) = &self.wireguard {
+            writeln!(f, "WireGuard device {name}")?;
+        }
+        if let Some(file) = &self.key {
+            writeln!(f, "private key {}", file.display())?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use agent_sync::cleanup::{CleanupError, Leftovers, Place};
 use anyhow::Context as _;
 use clap::Args;
 
-/// Remove what an agent has left in the kernel: pinned programs and maps, routes, the VXLAN device
+/// Remove what an agent has left on its node: pinned programs and maps, routes, devices, its private key
 ///
 /// An agent that stops leaves the datapath running, for the next one. This ends it: mesh traffic of the node is
 /// interrupted until an agent has synced again. Refused while an agent runs. Run it in the node's network
@@ -29,6 +29,12 @@ pub(crate) struct CleanupFlags {
     /// Its UDP port
     #[arg(long, default_value_t = crate::TUNNEL_PORT)]
     tunnel_port: u16,
+    /// The agent's WireGuard device
+    #[arg(long, default_value = crate::encryption_flags::WIREGUARD_DEVICE)]
+    wireguard_device: String,
+    /// Directory of this node's private key
+    #[arg(long, default_value = crate::encryption_flags::STATE_DIR)]
+    state_dir: PathBuf,
     /// Only show what would be removed
     #[arg(long)]
     dry_run: bool,
@@ -59,6 +65,8 @@ impl CleanupFlags {
             grpc_socket: self.grpc_socket,
             tunnel_device: self.tunnel_device,
             tunnel_port: self.tunnel_port,
+            wireguard_device: self.wireguard_device,
+            state_dir: self.state_dir,
         };
         let found = Leftovers::find(&place).await?;
         if found.is_empty() {

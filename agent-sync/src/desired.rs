@@ -8,6 +8,7 @@ use ebpf_global_svc::abi::{
     PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, TranslateKey, TranslateValue, backend_state,
 };
 
+use crate::encryption::EndChanges;
 use crate::mesh::RouteChanges;
 use crate::wire_key;
 
@@ -103,6 +104,8 @@ pub struct Changes {
     pub cluster: Vec<(u32, Option<ClusterState>)>,
     /// Routes of this node, which are in no table of ours.
     pub routes: RouteChanges,
+    /// Who is at which underlay address, for those who encrypt what goes there.
+    pub ends: EndChanges,
 }
 
 impl Changes {

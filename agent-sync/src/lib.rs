@@ -2,7 +2,7 @@
 //!
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
-//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes; [`serve`] answers questions,
+//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes, [`encryption`] after what of the tunnels is encrypted; [`serve`] answers questions,
 //! and lets [`trial`] (plain) say what another import policy would do.
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ pub mod agent;
 pub mod cleanup;
 pub mod desired;
 pub mod digest;
+pub mod encryption;
 pub mod engine;
 pub mod histogram;
 pub mod liveness;

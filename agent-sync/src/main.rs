@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod cleanup_command;
+mod encryption_flags;
 mod map_sizes;
 
 use std::io::IsTerminal as _;
@@ -19,6 +20,7 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, ValueEnu
 use cleanup_command::CleanupFlags;
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::PolicySource;
+use encryption_flags::EncryptionFlags;
 use map_sizes::MapSizeFlags;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -127,6 +129,8 @@ struct Flags {
     /// Count what network policies would drop, and let it pass
     #[arg(long, value_enum, default_value_t = Switch::Off, num_args = 0..=1, default_missing_value = "on")]
     policy_audit_mode: Switch,
+    #[command(flatten)]
+    encryption: EncryptionFlags,
     #[command(flatten)]
     map_sizes: MapSizeFlags,
     /// How log lines look; RUST_LOG says which there are
@@ -247,6 +251,8 @@ impl Flags {
             cgroup_root: self.cgroup_root,
             tunnel_device: self.tunnel_device,
             tunnel_port: self.tunnel_port,
+            wireguard_device: self.encryption.device().to_owned(),
+            encryption: self.encryption.options(),
         };
         Ok(Options {
             own,

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use agent_sync::netlink::{Netlink, NetlinkError, OverlaySpec, RouteVia};
+use agent_sync::netlink::{Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE};
 
 /// A namespace that goes away with the test, also when it panics.
 struct Namespace(String);
@@ -162,12 +162,84 @@ fn what_an_agent_made_is_found_and_removed_and_nothing_else() {
         netlink.remove_routes().await.unwrap();
         assert!(netlink.owned_routes().await.unwrap().is_empty());
         assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), Some(index));
-        netlink.remove_overlay(index).await.unwrap();
-        netlink.remove_overlay(index).await.unwrap();
+        netlink.remove_link(index).await.unwrap();
+        netlink.remove_link(index).await.unwrap();
         assert_eq!(netlink.find_overlay("cm_vxlan", 8472).await.unwrap(), None);
     });
     assert!(ns.ip("route show").contains("10.99.0.0/24"));
     assert!(ns.ip("link show").contains("other"));
+}
+
+/// Another device stands for WireGuard, which not every kernel has.
+#[test]
+fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
+    let ns = Namespace::new("steering");
+    for (device, address) in [("under0", "172.31.1.1/16"), ("wg0", "192.0.2.1/32")] {
+        ns.ip(&format!("link add {device} type veth peer name {device}p"));
+        ns.ip(&format!("link set {device}p up"));
+        ns.ip(&format!("addr add {address} dev {device}"));
+        ns.ip(&format!("link set {device} up"));
+    }
+    ns.ip("rule add priority 50 to 203.0.113.0/24 lookup main");
+    let device = ns.ip("-o link show wg0").split(':').next().unwrap().parse().unwrap();
+    let [encrypted, blocked, plain] =
+        ["172.31.2.1", "172.31.2.2", "172.31.2.3"].map(|ip| ip.parse().unwrap());
+    let way = |node: std::net::Ipv4Addr, port| {
+        let to = format!("ip -n {} route get {node} ipproto udp dport {port} 2>&1 || true", ns.0);
+        run(&to)
+    };
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        let source = Some("172.31.1.1".parse().unwrap());
+        // Twice: what is there already is fine, and so is another kind of route.
+        for steering in [Steering::Blocked, Steering::Encrypted, Steering::Encrypted] {
+            netlink.steer(device, encrypted, Some(steering), source).await.unwrap();
+        }
+        for steering in [Steering::Encrypted, Steering::Blocked] {
+            netlink.steer(device, blocked, Some(steering), source).await.unwrap();
+        }
+        netlink.ensure_rule(9999).await.unwrap();
+        for _ in 0..2 {
+            netlink.ensure_rule(8472).await.unwrap();
+        }
+        let installed = [(encrypted, Steering::Encrypted), (blocked, Steering::Blocked)];
+        assert_eq!(netlink.steered(device).await.unwrap(), BTreeMap::from(installed));
+        assert_eq!(netlink.steered(device + 1).await.unwrap().len(), 1, "over another device: not ours");
+        assert_eq!(netlink.count_steering().await.unwrap(), (1, 2));
+        assert!(netlink.owned_routes().await.unwrap().is_empty(), "routes of the overlay are others");
+
+        let went = way(encrypted, 8472);
+        assert!(went.contains("dev wg0") && went.contains("src 172.31.1.1"), "{went}");
+        assert!(way(encrypted, 51871).contains("dev under0"));
+        assert!(way(blocked, 8472).contains("No route to host"), "{}", way(blocked, 8472));
+        assert!(way(blocked, 51871).contains("dev under0"));
+        assert!(way(plain, 8472).contains("dev under0"));
+
+        netlink.steer(device, blocked, None, source).await.unwrap();
+        netlink.steer(device, blocked, None, source).await.unwrap();
+        assert!(way(blocked, 8472).contains("dev under0"));
+        netlink.remove_rules().await.unwrap();
+        assert!(way(encrypted, 8472).contains("dev under0"));
+        netlink.remove_all_steering().await.unwrap();
+        assert_eq!(netlink.count_steering().await.unwrap(), (0, 0));
+    });
+    let rules = ns.ip("rule show");
+    assert!(rules.contains("203.0.113.0/24") && !rules.contains(&RULE_PRIORITY.to_string()), "{rules}");
+    assert_eq!(TABLE, 51_871, "docs/encryption.md names it");
+}
+
+#[test]
+fn the_mtu_of_the_underlay_is_found_by_its_address() {
+    let ns = Namespace::new("mtu");
+    ns.ip("link add under0 mtu 9000 type veth peer name under0p");
+    ns.ip("addr add 172.31.1.1/16 dev under0");
+    ns.run(|| async {
+        let netlink = Netlink::open().unwrap();
+        assert_eq!(netlink.mtu_of("172.31.1.1".parse().unwrap()).await.unwrap(), Some(9000));
+        assert_eq!(netlink.mtu_of("172.31.1.2".parse().unwrap()).await.unwrap(), None);
+        // The connection is good for more.
+        assert!(netlink.owned_routes().await.unwrap().is_empty());
+    });
 }
 
 #[test]

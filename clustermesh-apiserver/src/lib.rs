@@ -13,6 +13,7 @@
 //! [`etcdinit`] prepares an etcd: it sets the [`rights`] of its readers and writers.
 #![forbid(unsafe_code)]
 
+mod announcements;
 pub mod args;
 mod connection_log;
 pub mod endpoints;

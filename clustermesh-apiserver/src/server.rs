@@ -13,13 +13,14 @@ use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError, KeyRange, SessionEr
 use clustermesh_kvstore::key::{self, Kind, Layout};
 use clustermesh_kvstore::publisher::{Origin, OwnedPrefix, Publisher, PublisherSpec};
 use clustermesh_kvstore::record::{ClusterConfig, IdentityRecord, Record};
-use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus};
+use clustermesh_kvstore::reflector::{Connection, ConnectionOptions, ConnectionStatus, ReflectorEvent};
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use crate::announcements;
 use crate::args::{ExportArgs, SourceSpec};
 use crate::connection_log::log_connection;
 use crate::export::{Cluster, Exporter, KeyChange, Rules};
@@ -140,12 +141,24 @@ impl Server {
         publisher.set(key::cluster_config_key(&self.cluster.name), Some(self.cluster_config().into()));
 
         let mut exporter = Exporter::new(self.cluster.clone(), identities, self.rules);
+        // Before the first node: its record must not lack for a moment what it had before.
+        let mut announced = announcements::follow(&self.connection, &self.cluster.name);
+        for (node, value) in announcements::listed(&mut announced).await {
+            exporter.announced(&node, Some(&value), Instant::now());
+        }
+        let mut sweep = tokio::time::interval(announcements::SWEEP);
         let mut ticks = tokio::time::interval(self.identity_grace.clamp(TICK_MIN, TICK_MAX));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let changes = tokio::select! {
                 event = self.source.recv() => self.take(event.ok_or(RunError::SourceEnded)?, &mut exporter),
+                Some(event) = announced.recv() => announce(event, &mut exporter),
                 _ = ticks.tick() => exporter.tick(Instant::now()),
+                _ = sweep.tick(), if self.status.progress().state_complete => {
+                    let orphans = exporter.orphaned_announcements(Instant::now());
+                    announcements::remove(&self.connection, &self.cluster.name, orphans);
+                    continue;
+                }
             };
             // What was there before us did not happen now.
             let origin = self.status.progress().state_complete.then(|| Origin::Event(SourceTime::now()));
@@ -270,6 +283,16 @@ const TICK_MIN: Duration = Duration::from_millis(100);
 const TICK_MAX: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(1);
 const PAGE: i64 = 1000;
+
+fn announce(event: ReflectorEvent, exporter: &mut Exporter) -> Vec<KeyChange> {
+    let now = Instant::now();
+    match event {
+        ReflectorEvent::Upsert { suffix, value, .. } => exporter.announced(&suffix, Some(&value), now),
+        ReflectorEvent::Delete { suffix, .. } => exporter.announced(&suffix, None, now),
+        // What a new list lacks stays: an etcd that came back empty is told again by the agents.
+        _ => Vec::new(),
+    }
+}
 
 fn publish(publisher: &Publisher, changes: Vec<KeyChange>, origin: Option<Origin>) {
     for KeyChange { key, value } in changes {

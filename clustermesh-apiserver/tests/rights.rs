@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One key for each thing that somebody may or may not read.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 15] = [
     "cilium/.heartbeat",
     "cilium/cluster-config/alpha",
     "cilium/cluster-config/gamma",
@@ -36,6 +36,8 @@ const KEYS: [&str; 13] = [
     "cilium/.initlock/1",
     "clustermesh/local/services/v1/alpha/shop/cart",
     "clustermesh/local/policies/v1/alpha/cnp/shop/cart",
+    "clustermesh/announced/v1/alpha/n1",
+    "clustermesh/announced/v1/beta/n1",
     "elsewhere",
 ];
 
@@ -64,13 +66,13 @@ async fn each_client_may_do_what_it_needs_and_nothing_else() {
 
     let remote = [KEYS[0], KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]];
     let local = [KEYS[0], KEYS[1], KEYS[2], KEYS[6], KEYS[7], KEYS[8]];
-    let agent = [&KEYS[..9], &KEYS[10..12]].concat();
+    let agent = [&KEYS[..9], &KEYS[10..13]].concat();
     for (user, readable, writable) in [
         ("admin-alpha", &KEYS[..], &KEYS[..]),
         ("remote-beta", &remote, &[]),
         ("remote", &remote, &[]),
         ("local-alpha", &local, &[]),
-        ("agent-alpha", &agent, &[]),
+        ("agent-alpha", &agent, &KEYS[12..13]),
         // Right CA, but nobody knows them; and another cluster's parts are nobody here.
         ("remote-gamma", &[], &[]),
         ("admin-beta", &[], &[]),
@@ -178,8 +180,10 @@ fn assert_same_rights_as_cilium(etcd: &Etcd) {
         \t[cilium/cluster-config/, cilium/cluster-config0) (prefix cilium/cluster-config/)\n\
         \t[cilium/state/, cilium/state0) (prefix cilium/state/)\n\
         \t[cilium/synced/, cilium/synced0) (prefix cilium/synced/)\n\
+        \t[clustermesh/announced/v1/alpha/, clustermesh/announced/v1/alpha0) (prefix clustermesh/announced/v1/alpha/)\n\
         \t[clustermesh/local/, clustermesh/local0) (prefix clustermesh/local/)\n\
-        KV Write:\n";
+        KV Write:\n\
+        \t[clustermesh/announced/v1/alpha/, clustermesh/announced/v1/alpha0) (prefix clustermesh/announced/v1/alpha/)\n";
     for more in ["User: agent-alpha\nRoles: agent\n", "agent-alpha\n", agent] {
         assert!(ours.contains(more), "{more} is not in\n{ours}");
         ours = ours.replacen(more, "", 1);

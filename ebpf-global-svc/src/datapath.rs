@@ -34,8 +34,8 @@ pub use self::{
 use crate::{
     DatapathError, DatapathOptions, Tables,
     abi::{
-        ClusterState, Config, Counter, CtKey, CtValue, OverlayKey, Plain, SCHEMA_VERSION, SockRevKey,
-        SockRevValue, VerdictKey,
+        CONFIG_STRICT, ClusterState, Config, Counter, CtKey, CtValue, OverlayKey, Plain, SCHEMA_VERSION,
+        SockRevKey, SockRevValue, VerdictKey,
     },
     sys::LinkTarget,
     table::KernelTable,
@@ -60,7 +60,10 @@ const FROM_POD: &str = "cm_from_pod";
 const FROM_OVERLAY: &str = "cm_from_overlay";
 const TO_OVERLAY: &str = "cm_to_overlay";
 const TO_POD: &str = "cm_to_pod";
-const INTERFACE_PROGRAMS: [&str; 4] = [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY];
+const FROM_WIREGUARD: &str = "cm_from_wireguard";
+const INTERFACE_PROGRAMS: [&str; 5] = [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY, FROM_WIREGUARD];
+/// Those that have a link for each of several interfaces.
+const NUMBERED: [&str; 3] = [FROM_POD, TO_POD, FROM_WIREGUARD];
 /// On the host side of a pod's veth. The first of them names the pods that are attached.
 const POD_PROGRAMS: [(&str, TcAttachType); 2] =
     [(FROM_POD, TcAttachType::Ingress), (TO_POD, TcAttachType::Egress)];
@@ -119,7 +122,7 @@ impl Datapath {
     pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // What comes first is what counts: see `attached_pods`.
         for (name, direction) in POD_PROGRAMS.into_iter().rev() {
-            let pin = self.pins.link(&pod_link(name, ifindex));
+            let pin = self.pins.link(&numbered_link(name, ifindex));
             links::attach_interface(classifier(&mut self.programs, name)?, name, &pin, ifindex, direction)?;
         }
         Ok(())
@@ -131,7 +134,7 @@ impl Datapath {
     /// [`DatapathError::File`] if the pin cannot be removed.
     pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         POD_PROGRAMS.into_iter().rev().try_for_each(|(name, direction)| {
-            let pin = self.pins.link(&pod_link(name, ifindex));
+            let pin = self.pins.link(&numbered_link(name, ifindex));
             links::detach_interface(name, &pin, ifindex, direction)
         })
     }
@@ -143,7 +146,7 @@ impl Datapath {
     /// [`DatapathError::File`] if the pins cannot be listed.
     pub fn attached_pods(&self) -> Result<Vec<u32>, DatapathError> {
         let links = self.pins.links()?;
-        let of = |program| links.iter().filter_map(move |name| pod_of_link(program, name));
+        let of = |program| links.iter().filter_map(move |name| interface_of_link(program, name));
         // One with half of its programs wants to be attached (again).
         Ok(of(FROM_POD).filter(|ifindex| of(TO_POD).any(|other| other == *ifindex)).collect())
     }
@@ -162,6 +165,16 @@ impl Datapath {
         maps::write_config(&self.pins.map("cm_config"), &self.config)
     }
 
+    /// Marks what a WireGuard device (of the calling thread's network namespace) has decrypted.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`].
+    pub fn attach_wireguard(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let pin = self.pins.link(&numbered_link(FROM_WIREGUARD, ifindex));
+        let program = classifier(&mut self.programs, FROM_WIREGUARD)?;
+        links::attach_interface(program, FROM_WIREGUARD, &pin, ifindex, TcAttachType::Ingress)
+    }
+
     /// Tells the programs this node's underlay address; the one they have already is fine.
     ///
     /// # Errors
@@ -171,6 +184,22 @@ impl Datapath {
             return Ok(());
         }
         let config = Config { node_ip: node_ip.octets(), ..self.config };
+        maps::write_config(&self.pins.map("cm_config"), &config)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// Has the programs drop tunnel packets that should be encrypted and are not, as `cm_node` says; what they do
+    /// already is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_strict(&mut self, strict: bool) -> Result<(), DatapathError> {
+        let flags = if strict { CONFIG_STRICT } else { 0 };
+        if self.config.flags == flags {
+            return Ok(());
+        }
+        let config = Config { flags, ..self.config };
         maps::write_config(&self.pins.map("cm_config"), &config)?;
         self.config = config;
         Ok(())
@@ -292,8 +321,9 @@ impl Datapath {
     /// interfaces that are gone.
     fn replace_interface_programs(&mut self) -> Result<(), DatapathError> {
         for link in self.pins.links()? {
-            let pod = POD_PROGRAMS.iter().find_map(|(name, _)| Some((*name, pod_of_link(name, &link)?)));
-            let (name, target) = match pod {
+            let numbered =
+                NUMBERED.into_iter().find_map(|name| Some((name, interface_of_link(name, &link)?)));
+            let (name, target) = match numbered {
                 Some((name, ifindex)) => (name, LinkTarget::Interface(ifindex)),
                 None if link == FROM_OVERLAY || link == TO_OVERLAY => {
                     (link.as_str(), LinkTarget::Interface(self.config.overlay_ifindex))
@@ -366,7 +396,7 @@ fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathE
         overlay_ifindex: before.overlay_ifindex,
         node_ip,
         overlay_port: options.overlay_port,
-        pad: 0,
+        flags: if options.strict { before.flags } else { 0 },
         reserved: [0; 3],
     };
     maps::write_config(&path, &config)?;
@@ -422,11 +452,11 @@ fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::progra
     })
 }
 
-fn pod_link(program: &str, ifindex: u32) -> String {
+fn numbered_link(program: &str, ifindex: u32) -> String {
     format!("{program}-{ifindex}")
 }
 
-fn pod_of_link(program: &str, name: &str) -> Option<u32> {
+fn interface_of_link(program: &str, name: &str) -> Option<u32> {
     name.strip_prefix(program)?.strip_prefix('-')?.parse().ok()
 }
 

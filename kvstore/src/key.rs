@@ -145,6 +145,12 @@ pub fn digest_key(kind: Kind, cluster: &ClusterName, layout: Layout) -> String {
     format!("{}{kind}", digest_prefix(kind, cluster, layout))
 }
 
+/// What agents of a cluster say of their nodes to its exporter, by name of the node: see
+/// [`crate::record::NodeAnnouncement`]. Other clusters have no right to read it. Ends in `/`.
+pub fn announcement_prefix(cluster: &ClusterName) -> String {
+    format!("clustermesh/announced/v1/{cluster}/")
+}
+
 /// Where a cluster says who it is and what it can do.
 pub fn cluster_config_key(cluster: &ClusterName) -> String {
     format!("cilium/cluster-config/{cluster}")

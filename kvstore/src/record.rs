@@ -9,6 +9,7 @@
 //! `null` and omitted fields, map keys in order of their text, `<`, `>` and `&` escaped. Unknown fields
 //! are ignored, so newer peers may add some.
 
+mod announcement;
 mod backends;
 mod balancing;
 mod cluster_config;
@@ -24,7 +25,9 @@ mod port;
 mod service;
 mod service_export;
 mod service_reader;
+mod wireguard;
 
+pub use announcement::NodeAnnouncement;
 pub use backends::Backends;
 pub use balancing::{Balancing, Nearness};
 pub use cluster_config::ClusterConfig;
@@ -41,6 +44,7 @@ pub use port::{Port, PortMap, Protocol};
 pub use service::{Service, Zone};
 pub use service_export::{ExportPort, ExportType, ServiceExport};
 pub use service_reader::ServiceReader;
+pub use wireguard::WireguardKey;
 
 use crate::key::Kind;
 

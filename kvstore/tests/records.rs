@@ -11,7 +11,7 @@ use clustermesh_kvstore::labels::{Label, Labels};
 use clustermesh_kvstore::record::{
     Affinity, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, Failover, IdentityRecord,
     IpRecord, LocalBackend, LocalService, MAX_VALUE, NamedPort, Nearness, Node, NodeAddress, NodeAddressKind,
-    Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, Zone,
+    Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, WireguardKey, Zone,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::collection::{btree_map, vec};
@@ -252,7 +252,7 @@ fn node() -> impl Strategy<Value = Node> {
     ];
     let addresses = vec((kind, address()).prop_map(|(kind, ip)| NodeAddress { kind, ip }), 0..4);
     let cidrs = (option::of(v4_net()), vec(v4_net(), 0..3), option::of(v6_net()), vec(v6_net(), 0..3));
-    let rest = (option::of(texts()), option::of(texts()), option::of(any::<u32>()), text());
+    let rest = (option::of(texts()), option::of(texts()), option::of(any::<u32>()), wireguard_key());
     (name(), name(), addresses, cidrs, any::<(u32, u8)>(), rest).prop_map(
         |(name, cluster, addresses, cidrs, (cluster_id, encryption_key), rest)| Node {
             name,
@@ -272,6 +272,10 @@ fn node() -> impl Strategy<Value = Node> {
             ..Node::default()
         },
     )
+}
+
+fn wireguard_key() -> impl Strategy<Value = String> {
+    any::<[u8; 32]>().prop_map(|key| WireguardKey::new(key).map(|key| key.to_string()).unwrap_or_default())
 }
 
 fn ip_record() -> impl Strategy<Value = IpRecord> {

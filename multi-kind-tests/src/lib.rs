@@ -12,6 +12,7 @@
 pub mod evidence;
 pub mod interrupt;
 pub mod lab;
+pub mod needs;
 pub mod pace;
 pub mod process;
 pub mod runner;

@@ -118,13 +118,20 @@ fn run(args: HowArgs, scenarios: &[Scenario]) -> Outcomes {
             .with_context(|| format!("cannot write {}", file.display()))
             .map_err(|error| (1, error))?;
     }
-    let failed = outcomes.iter().filter(|outcome| !outcome.passed).count();
+    let skipped = outcomes.iter().filter(|outcome| outcome.skipped.is_some()).count();
+    let passed = outcomes.iter().filter(|outcome| outcome.passed).count();
+    let failed = outcomes.len() - skipped - passed;
     println!();
     for outcome in &outcomes {
+        if let Some(reason) = &outcome.skipped {
+            println!("SKIPPED: {}: {reason}", outcome.name);
+            continue;
+        }
         let word = if outcome.passed { "PASS" } else { "FAIL" };
         println!("{word}  {:<32} {:>6.1} s  {}", outcome.name, outcome.seconds, outcome.about);
     }
-    println!("{} scenarios passed, {failed} failed", outcomes.len() - failed);
+    let not_run = if skipped > 0 { format!(", {skipped} SKIPPED") } else { String::new() };
+    println!("{passed} scenarios passed, {failed} failed{not_run}");
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -28,6 +28,8 @@ pub(crate) struct Outcome {
     pub(crate) name: String,
     pub(crate) passed: bool,
     pub(crate) error: Option<String>,
+    /// Why it was not run.
+    pub(crate) skipped: Option<String>,
     pub(crate) figures: Vec<String>,
 }
 

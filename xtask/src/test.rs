@@ -38,7 +38,7 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     } else if !is_root {
         skipped.push("scenarios: a lab needs root (network namespaces, eBPF)".to_owned());
     } else {
-        suites.push(scenarios()?);
+        suites.push(scenarios(&mut skipped)?);
         if let Some(minutes) = args.chaos_minutes {
             suites.push(chaos(minutes)?);
         }
@@ -131,9 +131,14 @@ fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
 }
 
 /// The scenarios, as one suite.
-fn scenarios() -> anyhow::Result<Suite> {
+fn scenarios(skipped: &mut Vec<String>) -> anyhow::Result<Suite> {
     let binaries = workspace::build_beside_tests()?;
-    let outcomes = demo::run_scenarios(&binaries, &[])?;
+    let mut outcomes = demo::run_scenarios(&binaries, &[])?;
+    outcomes.retain(|outcome| {
+        let reason = outcome.skipped.as_ref();
+        skipped.extend(reason.map(|reason| format!("scenario {}: {reason}", outcome.name)));
+        reason.is_none()
+    });
     for outcome in outcomes.iter().filter(|outcome| !outcome.passed) {
         println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
     }

@@ -4,7 +4,7 @@
 //! happened, [`Core::step`] writes what follows from all of it; how many inputs are taken before a
 //! step is the driver's choice and changes only how often a key is written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use tracing::{debug, info, warn};
 use super::Input;
 use super::intake::Intake;
 use super::members::Members;
+use crate::encryption::{EndChanges, Scope};
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
 use crate::mesh::{Conflict, Links, Mesh, RouteChanges};
@@ -47,6 +48,8 @@ pub struct Core {
 pub struct Stepped {
     /// How the routes differ from before.
     pub routes: RouteChanges,
+    /// Underlay addresses with another node, or whose node has another key.
+    pub ends: EndChanges,
     /// Pods of this node came or went, or may have another interface.
     pub pods_moved: bool,
 }
@@ -102,6 +105,7 @@ impl Core {
             self.note_conflicts(now);
         }
         let routes = std::mem::take(&mut changes.routes);
+        let ends = std::mem::take(&mut changes.ends);
         let pods_moved = self.mesh.take_pods_moved();
         self.reconciler.accept(changes);
         let before = self.reconciler.last_error().map(str::to_owned);
@@ -110,7 +114,7 @@ impl Core {
             warn!(%error, pending = self.reconciler.pending(), "cannot write all that is desired; retrying");
         }
         self.scan.run(now, &self.mesh, &self.reconciler, tables);
-        Stepped { routes, pods_moved }
+        Stepped { routes, ends, pods_moved }
     }
 
     /// Claims that another cluster's keep out, and since when. The list is bounded.
@@ -164,6 +168,11 @@ impl Core {
     /// When [`Self::step`] has something to do even if nothing is applied before.
     pub fn deadline(&self) -> Option<Instant> {
         [self.reconciler.deadline(), self.scan.deadline()].into_iter().flatten().min()
+    }
+
+    /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted` by now.
+    pub fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<Ipv4Addr>) {
+        self.mesh.require_encryption(scope, encrypted);
     }
 
     /// What policies would drop is counted and passes, from the next change on.

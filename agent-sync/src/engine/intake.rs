@@ -161,6 +161,7 @@ fn node_fact(node: Node, peer: &PeerPolicy) -> Fact {
             .collect(),
         pod_cidrs: node.pod_cidrs().filter_map(|cidr| virtual_cidrs.prefix_known_by(cidr)).collect(),
         virtual_cidrs: virtual_cidrs.clone(),
+        wireguard: node.wireguard_key(),
         zone: node.labels.as_ref().filter(|_| peer.is_own).and_then(|labels| labels.get(ZONE).cloned()),
     };
     Fact::Node(node.name, fact)

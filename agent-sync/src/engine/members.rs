@@ -125,6 +125,8 @@ impl Members {
                     mesh.set_dead(id, dead);
                 }
             }
+            // The engine's own.
+            Input::Encrypted(_) => {}
             Input::Digest { name, event } => self.stated(&name, event),
             Input::Counted { name, kind, ticket, revision, sum } => {
                 let member = self.by_name.get_mut(&name);

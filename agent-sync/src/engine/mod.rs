@@ -13,7 +13,8 @@ mod members;
 mod policy_rows;
 mod query;
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::encryption::{Scope, TunnelBoard};
 use crate::histogram::Histogram;
 use crate::mesh::{Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
@@ -85,6 +87,8 @@ pub enum Input {
         /// Out.
         dead: bool,
     },
+    /// This node encrypts what goes to these underlay addresses, and to no others.
+    Encrypted(BTreeSet<Ipv4Addr>),
     /// What its exporter states of its kinds; the suffix is the kind's name.
     Digest {
         /// The cluster.
@@ -118,7 +122,7 @@ pub struct Setup {
     /// This node's name, as in its node record.
     pub node_name: String,
     /// This node's underlay address, if the operator gave it.
-    pub node_ip: Option<std::net::Ipv4Addr>,
+    pub node_ip: Option<Ipv4Addr>,
     /// The kernel's side; none: tables in memory.
     pub datapath: Option<Datapath>,
     /// Pods that this node routes to; none: there is no network to look at.
@@ -131,6 +135,8 @@ pub struct Setup {
     pub census_interval: Option<Duration>,
     /// What policies would drop is counted and passes.
     pub audit_policies: bool,
+    /// Between which nodes nothing may go in clear, and to which nodes it does not by now; none: all may.
+    pub strict: Option<(Scope, BTreeSet<Ipv4Addr>)>,
 }
 
 /// Channels of a running engine.
@@ -141,6 +147,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<Query>,
     /// To the routes' keeper.
     pub routes: RouteBoard,
+    /// To the keeper of encryption.
+    pub tunnels: TunnelBoard,
     /// By which kinds are listed again.
     pub directory: Directory,
     /// Ends the engine; the tables stay.
@@ -156,6 +164,8 @@ pub struct Engine {
     pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
     started: Instant,
     batches: Histogram,
+    /// See [`Setup::strict`].
+    strict: Option<Scope>,
 }
 
 impl Engine {
@@ -175,8 +185,12 @@ impl Engine {
         core.scan_tables(setup.scan_interval, started);
         core.take_census(setup.census_interval);
         core.audit_policies(setup.audit_policies);
+        let strict = setup.strict.map(|(scope, encrypted)| {
+            core.require_encryption(scope, encrypted);
+            scope
+        });
         let batches = Histogram::new(&BATCH_TIMES);
-        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches };
+        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches, strict };
         engine.take_links();
         Ok(engine)
     }
@@ -211,9 +225,15 @@ impl Engine {
             let received = Instant::now();
             let has_records = batch.iter().any(|input| matches!(input, Input::Record { .. }));
             for input in batch.drain(..) {
-                self.core.apply(input);
+                match (input, self.strict) {
+                    (Input::Encrypted(encrypted), Some(scope)) => {
+                        self.core.require_encryption(scope, encrypted)
+                    }
+                    (Input::Encrypted(_), None) => {}
+                    (input, _) => self.core.apply(input),
+                }
             }
-            self.write(&channels.routes);
+            self.write(&channels.routes, &channels.tunnels);
             if has_records {
                 self.batches.observe(received.elapsed().as_secs_f64());
             }
@@ -225,10 +245,11 @@ impl Engine {
     }
 
     /// Installs what the mesh wants by now.
-    fn write(&mut self, routes: &RouteBoard) {
+    fn write(&mut self, routes: &RouteBoard, tunnels: &TunnelBoard) {
         let now = Instant::now();
         let stepped = self.core.step(now, &mut self.tables);
         routes.write(stepped.routes);
+        tunnels.write(stepped.ends);
         let mesh = self.core.mesh();
         let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) else { return };
         // Without its address, no pod is this node's.
@@ -237,6 +258,13 @@ impl Engine {
             let links = links.borrow().clone();
             let wanted = mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
             self.hooks.sync(wanted.collect(), may_detach, now, datapath);
+        }
+        // Once the programs know who has to be encrypted; an earlier life's word holds until then.
+        if self.strict.is_some()
+            && self.core.pending() == 0
+            && let Err(error) = datapath.set_strict(true)
+        {
+            warn!(%error, "cannot tell the datapath to drop what is not encrypted");
         }
         // Known with the node's record at the latest; until then an earlier life's holds.
         if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {

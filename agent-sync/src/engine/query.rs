@@ -403,7 +403,17 @@ pub(super) fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
 }
 
 fn node_row(key: abi::NodeKey, value: abi::NodeValue) -> Row {
-    vec![("address", shown(wire_key::address(key.family, key.ip))), ("cluster", value.cluster.to_string())]
+    let encryption = match value.flags {
+        0 => "",
+        abi::NODE_CLEAR => "clear",
+        abi::NODE_ENCRYPTED => "encrypted",
+        _ => "?",
+    };
+    vec![
+        ("address", shown(wire_key::address(key.family, key.ip))),
+        ("cluster", value.cluster.to_string()),
+        ("encryption", encryption.to_owned()),
+    ]
 }
 
 fn cluster_row(id: u32, value: abi::ClusterState) -> Row {
@@ -439,6 +449,7 @@ fn reason_name(reason: u8) -> String {
         abi::reason::INVALID_IDENTITY => "invalid-identity",
         abi::reason::UNKNOWN_SENDER => "unknown-sender",
         abi::reason::INVALID_CLUSTER_ID => "invalid-cluster-id",
+        abi::reason::UNENCRYPTED => "unencrypted",
         abi::reason::NOT_READY => "not-ready",
         other => return other.to_string(),
     };

@@ -11,6 +11,7 @@
 
 mod addresses;
 mod endpoint;
+mod ends;
 mod fact;
 mod lists;
 mod lookup;
@@ -410,6 +411,7 @@ impl Mesh {
         self.compute_topology(&mut changes);
         changes.routes = self.compute_routes(&changes);
         changes.translate.extend(self.translations.compute());
+        changes.ends = self.compute_ends();
         self.place_again(&changes);
         changes.ipcache.extend(self.ipcache.drain());
         self.ipcache.shrink_to(64);

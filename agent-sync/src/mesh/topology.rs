@@ -9,13 +9,16 @@
 //! those inside the widest prefix around it. So a node costs the same in a mesh of any size.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ebpf_global_svc::abi::{NODE_VIRTUAL, NodeKey, NodeValue, PREFIX_VIRTUAL, PrefixKey, PrefixValue};
+use ebpf_global_svc::abi::{
+    NODE_CLEAR, NODE_ENCRYPTED, NODE_VIRTUAL, NodeKey, NodeValue, PREFIX_VIRTUAL, PrefixKey, PrefixValue,
+};
 use ipnet::IpNet;
 
 use super::fact::NodeFact;
 use crate::desired::Changes;
+use crate::encryption::Scope;
 use crate::wire_key;
 
 /// All claims, and who holds what.
@@ -27,7 +30,10 @@ pub(super) struct Topology {
     prefixes: BTreeMap<IpNet, Holder>,
     /// Lengths that accepted prefixes have, or once had, by family.
     lengths: BTreeSet<(bool, u8)>,
-    addresses: BTreeMap<IpAddr, (u16, Speaker)>,
+    addresses: BTreeMap<IpAddr, NodeValue>,
+    encryption: Encryption,
+    /// Addresses whose node may be another one, or say something else.
+    ends: BTreeSet<Ipv4Addr>,
     /// Clusters whose claim was refused, and for whom.
     refused_prefixes: BTreeMap<(IpNet, u16), u16>,
     refused_addresses: BTreeMap<(IpAddr, u16), u16>,
@@ -39,6 +45,27 @@ pub(super) struct Topology {
     lost: BTreeSet<(u16, Lost)>,
     dirty_prefixes: BTreeSet<IpNet>,
     dirty_addresses: BTreeSet<IpAddr>,
+}
+
+/// What has to be encrypted, and is.
+#[derive(Clone, Debug, Default)]
+struct Encryption {
+    /// None: nothing has to be.
+    scope: Option<Scope>,
+    encrypted: BTreeSet<Ipv4Addr>,
+}
+
+impl Encryption {
+    fn flags(&self, own: u16, cluster: u16, ip: IpAddr) -> u16 {
+        let Some(scope) = self.scope else { return 0 };
+        if scope == Scope::Clusters && cluster == own {
+            return NODE_CLEAR;
+        }
+        match ip {
+            IpAddr::V4(ip) if self.encrypted.contains(&ip) => NODE_ENCRYPTED,
+            _ => 0,
+        }
+    }
 }
 
 /// Who claims one thing, by cluster and node; what was restored is nobody's and counts least. Of several
@@ -113,8 +140,9 @@ impl Topology {
         let speaker = Speaker { is_virtual: value.flags & NODE_VIRTUAL != 0 };
         self.address_claims.entry(ip).or_default().insert((value.cluster, None), speaker);
         self.restored.entry(value.cluster).or_default().1.push(ip);
-        if node_value((value.cluster, speaker)) == value {
-            self.addresses.insert(ip, (value.cluster, speaker));
+        let known = NODE_CLEAR | NODE_ENCRYPTED | NODE_VIRTUAL;
+        if value == (NodeValue { flags: value.flags & known, ..node_value(value.cluster, speaker) }) {
+            self.addresses.insert(ip, value);
         }
         self.dirty_addresses.insert(ip);
         true
@@ -179,8 +207,35 @@ impl Topology {
         }
         for ip in std::mem::take(&mut self.dirty_addresses) {
             drop_empty(&mut self.address_claims, &ip);
+            if let IpAddr::V4(ip) = ip {
+                self.ends.insert(ip);
+            }
             self.resolve_address(ip, own, changes);
         }
+    }
+
+    /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted`.
+    pub(super) fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<Ipv4Addr>) {
+        let scoped = self.encryption.scope.replace(scope) == Some(scope);
+        let before = std::mem::replace(&mut self.encryption.encrypted, encrypted);
+        let now = &self.encryption.encrypted;
+        self.dirty_addresses.extend(before.symmetric_difference(now).map(|ip| IpAddr::V4(*ip)));
+        if !scoped {
+            self.dirty_addresses.extend(self.addresses.keys());
+        }
+    }
+
+    /// Addresses with perhaps another node than when this was asked last, and who it is: its cluster and, unless
+    /// only an earlier life knew it, its name.
+    pub(super) fn take_ends(&mut self) -> Vec<(Ipv4Addr, Option<(u16, Option<Box<str>>)>)> {
+        let ends = std::mem::take(&mut self.ends);
+        let node = |ip: Ipv4Addr| {
+            let cluster = self.address_holder(ip.into())?;
+            let claims = self.address_claims.get(&IpAddr::V4(ip))?;
+            let last = claims.keys().rfind(|(claimant, _)| *claimant == cluster)?;
+            Some((cluster, last.1.clone()))
+        };
+        ends.into_iter().map(|ip| (ip, node(ip))).collect()
     }
 
     /// Whether conflicts may be others than when this was asked last.
@@ -214,7 +269,7 @@ impl Topology {
 
     /// The cluster that has a node of this underlay address.
     pub(super) fn address_holder(&self, ip: IpAddr) -> Option<u16> {
-        self.addresses.get(&ip).map(|(cluster, _)| *cluster)
+        self.addresses.get(&ip).map(|value| value.cluster)
     }
 
     /// What is to be installed for a prefix.
@@ -224,7 +279,7 @@ impl Topology {
 
     /// What is to be installed for an underlay address.
     pub(super) fn wanted_node(&self, ip: IpAddr) -> Option<NodeValue> {
-        self.addresses.get(&ip).copied().map(node_value)
+        self.addresses.get(&ip).copied()
     }
 
     /// Underlay addresses of all nodes.
@@ -316,19 +371,25 @@ impl Topology {
         let claims = self.address_claims.get(&ip).into_iter().flatten();
         let claimants: BTreeMap<u16, Speaker> =
             claims.map(|((cluster, _), speaker)| (*cluster, *speaker)).collect();
-        let before = self.addresses.get(&ip).copied();
-        let preferred = [Some(own), before.map(|(cluster, _)| cluster)].into_iter().flatten();
+        let value = self.addresses.get(&ip).copied();
+        let before = value.map(|value| value.cluster);
+        let preferred = [Some(own), before].into_iter().flatten();
         let preferred = preferred.filter_map(|cluster| claimants.get_key_value(&cluster)).next();
         let holder =
             preferred.or_else(|| claimants.first_key_value()).map(|(cluster, speaker)| (*cluster, *speaker));
-        if holder != before {
-            let lost = before.filter(|(cluster, _)| holder.is_none_or(|(now, _)| now != *cluster));
-            self.lost.extend(lost.map(|(cluster, _)| (cluster, Lost::Address(ip))));
-            match holder {
-                Some(holder) => self.addresses.insert(ip, holder),
+        if holder.map(|(cluster, _)| cluster) != before {
+            self.lost.extend(before.map(|cluster| (cluster, Lost::Address(ip))));
+        }
+        let wanted = holder.map(|(cluster, speaker)| {
+            let value = node_value(cluster, speaker);
+            NodeValue { flags: value.flags | self.encryption.flags(own, cluster, ip), ..value }
+        });
+        if wanted != value {
+            match wanted {
+                Some(wanted) => self.addresses.insert(ip, wanted),
                 None => self.addresses.remove(&ip),
             };
-            changes.node.push((wire_key::node_key(ip), holder.map(node_value)));
+            changes.node.push((wire_key::node_key(ip), wanted));
         }
         for cluster in claimants.into_keys() {
             if let Some((holder, _)) = holder.filter(|(holder, _)| *holder != cluster) {
@@ -346,7 +407,7 @@ impl Holder {
     }
 }
 
-fn node_value((cluster, speaker): (u16, Speaker)) -> NodeValue {
+fn node_value(cluster: u16, speaker: Speaker) -> NodeValue {
     NodeValue { cluster, flags: if speaker.is_virtual { NODE_VIRTUAL } else { 0 }, reserved: 0 }
 }
 
@@ -443,7 +504,7 @@ mod tests {
             assert_eq!(holders(&before), [(stolen.to_owned(), 2)]);
             let after = resolve(&before, &[(2, thief), (1, own.clone())]);
             assert_eq!(holders(&after), [("10.1.0.0/16".to_owned(), 1)]);
-            assert_eq!(after.addresses.values().map(|(cluster, _)| *cluster).collect::<Vec<_>>(), [1]);
+            assert_eq!(after.addresses.values().map(|value| value.cluster).collect::<Vec<_>>(), [1]);
             assert_eq!(after.conflicts().count(), 2);
         }
     }

@@ -1,4 +1,5 @@
-//! The agent's rtnetlink edge: the overlay device, the routes over it, and which veth leads to which pod.
+//! The agent's netlink edge: the overlay device, the routes over it, the WireGuard device and what is steered
+//! there, and which veth leads to which pod.
 //!
 //! Comes in: what the mesh wants (device, pod CIDRs of other nodes). Goes out: a snapshot of the pods that
 //! this node routes to, again whenever the kernel says that a link, route or neighbour changed. Only
@@ -9,12 +10,16 @@ mod keep;
 mod overlay;
 mod pods;
 mod routes;
+mod steering;
+mod wireguard;
 
 pub use board::RouteBoard;
 pub use keep::keep_routes;
 pub use overlay::OverlaySpec;
 pub use pods::{PodLink, PodLinks};
 pub use routes::{ROUTE_PROTOCOL, RouteVia};
+pub use steering::{RULE_PRIORITY, Steering, TABLE};
+pub use wireguard::{PeerChange, Wireguard, WireguardDevice, WireguardSpec, WireguardState};
 
 use std::io;
 use std::sync::Arc;
@@ -54,6 +59,25 @@ pub enum NetlinkError {
         /// UDP port that the mesh uses.
         port: u16,
     },
+    /// The kernel refused a request about the WireGuard device.
+    #[error("{what}: {source}")]
+    Wireguard {
+        /// What the agent was about to do.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel cannot encrypt.
+    #[error(
+        "this kernel has no WireGuard: load its module (`modprobe wireguard`, Linux 5.6 or later), or start the agent without --enable-wireguard"
+    )]
+    NoWireguard,
+    /// A device of the wanted name exists and is something else.
+    #[error(
+        "device {0} exists but is no WireGuard device; remove it (`ip link del {0}`) or choose another --wireguard-device"
+    )]
+    ForeignWireguard(String),
 }
 
 impl Netlink {
@@ -93,6 +117,7 @@ fn request(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetlinkE
 /// The few errno values this room looks at (asm-generic/errno-base.h and errno.h).
 mod libc_errno {
     pub(super) const EPERM: i32 = 1;
+    pub(super) const ENOENT: i32 = 2;
     pub(super) const ESRCH: i32 = 3;
     pub(super) const EACCES: i32 = 13;
     pub(super) const EEXIST: i32 = 17;

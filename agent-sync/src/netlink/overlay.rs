@@ -1,5 +1,7 @@
 //! The VXLAN device: one per node, in external mode, so that each packet names its own tunnel end and VNI.
 
+use std::net::Ipv4Addr;
+
 use futures::TryStreamExt as _;
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
@@ -13,7 +15,7 @@ pub struct OverlaySpec {
     pub name: String,
     /// UDP port, the same on all nodes of the mesh.
     pub port: u16,
-    /// MTU of the device: the underlay's less 50 bytes of VXLAN over IPv4.
+    /// MTU of the device: the underlay's, or the WireGuard device's, less 50 bytes of VXLAN over IPv4.
     pub mtu: u32,
 }
 
@@ -58,14 +60,14 @@ impl Netlink {
         }
     }
 
-    /// Removes a device that [`Self::find_overlay`] has found. One that is gone is fine.
+    /// Removes a device of ours. One that is gone is fine.
     ///
     /// # Errors
     /// What the kernel refused.
-    pub async fn remove_overlay(&self, index: u32) -> Result<(), NetlinkError> {
+    pub async fn remove_link(&self, index: u32) -> Result<(), NetlinkError> {
         match self.handle.link().del(index).execute().await {
             Err(e) if errno(&e) == Some(libc_errno::ENODEV) => Ok(()),
-            other => other.map_err(request("cannot remove the VXLAN device")),
+            other => other.map_err(request("cannot remove a device")),
         }
     }
 
@@ -83,7 +85,28 @@ impl Netlink {
         }
     }
 
-    async fn link_by_name(&self, name: &str) -> Result<Option<LinkMessage>, NetlinkError> {
+    /// MTU of the device that has `address`; none: no device has it.
+    ///
+    /// # Errors
+    /// A dump that the kernel refused.
+    pub async fn mtu_of(&self, address: Ipv4Addr) -> Result<Option<u32>, NetlinkError> {
+        let _one_dump = self.dumping.lock().await;
+        let mut addresses = self.handle.address().get().set_address_filter(address.into()).execute();
+        let found = addresses.try_next().await.map_err(request("cannot list addresses"))?;
+        let Some(found) = found else { return Ok(None) };
+        // The rest of the dump, for the next one.
+        while addresses.try_next().await.map_err(request("cannot list addresses"))?.is_some() {}
+        let mut links = self.handle.link().get().match_index(found.header.index).execute();
+        let link = links.try_next().await.map_err(request("cannot look up a device"))?;
+        Ok(link.and_then(|link| {
+            link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            })
+        }))
+    }
+
+    pub(super) async fn link_by_name(&self, name: &str) -> Result<Option<LinkMessage>, NetlinkError> {
         let mut links = self.handle.link().get().match_name(name).execute();
         match links.try_next().await {
             Ok(link) => Ok(link),

@@ -1,6 +1,7 @@
 //! Prometheus' view, made from the status at each scrape.
 
 mod digests;
+mod wireguard;
 mod work;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error>
     health(status, &mut registry);
     digests::register(status, &mut registry);
     work::register(status, &mut registry);
+    wireguard::register(status, &mut registry);
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)

@@ -3,6 +3,7 @@
 //! Edge. Reads only: the engine's overview, the peers' views, tables as they are installed, and etcds where
 //! somebody asks for what the engine does not keep ([`listing`]).
 
+mod encryption;
 mod endpoint;
 mod explain;
 mod grpc;
@@ -24,6 +25,7 @@ use crate::engine::{DumpError, Fill, Overview, Query, Row};
 use crate::liveness::Board;
 use crate::peers::{Directory, OwnCluster};
 
+pub use encryption::EncryptionView;
 pub use grpc::serve as serve_grpc;
 pub use http::serve as serve_http;
 pub use listing::Desk;
@@ -45,6 +47,8 @@ pub struct Source {
     pub policy: watch::Receiver<CurrentPolicy>,
     /// Their health.
     pub board: Board,
+    /// Encryption between nodes.
+    pub encryption: EncryptionView,
     /// Where lists of etcds are asked for.
     pub desk: Desk,
 }

@@ -50,6 +50,7 @@ impl Source {
             import_policy_error: self.policy.borrow().error.clone().unwrap_or_default(),
             kernel_drift: overview.drift.as_ref().map(kernel_drift),
             work: Some(work(&overview)),
+            encryption: self.encryption(&overview),
         })
     }
 }
@@ -71,7 +72,7 @@ impl Source {
     }
 
     /// The name of a configured cluster; empty if there is none of that ID.
-    fn name_of(&self, id: u16, overview: &Overview) -> String {
+    pub(super) fn name_of(&self, id: u16, overview: &Overview) -> String {
         let named = overview.ids.iter().find(|(_, other)| other.get() == id);
         named.map_or_else(String::new, |(name, _)| name.to_string())
     }

@@ -131,6 +131,14 @@ pub(crate) enum LabCommand {
     /// End a process and start it again: etcd, apiserver, kvstoremesh or agent:NODE
     #[command(after_help = "Example:\n  clustermesh lab restart alpha agent:node1")]
     Restart(StartArgs),
+    /// Let the agents of a cluster encrypt what goes to other nodes, or not any more
+    ///
+    /// They are started again one after the other; how they are stays so for later starts.
+    #[command(after_help = "Examples:
+  clustermesh lab encrypt alpha clusters
+  clustermesh lab encrypt alpha nodes --strict
+  clustermesh lab encrypt alpha off")]
+    Encrypt(EncryptArgs),
     /// Pull the cable of a node, or of a whole cluster
     #[command(after_help = "Examples:
   clustermesh lab cut beta/node1   # the node reaches nobody
@@ -210,6 +218,31 @@ pub(crate) struct ProcessArgs {
     pub(crate) cluster: String,
     /// etcd, apiserver, kvstoremesh or agent:NODE
     pub(crate) process: Process,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EncryptArgs {
+    /// The cluster
+    pub(crate) cluster: String,
+    /// Between which nodes
+    #[arg(value_enum)]
+    pub(crate) between: Between,
+    /// Drop what should be encrypted and is not
+    #[arg(long)]
+    pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// Between which nodes is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Between {
+    /// None
+    Off,
+    /// Nodes of different clusters
+    Clusters,
+    /// All nodes
+    Nodes,
 }
 
 #[derive(Debug, Args)]

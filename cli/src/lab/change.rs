@@ -159,7 +159,7 @@ async fn objects(
     Ok(())
 }
 
-fn lock(lab: Option<&str>, cluster: &str) -> anyhow::Result<(Lab, String, Lock)> {
+pub(super) fn lock(lab: Option<&str>, cluster: &str) -> anyhow::Result<(Lab, String, Lock)> {
     requirements(&["ip"])?;
     let (lab, name, rest) = Lab::locate(lab, cluster)?;
     if let Some(rest) = rest {

@@ -111,6 +111,16 @@ impl Layout {
         self.cluster(cluster).join("volumes").join(pod.dotted())
     }
 
+    /// Flags of the cluster's agents about encryption, one a line; without the file there are none.
+    pub(crate) fn encryption(&self, cluster: &str) -> PathBuf {
+        self.cluster(cluster).join("encryption")
+    }
+
+    /// Private key of a node.
+    pub(crate) fn node_state(&self, cluster: &str, node: &str) -> PathBuf {
+        self.node(cluster, node).join("state")
+    }
+
     pub(crate) fn node(&self, cluster: &str, node: &str) -> PathBuf {
         self.cluster(cluster).join(node)
     }

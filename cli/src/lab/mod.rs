@@ -16,6 +16,7 @@ mod change;
 mod container;
 mod down;
 mod effective;
+mod encrypt;
 mod exec;
 pub(crate) mod layout;
 mod netns;
@@ -157,6 +158,7 @@ pub(crate) async fn run(args: &LabArgs) -> anyhow::Result<()> {
         LabCommand::Stop { process } => change::stop(lab, process).await,
         LabCommand::Start(args) => change::start(lab, args, false).await,
         LabCommand::Restart(args) => change::start(lab, args, true).await,
+        LabCommand::Encrypt(args) => encrypt::encrypt(lab, args).await,
         LabCommand::Cut { target } => change::set_link(lab, target, false).await,
         LabCommand::Heal { target } => change::set_link(lab, target, true).await,
         LabCommand::Enter(_) | LabCommand::Exec(_) => {

@@ -16,6 +16,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
+use super::encrypt;
 use super::layout::Layout;
 use super::netns;
 use super::pki::{self, certificate, etcd_yaml};
@@ -320,6 +321,7 @@ impl<'a> SystemProcess<'a> {
             ("--bpf-root", layout.node_bpf(cluster, node)),
             ("--cgroup-root", layout.node_cgroup(cluster, node)),
             ("--grpc-socket", layout.agent_socket(cluster, node)),
+            ("--state-dir", layout.node_state(cluster, node)),
         ] {
             argv.extend([flag.to_owned(), path.display().to_string()]);
         }
@@ -327,6 +329,7 @@ impl<'a> SystemProcess<'a> {
         // A lab's tables are small, and somebody who breaks them is watching.
         argv.extend(["--kernel-scan-interval", "5"].map(str::to_owned));
         argv.extend(["--http-addr".to_owned(), format!("0.0.0.0:{AGENT_PORT}")]);
+        argv.extend(encrypt::flags(layout, cluster)?);
         Ok(argv)
     }
 

@@ -9,6 +9,7 @@
 //! Where Cilium runs, its own objects say what identities, addresses and nodes there are; [`Basis`] tells
 //! whose word counts. [`Rules`] say what of a cluster other clusters get to know.
 
+mod announced;
 mod basis;
 mod dirty;
 mod identities;
@@ -30,10 +31,12 @@ use crate::endpoints;
 use crate::identity::{Allocator, Exhausted};
 use crate::objects::{Change, Gap, Object, ObjectKind, Objects};
 
+use announced::Announced;
 use basis::Choice;
 use dirty::Dirty;
 use owners::Owners;
 
+pub use announced::AnnouncementError;
 pub use basis::Basis;
 pub use rules::Rules;
 
@@ -72,6 +75,7 @@ pub struct Exporter {
     claims: BTreeMap<IpAddr, BTreeSet<Claim>>,
     /// The same of Cilium's endpoints.
     owners: Owners,
+    announced: Announced,
     published: BTreeMap<Kind, BTreeMap<String, Arc<[u8]>>>,
     /// Keys that stand elsewhere now, and when they go; see [`MOVE`].
     moved: BTreeMap<(Kind, String), Instant>,
@@ -111,6 +115,14 @@ pub enum Problem {
         /// Bytes of the value.
         size: usize,
     },
+    /// What an agent says of its node does not count.
+    #[error("announcement of node {node:?}: {error}")]
+    Announcement {
+        /// The node, as the key names it.
+        node: String,
+        /// Why not.
+        error: AnnouncementError,
+    },
     /// A part of a policy is not understood.
     #[error("policy {policy}: {gap}")]
     Policy {
@@ -149,6 +161,7 @@ impl Exporter {
             starved: BTreeSet::new(),
             claims: BTreeMap::new(),
             owners: Owners::default(),
+            announced: Announced::default(),
             published: Self::KINDS.map(|kind| (kind, BTreeMap::new())).into(),
             moved: BTreeMap::new(),
             prefixes,
@@ -195,6 +208,28 @@ impl Exporter {
             changes.extend(self.withdraw(kind, &suffix));
         }
         changes
+    }
+
+    /// An agent says this of its node; none: no more. Returns the changes of keys.
+    pub fn announced(&mut self, node: &str, value: Option<&[u8]>, now: Instant) -> Vec<KeyChange> {
+        match self.announced.take(&self.cluster.name, node, value) {
+            Ok(true) => {
+                let nodes = BTreeSet::from([node.to_owned()]);
+                self.recompute(Dirty { nodes, ..Dirty::default() }, now)
+            }
+            Ok(false) => Vec::new(),
+            Err(error) => {
+                self.problems.push(Problem::Announcement { node: node.to_owned(), error });
+                Vec::new()
+            }
+        }
+    }
+
+    /// Announcements whose nodes have been gone for long: names of the nodes.
+    pub fn orphaned_announcements(&mut self, now: Instant) -> Vec<String> {
+        let objects = &self.objects;
+        let is_node = |name: &str| objects.node(name).is_some() || objects.cilium_node(name).is_some();
+        self.announced.orphans(is_node, now)
     }
 
     /// What could not be exported since the last call.
@@ -282,12 +317,14 @@ impl Exporter {
     }
 
     fn node_record(&self, name: &str) -> Option<clustermesh_kvstore::record::Node> {
-        match self.choice.current() {
-            Basis::Pods => self.objects.node(name).map(|node| record::node(node, &self.cluster)),
+        let mut record = match self.choice.current() {
+            Basis::Pods => record::node(self.objects.node(name)?, &self.cluster),
             Basis::Endpoints | Basis::Slices => {
-                self.objects.cilium_node(name).map(|node| record::cilium_node(node, &self.cluster))
+                record::cilium_node(self.objects.cilium_node(name)?, &self.cluster)
             }
-        }
+        };
+        self.announced.complete(&mut record);
+        Some(record)
     }
 
     /// What there is to say of an address, and whether other clusters get to know.

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use clustermesh_kvstore::record::WireguardKey;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1;
 
@@ -94,11 +95,16 @@ impl TryFrom<v1::Node> for Node {
             ipv6_health_ip: annotation.parse("network.cilium.io/ipv6-health-ip")?,
             pod_cidrs,
             encryption_key: annotation.parse("network.cilium.io/encryption-key")?.unwrap_or(0),
-            wireguard_pub_key: annotations.get("network.cilium.io/wg-pub-key").cloned().unwrap_or_default(),
+            wireguard_pub_key: wireguard_key(annotations.get("network.cilium.io/wg-pub-key")),
             boot_id: status.node_info.map(|info| info.boot_id).unwrap_or_default(),
             annotations: annotations.into_iter().filter(|(key, _)| concerns_the_network(key)).collect(),
         })
     }
+}
+
+/// What an annotation says, if that is a key: readers refuse the record of a node with another one.
+pub(crate) fn wireguard_key(text: Option<&String>) -> String {
+    text.filter(|text| text.parse::<WireguardKey>().is_ok()).cloned().unwrap_or_default()
 }
 
 struct Annotations<'a> {

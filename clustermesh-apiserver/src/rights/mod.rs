@@ -53,9 +53,11 @@ pub enum Step {
 impl Rights {
     /// The rights in the etcd of `cluster`: those that Cilium sets up, so that its agents and its
     /// kvstoremesh can use the etcd, and for this cluster's own agents a user `agent-CLUSTER`, who may
-    /// read what other clusters may not.
+    /// read what other clusters may not, and announce nodes to the exporter.
     pub fn of(cluster: &ClusterName) -> Self {
-        let read = |spans: &[KeySpan]| spans.iter().map(|span| (span.clone(), Access::Read)).collect();
+        let read = |spans: &[KeySpan]| -> BTreeMap<_, _> {
+            spans.iter().map(|span| (span.clone(), Access::Read)).collect()
+        };
         // Without a slash, as Cilium has it.
         let heartbeat = prefix(key::HEARTBEAT);
         let local = [
@@ -71,6 +73,7 @@ impl Rights {
             prefix(&format!("cilium/synced/{cluster}/")),
         ];
         let agent = [&local[..], &[prefix("cilium/state/"), prefix("clustermesh/local/")]].concat();
+        let announced = (prefix(&key::announcement_prefix(cluster)), Access::ReadWrite);
         let external: BTreeMap<_, _> = [
             (KeySpan { start: vec![0], end: vec![0] }, Access::Read),
             (prefix("cilium/.initlock/"), Access::ReadWrite),
@@ -90,7 +93,7 @@ impl Rights {
             .into(),
             roles: [
                 ("local".into(), read(&local)),
-                ("agent".into(), read(&agent)),
+                ("agent".into(), read(&agent).into_iter().chain([announced]).collect()),
                 (REMOTE.into(), read(&remote)),
                 ("externalworkload".into(), external),
             ]

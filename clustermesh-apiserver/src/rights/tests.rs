@@ -95,6 +95,7 @@ fn nobody_but_the_cluster_itself_may_write() {
             "externalworkload" => {
                 assert_eq!(writes, ["cilium/.initlock/", "cilium/state/noderegister/v1/"]);
             }
+            "agent" => assert_eq!(writes, ["clustermesh/announced/v1/alpha/"]),
             _ => assert!(writes.is_empty(), "{role}: {writes:?}"),
         }
     }

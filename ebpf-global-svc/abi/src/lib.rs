@@ -318,13 +318,17 @@ pub struct NodeKey {
 pub struct NodeValue {
     /// The cluster for which this node may speak.
     pub cluster: u16,
-    /// [`NODE_VIRTUAL`], or 0.
+    /// [`NODE_CLEAR`] and [`NODE_ENCRYPTED`], which count while [`CONFIG_STRICT`] is set, and [`NODE_VIRTUAL`].
     pub flags: u16,
     /// Zero.
     pub reserved: u32,
 }
+/// [`NodeValue::flags`]: tunnel packets to and from it need not be encrypted.
+pub const NODE_CLEAR: u16 = 1;
+/// [`NodeValue::flags`]: tunnel packets to it are encrypted.
+pub const NODE_ENCRYPTED: u16 = 2;
 /// [`NodeValue::flags`]: pods of its cluster are known by virtual addresses: see [`TranslateKey`].
-pub const NODE_VIRTUAL: u16 = 1;
+pub const NODE_VIRTUAL: u16 = 4;
 
 /// `cm_service` (HASH) key: a frontend of this cluster.
 #[repr(C)]
@@ -528,11 +532,14 @@ pub struct Config {
     pub node_ip: [u8; 4],
     /// UDP port of the overlay, host order; 0: unknown.
     pub overlay_port: u16,
-    /// Zero.
-    pub pad: u16,
+    /// [`CONFIG_STRICT`], or 0.
+    pub flags: u16,
     /// Zero.
     pub reserved: [u32; 3],
 }
+/// [`Config::flags`]: tunnel packets to a node go only if they are encrypted, and only such are taken in, but for
+/// nodes with [`NODE_CLEAR`].
+pub const CONFIG_STRICT: u16 = 1;
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx` and `cm_verdict` value.
 #[repr(C)]
@@ -661,6 +668,8 @@ pub mod reason {
     pub const POLICY_DENY: u8 = 181;
     /// Drop: the identity belongs to another cluster than the node that sent it.
     pub const INVALID_CLUSTER_ID: u8 = 192;
+    /// Drop: a tunnel packet that should be encrypted would go out, or has come, in clear.
+    pub const UNENCRYPTED: u8 = 195;
     /// Drop: the datapath is not configured.
     pub const NOT_READY: u8 = 202;
 }

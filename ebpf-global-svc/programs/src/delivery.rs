@@ -11,9 +11,11 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use ebpf_global_svc_abi::{Config, ENDPOINT_VIA_STACK, EndpointValue, reason};
+use ebpf_global_svc_abi::{
+    CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, reason,
+};
 
-use crate::{counters::count, zero::zero};
+use crate::{counters::count, maps::node, zero::zero};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
@@ -65,6 +67,9 @@ pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]
     if config.overlay_ifindex == 0 {
         return drop(ctx, reason::NO_TUNNEL_ENDPOINT);
     }
+    if !may_go(config, node_ip) {
+        return drop(ctx, reason::UNENCRYPTED);
+    }
     let mut mtu = 0_u32;
     // SAFETY: the context is the program's own, and `mtu` outlives the call.
     if unsafe { bpf_check_mtu(ctx.skb.skb.cast(), config.overlay_ifindex, &raw mut mtu, 0, 0) } > 0 {
@@ -77,6 +82,16 @@ pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]
     count(reason::ENCAPSULATED, ctx.len());
     // SAFETY: no preconditions.
     unsafe { bpf_redirect(config.overlay_ifindex, 0) as i32 }
+}
+
+/// Whether a tunnel packet may go to a node. What has to be encrypted, routing sends to WireGuard or nowhere; this
+/// says so first, and counts it.
+#[inline(always)]
+pub fn may_go(config: &Config, node_ip: [u8; 4]) -> bool {
+    if config.flags & CONFIG_STRICT == 0 {
+        return true;
+    }
+    node(node_ip).is_some_and(|node| node.flags & (NODE_CLEAR | NODE_ENCRYPTED) != 0)
 }
 
 /// Tells the VXLAN device where to send the packet and which identity to write into its VNI.

@@ -11,9 +11,9 @@ use aya_ebpf::{
 };
 use ebpf_global_svc_abi::{
     AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue,
-    FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey,
-    PolicyValue, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue,
-    VerdictKey,
+    FAMILY_V4, FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue,
+    OverlayKey, PolicyValue, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+    TranslateValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -115,6 +115,18 @@ struct TranslateBytes {
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// The node that has an underlay address.
+#[inline(always)]
+pub fn node(address: [u8; 4]) -> Option<&'static NodeValue> {
+    let mut ip = [0; 16];
+    ip[0] = address[0];
+    ip[1] = address[1];
+    ip[2] = address[2];
+    ip[3] = address[3];
+    // SAFETY: elements are only read; user space replaces them, it does not write into them.
+    unsafe { NODE.get(NodeKey { family: FAMILY_V4, pad: [0; 3], ip }) }
 }
 
 /// The longest pod CIDR of the mesh that holds an address.

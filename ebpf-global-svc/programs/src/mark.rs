@@ -6,12 +6,17 @@
 //! [identity 15..0] [ left ] [ 0xf  ] [identity 23..16]
 //! ```
 //!
+//! A tunnel packet that came encrypted has 0xd in bits 11 to 8 from the WireGuard device to `cm_from_overlay`: the
+//! kernel keeps a mark when it takes a packet out of its tunnel within a network namespace.
+//!
 //! The layout is Cilium's; bits 15 to 12 are others' (kube-proxy has two of them). A pod cannot set a mark: the
 //! kernel clears it between network namespaces, and `cm_from_pod` clears one that looks like ours nevertheless.
 
 use aya_ebpf::programs::TcContext;
 
 const MAGIC: u32 = 0x0f00;
+/// Of a tunnel packet that WireGuard has decrypted, and of what is in it. Cilium's, too.
+const DECRYPTED: u32 = 0x0d00;
 const MAGIC_BITS: u32 = 0x0f00;
 const OTHERS: u32 = 0xf000;
 
@@ -35,6 +40,23 @@ pub fn clear(ctx: &TcContext) {
     if identity(ctx).is_some() {
         ctx.skb.set_mark(read(ctx) & OTHERS);
     }
+}
+
+/// Says that WireGuard has decrypted the packet.
+#[inline(always)]
+pub fn set_decrypted(ctx: &TcContext) {
+    ctx.skb.set_mark(read(ctx) & OTHERS | DECRYPTED);
+}
+
+/// Whether WireGuard has decrypted the packet; afterwards it says so no more.
+#[inline(always)]
+pub fn take_decrypted(ctx: &TcContext) -> bool {
+    let mark = read(ctx);
+    let decrypted = mark & MAGIC_BITS == DECRYPTED;
+    if decrypted {
+        ctx.skb.set_mark(mark & OTHERS);
+    }
+    decrypted
 }
 
 #[inline(always)]

@@ -4,20 +4,20 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_OK, bpf_tunnel_key},
+    bindings::{TC_ACT_OK, TC_ACT_UNSPEC, bpf_tunnel_key},
     helpers::bpf_skb_get_tunnel_key,
     macros::classifier,
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    Config, EndpointValue, FAMILY_V4, NODE_VIRTUAL, NodeKey, NodeValue, OverlayKey, PREFIX_VIRTUAL,
-    PrefixValue, direction, identity, reason,
+    CONFIG_STRICT, Config, EndpointValue, FAMILY_V4, NODE_CLEAR, NODE_VIRTUAL, NodeValue, OverlayKey,
+    PREFIX_VIRTUAL, PrefixValue, direction, identity, reason,
 };
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, is_via_stack, set_tunnel, to_pod, to_stack},
-    maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
+    delivery::{accept_frame, drop, is_via_stack, may_go, set_tunnel, to_pod, to_stack},
+    maps::{ENDPOINT, IPCACHE, config, node, prefix_of},
     mark,
     packet::{Addresses, Packet},
     peer, policy, translate,
@@ -29,7 +29,9 @@ use crate::{
 pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
     let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, reason::NO_TUNNEL_KEY) };
-    let speaker = match speaker(config, &origin) {
+    // Taken in any case: nobody behind us is to see it.
+    let decrypted = mark::take_decrypted(&ctx);
+    let speaker = match speaker(config, &origin, decrypted) {
         Ok(node) => node,
         Err(reason) => return drop(&ctx, reason),
     };
@@ -69,6 +71,14 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     to_stack(&ctx)
 }
 
+/// Ingress of the WireGuard device: a tunnel packet that another node has encrypted, and that is from one of its
+/// addresses.
+#[classifier]
+pub fn cm_from_wireguard(ctx: TcContext) -> i32 {
+    mark::set_decrypted(&ctx);
+    TC_ACT_UNSPEC
+}
+
 /// Egress: pods' packets come with a tunnel key from `cm_from_pod`; what the node itself routes here
 /// gets one.
 #[classifier]
@@ -92,6 +102,9 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
     let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
     // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.
     let sender = if routed { identity::WORLD } else { identity::REMOTE_NODE };
+    if !may_go(config, node_ip) {
+        return drop(&ctx, reason::UNENCRYPTED);
+    }
     if !set_tunnel(&ctx, config, sender, node_ip) {
         return drop(&ctx, reason::NO_TUNNEL_KEY);
     }
@@ -139,18 +152,13 @@ fn tunnel_origin(ctx: &TcContext) -> Option<OverlayKey> {
     Some(OverlayKey { identity: key.tunnel_id, node_ip: remote.to_be_bytes() })
 }
 
-/// The node that is the outer source, if it may speak for this identity.
+/// The node that is the outer source, if it may speak for this identity, and in clear if it does.
 #[inline(always)]
-fn speaker(config: &Config, origin: &OverlayKey) -> Result<&'static NodeValue, u8> {
-    let mut ip = [0; 16];
-    ip[0] = origin.node_ip[0];
-    ip[1] = origin.node_ip[1];
-    ip[2] = origin.node_ip[2];
-    ip[3] = origin.node_ip[3];
-    // SAFETY: the element is only read; user space replaces elements, it does not write into them.
-    let Some(node) = (unsafe { NODE.get(NodeKey { family: FAMILY_V4, pad: [0; 3], ip }) }) else {
-        return Err(reason::UNKNOWN_SENDER);
-    };
+fn speaker(config: &Config, origin: &OverlayKey, decrypted: bool) -> Result<&'static NodeValue, u8> {
+    let Some(node) = node(origin.node_ip) else { return Err(reason::UNKNOWN_SENDER) };
+    if config.flags & CONFIG_STRICT != 0 && !decrypted && node.flags & NODE_CLEAR == 0 {
+        return Err(reason::UNENCRYPTED);
+    }
     if origin.identity < identity::FIRST_USER {
         return match origin.identity {
             identity::REMOTE_NODE | identity::WORLD => Ok(node),

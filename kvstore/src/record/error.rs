@@ -62,6 +62,9 @@ pub enum RecordError {
         /// What it says.
         value: Text,
     },
+    /// Not 32 bytes in base64, or all zero.
+    #[error("{0} is not a WireGuard public key")]
+    BadWireguardKey(Text),
     /// A policy that cannot mean anything, or too much of it.
     #[error("the policy makes no sense: {0}")]
     BadPolicy(Text),
@@ -91,6 +94,7 @@ impl RecordError {
             Self::BadPort(_) => "bad_port",
             Self::BadIdentity(_) => "bad_identity",
             Self::BadValue { .. } => "bad_value",
+            Self::BadWireguardKey(_) => "bad_wireguard_key",
             Self::BadPolicy(_) => "bad_policy",
             Self::NameMismatch { .. } => "name_mismatch",
         }

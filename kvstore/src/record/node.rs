@@ -5,7 +5,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::json::{self, null_is_empty};
-use super::{Record, RecordError, net};
+use super::{Record, RecordError, WireguardKey, net};
 use crate::key::Kind;
 
 /// A node of a cluster.
@@ -45,7 +45,7 @@ pub struct Node {
     pub annotations: Option<BTreeMap<String, String>>,
     /// The node's own identity; newer exporters leave it out. 0 is none.
     pub node_identity: Option<u32>,
-    /// WireGuard public key in base64, or empty.
+    /// WireGuard public key in base64 (a [`WireguardKey`]), or empty.
     pub wireguard_pub_key: String,
     /// Changes with every boot, or empty.
     pub boot_id: String,
@@ -103,6 +103,11 @@ impl Node {
         v4.copied().map(IpNet::V4).chain(v6.copied().map(IpNet::V6))
     }
 
+    /// The WireGuard public key, if it has one.
+    pub fn wireguard_key(&self) -> Option<WireguardKey> {
+        self.wireguard_pub_key.parse().ok()
+    }
+
     fn address_of(&self, kind: &NodeAddressKind, v4: bool) -> Option<IpAddr> {
         let fits = |address: &&NodeAddress| address.kind == *kind && address.ip.is_ipv4() == v4;
         self.addresses.iter().find(fits).map(|address| address.ip)
@@ -117,6 +122,9 @@ impl Record for Node {
         net::name("Name", &wire.name)?;
         net::name("Cluster", &wire.cluster)?;
         net::same_key(suffix, &wire.name)?;
+        if !wire.wireguard_pub_key.is_empty() {
+            wire.wireguard_pub_key.parse::<WireguardKey>()?;
+        }
         let addresses = wire.ip_addresses.into_iter().map(|address| {
             Ok(NodeAddress { ip: net::address("IPAddresses", &address.ip)?, kind: address.kind })
         });

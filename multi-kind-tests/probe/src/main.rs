@@ -7,6 +7,7 @@
 
 mod bulk;
 mod call;
+mod capture;
 mod http;
 mod pingpong;
 mod serve;
@@ -32,6 +33,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Call a server many times, each time over a new connection or socket, and count the answers.
     Call(call::CallArgs),
+    /// Count the packets of tunnels that pass through this network namespace.
+    Capture(capture::CaptureArgs),
     /// Keep one TCP connection busy with numbered frames and check that all of them come back.
     Stream(stream::StreamArgs),
     /// Measure round trips with both ends polling, so that the scheduler's wake-ups do not count.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve::run(&args),
         Command::Call(args) => call::run(&args),
+        Command::Capture(args) => capture::run(&args),
         Command::Stream(args) => stream::run(&args),
         Command::Pingpong(command) => pingpong::run(&command),
         Command::Throughput(command) => bulk::run(&command),

@@ -24,13 +24,29 @@ pub(super) fn holds(check: &Check, output: &str) -> anyhow::Result<()> {
     if check.count.is_some() || check.at_least.is_some() {
         let count = filtered.as_array().map_or(0, Vec::len);
         if let Some(expected) = check.count {
-            anyhow::ensure!(count == expected, "{count} elements at {:?}, expected {expected}", check.at);
+            let all = shortened(value);
+            anyhow::ensure!(
+                count == expected,
+                "{count} elements at {:?}, expected {expected}: {all}",
+                check.at
+            );
         }
         if let Some(least) = check.at_least {
-            anyhow::ensure!(count >= least, "{count} elements at {:?}, expected at least {least}", check.at);
+            let all = shortened(value);
+            anyhow::ensure!(
+                count >= least,
+                "{count} elements at {:?}, expected at least {least}: {all}",
+                check.at
+            );
         }
     }
     Ok(())
+}
+
+/// The beginning of what is there.
+fn shortened(value: &Value) -> String {
+    const MOST: usize = 2000;
+    value.to_string().chars().take(MOST).collect()
 }
 
 /// Equal, where a number may also be written as a string: the tables print decimal strings.

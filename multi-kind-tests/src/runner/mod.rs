@@ -15,6 +15,7 @@ mod refusal;
 mod rotation;
 mod steps;
 mod tampering;
+mod underlay;
 
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::lab::{Access, Binaries, Lab};
@@ -49,10 +50,36 @@ pub struct Outcome {
     pub passed: bool,
     /// What was not, with the step.
     pub error: Option<String>,
+    /// Why it was not run; it counts as neither passed nor failed then.
+    pub skipped: Option<String>,
     /// What was measured, a line per step that measures.
     pub figures: Vec<String>,
     /// How long it took, without bringing up the lab.
     pub seconds: f64,
+}
+
+impl Outcome {
+    fn not_run(scenario: &Scenario) -> Self {
+        Self {
+            name: scenario.name.clone(),
+            about: scenario.about.clone(),
+            passed: false,
+            error: None,
+            skipped: None,
+            figures: Vec::new(),
+            seconds: 0.0,
+        }
+    }
+}
+
+/// What of the kernel the scenario needs and does not find.
+fn lacking(scenario: &Scenario) -> anyhow::Result<Option<String>> {
+    for need in &scenario.needs {
+        if let Some(reason) = need.lacking()? {
+            return Ok(Some(reason));
+        }
+    }
+    Ok(None)
 }
 
 /// Runs scenarios one after the other.
@@ -79,7 +106,14 @@ impl Runner {
                 progress("interrupted: the other scenarios are not run");
                 break;
             }
-            outcomes.push(self.run(scenario, &mut progress));
+            outcomes.push(match lacking(scenario) {
+                Ok(None) => self.run(scenario, &mut progress),
+                Ok(Some(reason)) => {
+                    progress(&format!("\n{}: SKIPPED: {reason}", scenario.name));
+                    Outcome { skipped: Some(reason), ..Outcome::not_run(scenario) }
+                }
+                Err(error) => Outcome { error: Some(format!("{error:#}")), ..Outcome::not_run(scenario) },
+            });
         }
         self.drop_lab(&mut progress);
         outcomes
@@ -112,6 +146,7 @@ impl Runner {
             about: scenario.about.clone(),
             passed,
             error,
+            skipped: None,
             figures,
             seconds,
         }

@@ -8,7 +8,7 @@ use crate::lab::{Lab, READY, micros, ordered};
 use crate::pace;
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, Connect, Delete, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef,
+    Annotate, Apply, Call, Check, Connect, Delete, Encrypt, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef,
     Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
@@ -83,6 +83,11 @@ pub(super) fn title(step: &Step) -> String {
         Step::LoadStop(stop) => format!("end of {}", stop.load),
         Step::Stream(stream) => format!("{} streams to {} for {}", stream.from, stream.to, stream.span),
         Step::StreamEnd(end) => format!("end of {}", end.stream),
+        Step::Encrypt(encrypt) => {
+            let strict = if encrypt.strict { ", strictly" } else { "" };
+            format!("{} encrypts between {}{strict}", encrypt.cluster, encrypt.between)
+        }
+        Step::Underlay(look) => format!("packets between nodes for {}", look.span),
         Step::Chaos(chaos) => format!("chaos for {}", chaos.span),
         Step::Check(check) => format!("clustermesh {}", check.run.join(" ")),
         Step::Fails(fails) => format!("{} fails", fails.run.join(" ")),
@@ -165,6 +170,8 @@ impl<'a> Stage<'a> {
             Step::LoadStop(stop) => self.load_stop(stop),
             Step::Stream(stream) => self.stream(stream),
             Step::StreamEnd(end) => self.stream_end(end),
+            Step::Encrypt(encrypt) => self.encrypt(encrypt),
+            Step::Underlay(look) => super::underlay::look(self, look),
             Step::Chaos(chaos) => super::chaos::run(self, chaos),
             Step::Check(check) => self.check(check),
             Step::Fails(fails) => super::refusal::fails_clearly(self, fails),
@@ -203,6 +210,15 @@ impl<'a> Stage<'a> {
         self.changed = now()?;
         let arguments = [verb, "--context", &from, "--destination-context", &to];
         lab.clustermesh(&[&arguments, more].concat())?;
+        Ok(None)
+    }
+
+    fn encrypt(&mut self, encrypt: &Encrypt) -> anyhow::Result<Option<String>> {
+        let lab = self.lab()?;
+        let cluster = lab.context(&encrypt.cluster);
+        self.changed = now()?;
+        let strict = if encrypt.strict { &["--strict"][..] } else { &[] };
+        lab.clustermesh(&[&["lab", "encrypt", &cluster, &encrypt.between], strict].concat())?;
         Ok(None)
     }
 

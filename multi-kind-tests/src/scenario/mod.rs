@@ -17,14 +17,15 @@
 mod duration;
 mod step;
 
+use crate::needs::Need;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
 pub use duration::Span;
 pub use step::{
-    Annotate, Apply, Call, Chaos, Check, Connect, Delete, Fails, IdentitySeen, Load, LoadStop, NodeRef, Pair,
-    ProcessRef, Propagated, Ready, Rotated, Rotation, Scale, Shift, Step, Stream, StreamEnd, Tamper,
-    TamperedTable, Tampering, Unchanged,
+    Annotate, Apply, Call, Chaos, Check, Clear, Connect, Delete, Encrypt, Fails, IdentitySeen, Load, LoadStop,
+    NodeRef, Pair, ProcessRef, Propagated, Ready, Rotated, Rotation, Scale, Shift, Step, Stream, StreamEnd,
+    Tamper, TamperedTable, Tampering, Unchanged, Underlay,
 };
 
 /// One scenario file.
@@ -42,6 +43,9 @@ pub struct Scenario {
     /// The lab is not shared with other scenarios, and gone afterwards.
     #[serde(default)]
     pub own_lab: bool,
+    /// What it needs of the kernel: without it the scenario is skipped, and that is said.
+    #[serde(default)]
+    pub needs: Vec<Need>,
     /// What is done and expected, in order; the first failure ends the scenario.
     pub steps: Vec<Step>,
     /// Done at the end in any case.

@@ -63,6 +63,11 @@ pub enum Step {
     /// Faults and changes at random, and calls meanwhile; at the end everything is as it should be.
     Chaos(Chaos),
 
+    /// `lab encrypt`: the agents of a cluster encrypt, or do not any more.
+    Encrypt(Encrypt),
+    /// Look at the packets between nodes.
+    Underlay(Underlay),
+
     /// A command of the `clustermesh` CLI prints JSON that holds a value.
     Check(Check),
     /// A command fails as it should: with this status and one clear message.
@@ -296,6 +301,46 @@ pub struct Chaos {
     /// How long.
     #[serde(rename = "for")]
     pub span: Span,
+}
+
+/// Encryption of a cluster.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Encrypt {
+    /// Where.
+    pub cluster: String,
+    /// `off`, `clusters` or `nodes`.
+    pub between: String,
+    /// Clear text is dropped.
+    #[serde(default)]
+    pub strict: bool,
+}
+
+/// What is on the wire.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Underlay {
+    /// How long to look.
+    #[serde(rename = "for", default = "one_second")]
+    pub span: Span,
+    /// Part of what is called meanwhile.
+    pub marker: String,
+    /// What goes in clear.
+    pub clear: Clear,
+}
+
+/// What goes in clear between nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Clear {
+    /// Nothing.
+    None,
+    /// Only what stays within a cluster.
+    Within,
+    /// Everything.
+    All,
+    /// Between clusters nothing goes at all.
+    Silence,
 }
 
 /// Look at what the CLI prints.

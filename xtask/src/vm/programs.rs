@@ -26,6 +26,9 @@ const LAB: &[&str] = &[
     "multi-kind-tests",
 ];
 
+/// The guest's files go with it: what the agents and exporters of failed scenarios have logged last is told.
+const TELL: &str = "{ status=$?; tail -n 40 /tmp/logs/*/*-agent-*.log /tmp/logs/*/*-apiserver.log; (exit $status); }";
+
 /// What was built for guests.
 pub(super) struct Programs {
     /// Test programs, by name.
@@ -91,7 +94,7 @@ impl Programs {
         let files: Vec<String> =
             scenarios.iter().map(|name| format!("multi-kind-tests/scenarios/{name}.yaml")).collect();
         let command = format!(
-            "CLUSTERMESH_TEST_SLOWNESS={SLOWNESS} multi-kind-tests run --logs /tmp/logs {}",
+            "CLUSTERMESH_TEST_SLOWNESS={SLOWNESS} multi-kind-tests run --logs /tmp/logs {} || {TELL}",
             files.join(" ")
         );
         Ok(Some(Suite { name: "scenarios".into(), kind: Kind::Scenarios, command }))

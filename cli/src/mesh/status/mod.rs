@@ -1,5 +1,6 @@
 //! `clustermesh status`: what all agents of one or more clusters say, summed up and one by one.
 
+mod encryption_text;
 mod mirror_text;
 mod report;
 mod text;

@@ -93,6 +93,9 @@ impl Text {
         if let Some(drift) = &status.kernel_drift {
             self.kernel_drift(drift);
         }
+        if let Some(encryption) = &status.encryption {
+            self.encryption(encryption);
+        }
         if !status.import_policy_error.is_empty() {
             let text = format!(
                 "import policy: {}; the one before stays in force",

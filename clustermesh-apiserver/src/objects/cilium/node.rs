@@ -7,6 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use crate::objects::meta::{Check, ObjectError, lean_with_annotations};
+use crate::objects::node::wireguard_key;
 
 /// A node as its agent describes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -110,11 +111,7 @@ impl TryFrom<NodeResource> for CiliumNode {
             encryption_key,
             labels: non_empty(check.labels()?),
             node_identity: Some(spec.nodeidentity.unwrap_or(0)),
-            wireguard_pub_key: PUBLIC_KEY
-                .iter()
-                .find_map(|key| annotations.get(*key))
-                .cloned()
-                .unwrap_or_default(),
+            wireguard_pub_key: wireguard_key(PUBLIC_KEY.iter().find_map(|key| annotations.get(*key))),
             annotations: non_empty(annotations),
             boot_id: spec.bootid.unwrap_or_default(),
             ..record::Node::default()

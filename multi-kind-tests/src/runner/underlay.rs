@@ -1,0 +1,131 @@
+//! What somebody on the wire sees: packets of the lab's fabric, which are all between nodes.
+
+use std::net::Ipv4Addr;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Deserialize;
+
+use super::steps::Stage;
+use crate::scenario::{Clear, Underlay};
+use crate::{pace, process};
+
+const TUNNEL: u16 = 8472;
+const WIREGUARD: u16 = 51_871;
+
+/// As `mesh-probe capture` prints them.
+#[derive(Deserialize)]
+struct Flow {
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    port: u16,
+    packets: u64,
+    marked: u64,
+}
+
+/// Packets by what they are.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Tunnel packets in clear, between nodes of one cluster.
+    within: u64,
+    /// And of different ones.
+    across: u64,
+    encrypted: u64,
+    /// With the marker, of any kind.
+    marked_within: u64,
+    marked_across: u64,
+}
+
+pub(super) fn look(stage: &mut Stage<'_>, step: &Underlay) -> anyhow::Result<Option<String>> {
+    let lab = stage.lab()?;
+    let span = step.span.0;
+    let fabric = format!("cm-{}-fabric", lab.name());
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &fabric]).arg(stage.options.binaries.path("mesh-probe")).arg("capture");
+    command.args(["--seconds", &span.as_secs_f64().to_string(), "--marker", &step.marker, "-o", "json"]);
+    let finished =
+        process::run(command, span + pace::slowed(Duration::from_secs(10)), &stage.options.interrupt)?;
+    let text = finished.success("mesh-probe capture")?;
+    let flows: Vec<Flow> = serde_json::from_str(text.trim()).context("what the capture prints")?;
+    let seen = sum(&flows);
+    let Seen { within, across, encrypted, .. } = seen;
+    let wrong = differences(&seen, step.clear);
+    anyhow::ensure!(wrong.is_empty(), "{}; seen: {seen:?}", wrong.join(", "));
+    Ok(Some(format!(
+        "tunnel packets in clear: {across} between clusters, {within} within; {encrypted} encrypted ones"
+    )))
+}
+
+fn sum(flows: &[Flow]) -> Seen {
+    // Nodes of cluster c have the addresses 172.31.c.n.
+    let cluster = |ip: Ipv4Addr| ip.octets()[2];
+    let mut seen = Seen::default();
+    for flow in flows {
+        let same = cluster(flow.source) == cluster(flow.destination);
+        let marked = if same { &mut seen.marked_within } else { &mut seen.marked_across };
+        *marked += flow.marked;
+        match (flow.port, same) {
+            (TUNNEL, true) => seen.within += flow.packets,
+            (TUNNEL, false) => seen.across += flow.packets,
+            (WIREGUARD, _) => seen.encrypted += flow.packets,
+            _ => {}
+        }
+    }
+    seen
+}
+
+fn differences(seen: &Seen, clear: Clear) -> Vec<&'static str> {
+    let across = seen.across > 0 || seen.marked_across > 0;
+    let within = seen.within > 0 || seen.marked_within > 0;
+    let mut wrong = Vec::new();
+    let mut expect = |fine: bool, what| {
+        if !fine {
+            wrong.push(what);
+        }
+    };
+    match clear {
+        Clear::None => {
+            expect(!across, "clear text between clusters");
+            expect(!within, "clear text within a cluster");
+            expect(seen.encrypted > 0, "nothing is encrypted");
+        }
+        Clear::Within => {
+            expect(!across, "clear text between clusters");
+            expect(seen.within > 0 && seen.marked_within > 0, "no clear text within a cluster");
+            expect(seen.encrypted > 0, "nothing is encrypted");
+        }
+        Clear::Silence => expect(!across, "clear text between clusters"),
+        Clear::All => {
+            expect(seen.across > 0 && seen.marked_across > 0, "no clear text between clusters");
+            expect(seen.encrypted == 0, "something is encrypted");
+        }
+    }
+    wrong
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leak_is_seen() {
+        let flow = |c: u8, port, marked| Flow {
+            source: Ipv4Addr::new(172, 31, 1, 1),
+            destination: Ipv4Addr::new(172, 31, c, 2),
+            port,
+            packets: 1,
+            marked,
+        };
+        let wrong = |flows: &[Flow], clear| differences(&sum(flows), clear).len();
+        let fine = [flow(2, WIREGUARD, 0), flow(1, WIREGUARD, 0)];
+        assert_eq!(wrong(&fine, Clear::None), 0);
+        assert_eq!(wrong(&fine, Clear::All), 2);
+        assert_eq!(wrong(&[flow(2, WIREGUARD, 0), flow(2, TUNNEL, 0)], Clear::None), 1);
+        assert_eq!(wrong(&[flow(2, WIREGUARD, 1)], Clear::None), 1, "the marker counts wherever it is");
+        assert_eq!(wrong(&[flow(2, WIREGUARD, 0), flow(1, TUNNEL, 1)], Clear::Within), 0);
+        assert_eq!(wrong(&[flow(2, TUNNEL, 1), flow(1, TUNNEL, 1)], Clear::Within), 2);
+        assert_eq!(wrong(&[flow(2, TUNNEL, 1)], Clear::All), 0);
+        assert_eq!(wrong(&[], Clear::None), 1);
+    }
+}
