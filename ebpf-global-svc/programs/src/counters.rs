@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-//! `cm_metrics`, `cm_overlay_rx` and `cm_verdict`.
+//! `cm_metrics`, `cm_overlay_rx`, `cm_verdict` and `cm_calls`.
 
-use ebpf_global_svc_abi::{Counter, OverlayKey, VerdictKey};
+use ebpf_global_svc_abi::{CallKey, Counter, OverlayKey, VerdictKey};
 
-use crate::maps::{METRICS, OVERLAY_RX, VERDICT};
+use crate::maps::{CALLS, METRICS, OVERLAY_RX, VERDICT};
 
 /// Adds one event of `bytes` bytes under a reason code.
 #[inline(always)]
@@ -40,6 +40,22 @@ pub fn count_verdict(key: &VerdictKey, bytes: u32) {
             let _ = VERDICT.insert(key, first, 0);
         }
     }
+}
+
+/// Adds one call of a service. Apart, for its key to leave the stack again.
+#[inline(never)]
+pub fn count_call(service: u32, cluster: u16, outcome: u16) -> i64 {
+    let key = CallKey { service, cluster, outcome };
+    match CALLS.get_ptr_mut(&key) {
+        // SAFETY: the element belongs to this CPU, and programs do not migrate.
+        Some(counter) => unsafe { add(counter, 0) },
+        None => {
+            // A failure loses a count, never a call.
+            let first = Counter { packets: 1, bytes: 0 };
+            return CALLS.insert(&key, first, 0).is_err().into();
+        }
+    }
+    0
 }
 
 /// # Safety

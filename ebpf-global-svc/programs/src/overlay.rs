@@ -10,12 +10,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    Config, EndpointValue, FAMILY_V4, NodeKey, OverlayKey, direction, identity, reason,
+    Config, EndpointValue, FAMILY_V4, NodeKey, OverlayKey, direction, event_hook, event_kind, identity,
+    reason,
 };
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, is_via_stack, set_tunnel, to_pod, to_stack},
+    delivery::{accept_frame, deny, drop, is_via_stack, set_tunnel, to_pod, to_stack},
+    events::{What, clusters, trace_packet, wanted},
     maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
     mark,
     packet::{Addresses, Packet},
@@ -26,23 +28,26 @@ use crate::{
 /// Ingress: a packet from another node.
 #[classifier]
 pub fn cm_from_overlay(ctx: TcContext) -> i32 {
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
-    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, reason::NO_TUNNEL_KEY) };
+    const HOOK: u8 = event_hook::FROM_OVERLAY;
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
+    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, 0) };
     let speaker = match speaker(config, &origin) {
         Ok(cluster) => cluster,
-        Err(reason) => return drop(&ctx, reason),
+        Err(reason) => return drop(&ctx, HOOK, reason, origin.identity),
     };
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
-        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::NotIp | Packet::Malformed => {
+            return drop(&ctx, HOOK, reason::INVALID_PACKET, origin.identity);
+        }
     };
     // A node that speaks for one cluster must not send from the addresses of another.
     let prefix = prefix_of(&addresses.source);
     if let Some(prefix) = prefix
         && prefix.cluster != speaker
     {
-        return drop(&ctx, reason::INVALID_SOURCE_IP);
+        return drop(&ctx, HOOK, reason::INVALID_SOURCE_IP, origin.identity);
     }
     count_overlay(&origin, ctx.len());
     accept_frame(&ctx);
@@ -50,38 +55,60 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     if let Some(pod) = unsafe { ENDPOINT.get(&addresses.destination) } {
         let cluster = if prefix.is_some() { speaker } else { 0 };
         if let Err(reason) = admit(&ctx, config, pod, addresses, origin.identity, cluster) {
-            return drop(&ctx, reason);
+            return deny(&ctx, reason);
         }
         count(reason::DECAPSULATED, ctx.len());
-        return to_pod(&ctx, pod);
+        if wanted(config, event_kind::TRACE) {
+            tell(
+                &ctx,
+                reason::DECAPSULATED,
+                origin.identity,
+                pod.identity,
+                clusters(cluster, config.cluster),
+            );
+        }
+        return to_pod(&ctx, HOOK, pod, origin.identity);
     }
     if !belongs_here(config, addresses) {
-        return drop(&ctx, reason::UNKNOWN_TARGET);
+        return drop(&ctx, HOOK, reason::UNKNOWN_TARGET, origin.identity);
     }
     count(reason::DECAPSULATED, ctx.len());
+    if wanted(config, event_kind::TRACE) {
+        let cluster = if prefix.is_some() { speaker } else { 0 };
+        tell(&ctx, reason::TO_STACK, origin.identity, 0, clusters(cluster, config.cluster));
+    }
     to_stack(&ctx)
+}
+
+/// Tells of a packet from another node that is about to be passed on.
+#[inline(always)]
+fn tell(ctx: &TcContext, reason: u8, sender: u32, receiver: u32, clusters: u32) {
+    let what = What::new(event_kind::TRACE, reason, event_hook::FROM_OVERLAY, 0);
+    // SAFETY: the context is the program's own.
+    unsafe { trace_packet(ctx.skb.skb, what.word(), sender, receiver, clusters) };
 }
 
 /// Egress: pods' packets come with a tunnel key from `cm_from_pod`; what the node itself routes here
 /// gets one.
 #[classifier]
 pub fn cm_to_overlay(ctx: TcContext) -> i32 {
+    const HOOK: u8 = event_hook::TO_OVERLAY;
     if tunnel_origin(&ctx).is_some() {
         return TC_ACT_OK;
     }
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
-        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::NotIp | Packet::Malformed => return drop(&ctx, HOOK, reason::INVALID_PACKET, 0),
     };
-    let Some(node_ip) = node_of(addresses) else { return drop(&ctx, reason::NO_TUNNEL_ENDPOINT) };
+    let Some(node_ip) = node_of(addresses) else { return drop(&ctx, HOOK, reason::NO_TUNNEL_ENDPOINT, 0) };
     // SAFETY: the context is valid for the program's run.
     let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
     // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.
     let sender = if routed { identity::WORLD } else { identity::REMOTE_NODE };
     if !set_tunnel(&ctx, config, sender, node_ip) {
-        return drop(&ctx, reason::NO_TUNNEL_KEY);
+        return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, sender);
     }
     count(reason::ENCAPSULATED, ctx.len());
     TC_ACT_OK
@@ -107,7 +134,8 @@ fn admit(
     }
     let source = &addresses.source;
     let mut flow = MaybeUninit::uninit();
-    let flow = policy::flow(ctx, &mut flow, source.family, (cluster, config.cluster));
+    let flow =
+        policy::flow(ctx, &mut flow, event_hook::FROM_OVERLAY, source.family, (cluster, config.cluster));
     policy::check(ctx, flow, pod, direction::INGRESS, peer::remote(sender, source))
 }
 
