@@ -9,16 +9,17 @@ use std::time::Duration;
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
-use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, MapSizes};
+use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, EventRing, MapSizes};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
-use crate::engine::{self, Channels, Engine, Setup};
+use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
+use crate::observe::{self, Hub, Limits, PodNames};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster, Peers};
-use crate::serve::{self, ServeError, Source};
+use crate::serve::{self, ObserveDesk, ServeError, Source};
 
 /// VXLAN over an underlay of 1500 bytes leaves this much.
 const OVERLAY_MTU: u32 = 1450;
@@ -54,6 +55,8 @@ pub struct Options {
     pub relist_interval: Option<Duration>,
     /// What policies would drop is counted and passes.
     pub audit_policies: bool,
+    /// How much the programs tell of single packets and calls.
+    pub observe: Limits,
 }
 
 /// How the kernel is used.
@@ -131,6 +134,11 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
     let board = Board::default();
+    let hub = Hub::new(options.observe);
+    let observe = options.kernel.as_ref().map(|_| ObserveDesk {
+        hub: hub.clone(),
+        names: PodNames::new(options.own.name.clone(), directory.clone()),
+    });
     let source = Source {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -140,6 +148,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         policy: policy.clone(),
         board: board.clone(),
         desk: serve::Desk::default(),
+        observe,
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
     let http = match options.http_addr {
@@ -159,6 +168,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         None => None,
     };
     let (datapath, pod_links) = node.map(|node| (node.datapath, node.pod_links)).unzip();
+    let ring = datapath.as_ref().map(Datapath::event_ring).transpose()?;
+    let events = hub.rules();
     let engine = Engine::new(Setup {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -175,10 +186,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         inputs: received,
         queries: asked,
         routes,
+        events,
         directory: directory.clone(),
         stop: stop.clone(),
     };
     let engine = tokio::spawn(engine.run(channels));
+    if let Some(ring) = ring {
+        tokio::spawn(follow_events(ring, queries.clone(), hub));
+    }
     if let Some(liveness) = options.liveness {
         let (directory, engine) = (directory.clone(), inputs.clone());
         tokio::spawn(Watch { options: liveness, directory, queries, engine, board }.run());
@@ -236,6 +251,13 @@ impl Node {
         let pod_links = netlink.watch_pod_links().await?;
         tokio::spawn(netlink::keep_routes(netlink, overlay, routes));
         Ok(Self { datapath, pod_links })
+    }
+}
+
+/// Without events a node is worse to look into, but as good as any other.
+async fn follow_events(ring: EventRing, queries: mpsc::Sender<Query>, hub: Hub) {
+    if let Err(error) = observe::read_events(ring, queries, hub).await {
+        warn!(%error, "cannot read what the programs tell; `clustermesh observe` shows nothing of this node");
     }
 }
 

@@ -3,7 +3,8 @@
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
 //! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes; [`serve`] answers questions,
-//! and lets [`trial`] (plain) say what another import policy would do.
+//! lets [`trial`] (plain) say what another import policy would do, and shows what [`observe`] gets
+//! to hear from the programs.
 #![forbid(unsafe_code)]
 
 pub mod agent;
@@ -15,6 +16,7 @@ pub mod histogram;
 pub mod liveness;
 pub mod mesh;
 pub mod netlink;
+pub mod observe;
 pub mod peers;
 pub mod policy;
 pub mod reconcile;

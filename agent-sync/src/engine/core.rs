@@ -4,7 +4,7 @@
 //! happened, [`Core::step`] writes what follows from all of it; how many inputs are taken before a
 //! step is the driver's choice and changes only how often a key is written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
+use ebpf_global_svc::abi::ServiceKey;
 use ebpf_global_svc::{DatapathError, Tables};
 use tracing::{debug, info, warn};
 
@@ -205,6 +206,11 @@ impl Core {
     /// Entries written or removed since the start, by table.
     pub fn writes(&self) -> &BTreeMap<&'static str, u64> {
         self.reconciler.writes()
+    }
+
+    /// Frontends of services that have these IDs in the kernel. Walks all services once.
+    pub(super) fn frontends_of(&self, services: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        self.reconciler.frontends_of(services)
     }
 
     /// Who we are.

@@ -6,6 +6,7 @@
 //! per event.
 
 mod core;
+mod describe;
 mod explain;
 mod intake;
 mod kernel;
@@ -22,7 +23,7 @@ use clustermesh_kvstore::digest::{SourceTime, Ticket};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
-use ebpf_global_svc::{Datapath, DatapathError, MapSizes, Tables};
+use ebpf_global_svc::{Datapath, DatapathError, EventRules, MapSizes, Tables};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
@@ -141,6 +142,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<Query>,
     /// To the routes' keeper.
     pub routes: RouteBoard,
+    /// What the programs are to tell.
+    pub events: watch::Receiver<EventRules>,
     /// By which kinds are listed again.
     pub directory: Directory,
     /// Ends the engine; the tables stay.
@@ -184,6 +187,7 @@ impl Engine {
     /// Runs until `stop`.
     pub async fn run(mut self, mut channels: Channels) {
         let mut batch = Vec::with_capacity(CHANNEL);
+        channels.events.mark_changed();
         loop {
             let wakes = [self.core.deadline(), self.core.digests_deadline(), self.hooks.deadline()];
             let wake = wakes.into_iter().flatten().min();
@@ -204,6 +208,10 @@ impl Engine {
                     if received == 0 {
                         return;
                     }
+                }
+                Ok(()) = channels.events.changed() => {
+                    self.set_events(*channels.events.borrow_and_update());
+                    continue;
                 }
                 () = links_changed(&mut self.pod_links) => self.take_links(),
                 () = deadline => {}
@@ -241,6 +249,13 @@ impl Engine {
         // Known with the node's record at the latest; until then an earlier life's holds.
         if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
             warn!(%error, "cannot tell the datapath this node's address");
+        }
+    }
+
+    fn set_events(&mut self, rules: EventRules) {
+        let Some(datapath) = &mut self.datapath else { return };
+        if let Err(error) = datapath.set_events(&rules) {
+            warn!(%error, "cannot tell the programs which events are wanted");
         }
     }
 

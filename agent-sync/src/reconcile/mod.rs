@@ -16,11 +16,11 @@ mod policy;
 mod services;
 mod write;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
@@ -145,6 +145,11 @@ impl Reconciler {
     /// Why something is pending.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
+    }
+
+    /// Frontends of services that have these IDs. Walks all services once.
+    pub fn frontends_of(&self, ids: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        self.services.frontends_of(ids)
     }
 
     /// Entries written or removed since the start, by table; retries count again.

@@ -9,6 +9,7 @@ mod grpc;
 mod http;
 mod listing;
 mod metrics;
+mod observe;
 mod policy;
 mod probe;
 mod status;
@@ -27,6 +28,7 @@ use crate::peers::{Directory, OwnCluster};
 pub use grpc::serve as serve_grpc;
 pub use http::serve as serve_http;
 pub use listing::Desk;
+pub use observe::ObserveDesk;
 
 /// Where all answers come from. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -47,6 +49,8 @@ pub struct Source {
     pub board: Board,
     /// Where lists of etcds are asked for.
     pub desk: Desk,
+    /// Where flows are observed; none: there are none.
+    pub observe: Option<ObserveDesk>,
 }
 
 /// Why nothing is served.

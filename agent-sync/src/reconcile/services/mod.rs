@@ -19,7 +19,7 @@ mod layout;
 mod restore;
 mod wanted;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use ebpf_global_svc::Tables;
@@ -141,6 +141,12 @@ impl Services {
 
     pub(super) fn pending(&self) -> usize {
         self.fresh.len() + self.failed.len()
+    }
+
+    /// Frontends of services with these IDs.
+    pub(super) fn frontends_of(&self, ids: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        let known = self.installed.iter().filter(|(_, installed)| ids.contains(&installed.id));
+        known.map(|(key, installed)| (installed.id, *key)).collect()
     }
 
     /// When [`sweep`](Self::sweep) has something to do.
