@@ -16,8 +16,8 @@ use tracing::{info, warn};
 
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
-use crate::observe::{self, Hub, Limits, PodNames};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
+use crate::observe::{self, Hub, Limits, PodNames};
 use crate::peers::{Directory, OwnCluster, Peers};
 use crate::serve::{self, ObserveDesk, ServeError, Source};
 

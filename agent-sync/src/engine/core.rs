@@ -208,6 +208,11 @@ impl Core {
         self.reconciler.writes()
     }
 
+    /// How many services were taken out of the kernel since the start.
+    pub(super) fn services_gone(&self) -> u64 {
+        self.reconciler.services_gone()
+    }
+
     /// Frontends of services that have these IDs in the kernel. Walks all services once.
     pub(super) fn frontends_of(&self, services: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
         self.reconciler.frontends_of(services)

@@ -50,10 +50,16 @@ impl<'a> Describer<'a> {
     }
 
     fn flow(&mut self, event: Event) -> Flow {
-        let end = |ip, port, identity, cluster| (wire_key::address(event.family, ip), u16::from_be(port), identity, cluster);
+        let end = |ip, port, identity, cluster| {
+            (wire_key::address(event.family, ip), u16::from_be(port), identity, cluster)
+        };
         let source = end(event.source, event.source_port, event.source_identity, event.source_cluster);
-        let destination =
-            end(event.destination, event.destination_port, event.destination_identity, event.destination_cluster);
+        let destination = end(
+            event.destination,
+            event.destination_port,
+            event.destination_identity,
+            event.destination_cluster,
+        );
         Flow {
             time: Timestamp::UNIX_EPOCH,
             event,
@@ -95,7 +101,9 @@ impl<'a> Describer<'a> {
         let known = self.labels.entry(id).or_insert_with(|| {
             let mut labels = Labels::default();
             match id {
-                identity::FIRST_CIDR.. => labels.insert("cidr", &mesh.policies().range_of(id)?.to_string(), ""),
+                identity::FIRST_CIDR.. => {
+                    labels.insert("cidr", &mesh.policies().range_of(id)?.to_string(), "")
+                }
                 identity::FIRST_USER.. => labels = Labels::parse(mesh.labels_of(id)?).ok()?,
                 _ => labels.insert("reserved", Identity(id).reserved_name()?, ""),
             }

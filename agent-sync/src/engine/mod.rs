@@ -6,6 +6,7 @@
 //! per event.
 
 mod core;
+mod counted;
 mod describe;
 mod explain;
 mod intake;
@@ -33,9 +34,12 @@ use crate::histogram::Histogram;
 use crate::mesh::{Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
+use counted::CallCounts;
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
+pub(crate) use counted::KIND_NAMES;
+pub use counted::{CallCount, Counted};
 pub use explain::{AddressPart, Explanation, Part, Subject};
 pub use query::{DigestView, DumpError, Fill, KindView, Overview, Query, Row, TABLES};
 
@@ -159,6 +163,7 @@ pub struct Engine {
     pod_links: Option<watch::Receiver<Arc<PodLinks>>>,
     started: Instant,
     batches: Histogram,
+    calls: CallCounts,
 }
 
 impl Engine {
@@ -179,8 +184,10 @@ impl Engine {
         core.take_census(setup.census_interval);
         core.audit_policies(setup.audit_policies);
         let batches = Histogram::new(&BATCH_TIMES);
-        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches };
+        let calls = CallCounts::default();
+        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches, calls };
         engine.take_links();
+        engine.forget_calls();
         Ok(engine)
     }
 
@@ -222,6 +229,7 @@ impl Engine {
                 self.core.apply(input);
             }
             self.write(&channels.routes);
+            self.forget_calls();
             if has_records {
                 self.batches.observe(received.elapsed().as_secs_f64());
             }

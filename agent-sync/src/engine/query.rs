@@ -13,6 +13,7 @@ use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
+use super::counted::Counted;
 use super::explain::{AddressPart, Explanation, Subject};
 use super::{Engine, shown};
 use crate::digest::{Stage, Verdict};
@@ -36,6 +37,8 @@ pub enum Query {
     Addresses(ClusterName, Vec<IpAddr>, oneshot::Sender<Result<Vec<AddressPart>, DatapathError>>),
     /// What is in a table of [`TABLES`].
     Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
+    /// What the programs have counted; none without a kernel.
+    Counted(oneshot::Sender<Result<Option<Counted>, DatapathError>>),
     /// What events of the programs are about: a flow for each. Their times are the reader's.
     Describe(Vec<Event>, oneshot::Sender<Vec<Flow>>),
     /// Which remote clusters there are, and their nodes.
@@ -57,9 +60,9 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 16] = [
+pub const TABLES: [&str; 18] = [
     "service", "slot", "backend", "affinity", "ipcache", "prefix", "endpoint", "node", "cluster", "policy",
-    "cidr", "ct", "verdict", "overlay", "metrics", "sockrev",
+    "cidr", "ct", "verdict", "overlay", "metrics", "sockrev", "calls", "events",
 ];
 
 /// A table that cannot be dumped.
@@ -150,6 +153,7 @@ impl Engine {
             Query::Explain(subject, reply) => drop(reply.send(self.explain(&subject))),
             Query::Addresses(name, ips, reply) => drop(reply.send(self.explain_addresses(&name, &ips))),
             Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
+            Query::Counted(reply) => drop(reply.send(self.counted())),
             Query::Describe(events, reply) => drop(reply.send(self.describe(events))),
             Query::Remotes(reply) => drop(reply.send(self.core.remotes())),
         }
@@ -235,6 +239,8 @@ impl Engine {
             "overlay" => self.overlay_rows()?,
             "metrics" => self.metric_rows()?,
             "sockrev" => self.socket_rows()?,
+            "calls" => self.call_rows()?,
+            "events" => self.event_rows()?,
             other => return Err(DumpError::Unknown(other.chars().take(64).collect())),
         })
     }

@@ -84,14 +84,21 @@ impl FlowFilter {
     pub fn parse(filter: v1::FlowFilter) -> Result<Self, FilterError> {
         let ends = [&filter.from, &filter.to, &filter.either];
         let in_ends = ends.into_iter().flatten().map(|end| {
-            end.identities.len() + end.pods.len() + end.ips.len() + end.labels.len() + end.clusters.len() + end.ports.len()
+            end.identities.len()
+                + end.pods.len()
+                + end.ips.len()
+                + end.labels.len()
+                + end.clusters.len()
+                + end.ports.len()
         });
-        let others = filter.types.len() + filter.verdicts.len() + filter.reasons.len() + filter.protocols.len();
+        let others =
+            filter.types.len() + filter.verdicts.len() + filter.reasons.len() + filter.protocols.len();
         if in_ends.sum::<usize>() + others + filter.services.len() > MOST {
             return Err(FilterError::TooLong);
         }
         let kind = |word: &str| Kind::ALL.into_iter().find(|kind| kind.as_str() == word);
-        let verdict = |word: &str| Verdict::ALL.into_iter().find(|verdict| verdict.as_str().eq_ignore_ascii_case(word));
+        let verdict =
+            |word: &str| Verdict::ALL.into_iter().find(|verdict| verdict.as_str().eq_ignore_ascii_case(word));
         Ok(Self {
             kinds: words("type", &filter.types, kind, Kind::ALL.map(Kind::as_str))?,
             verdicts: words("verdict", &filter.verdicts, verdict, Verdict::ALL.map(Verdict::as_str))?,
@@ -110,7 +117,8 @@ impl FlowFilter {
         let of = |bits: u32| if bits == 0 { all } else { bits };
         let kinds = of(self.kinds.iter().fold(0, |bits, kind| bits | kind.events()));
         let verdicts = of(self.verdicts.iter().fold(0, |bits, verdict| bits | verdict.events()));
-        let reasons = if self.reasons.is_empty() { all } else { 1 << event_kind::DROP | 1 << event_kind::AUDIT };
+        let reasons =
+            if self.reasons.is_empty() { all } else { 1 << event_kind::DROP | 1 << event_kind::AUDIT };
         kinds & verdicts & reasons
     }
 
@@ -127,7 +135,9 @@ impl FlowFilter {
             && any(&self.verdicts, |verdict| *verdict == flow.verdict())
             && any(&self.reasons, |reason| has_reason(flow) && *reason == flow.event.reason)
             && any(&self.protocols, |protocol| *protocol == flow.event.proto && flow.event.family != 0)
-            && any(&self.services, |prefix| flow.service.as_ref().is_some_and(|service| is_of(prefix, service)))
+            && any(&self.services, |prefix| {
+                flow.service.as_ref().is_some_and(|service| is_of(prefix, service))
+            })
             && matches(&self.from, 0)
             && matches(&self.to, 1)
             && (matches(&self.either, 0) || matches(&self.either, 1))
@@ -136,10 +146,13 @@ impl FlowFilter {
 
 impl EndFilter {
     fn parse(filter: v1::EndFilter) -> Result<Self, FilterError> {
-        let malformed = |what, value: &str, form| FilterError::Malformed { what, value: shorten(value), form };
+        let malformed =
+            |what, value: &str, form| FilterError::Malformed { what, value: shorten(value), form };
         let net = |text: &String| match text.parse::<IpAddr>() {
             Ok(ip) => Ok(ip.into()),
-            Err(_) => text.parse::<IpNet>().map_err(|_| malformed("address", text, "10.1.0.7, 10.1.0.0/16 or fd00::/64")),
+            Err(_) => text
+                .parse::<IpNet>()
+                .map_err(|_| malformed("address", text, "10.1.0.7, 10.1.0.0/16 or fd00::/64")),
         };
         let port = |port: &u32| {
             let port = u16::try_from(*port).ok().filter(|port| *port != 0);
@@ -150,7 +163,10 @@ impl EndFilter {
             labels: filter
                 .labels
                 .iter()
-                .map(|text| LabelFilter::parse(text).ok_or_else(|| malformed("label", text, "key=value, key or source:key=value")))
+                .map(|text| {
+                    LabelFilter::parse(text)
+                        .ok_or_else(|| malformed("label", text, "key=value, key or source:key=value"))
+                })
                 .collect::<Result<_, _>>()?,
             ports: filter.ports.iter().map(port).collect::<Result<_, _>>()?,
             identities: filter.identities,
@@ -163,7 +179,9 @@ impl EndFilter {
     fn is_match(&self, end: &End, name: Option<Option<&NamespacedName>>) -> bool {
         any(&self.identities, |identity| *identity == end.identity && end.identity != 0)
             && any(&self.ips, |net| end.ip.is_some_and(|ip| net.contains(&ip)))
-            && any(&self.clusters, |name| end.cluster.as_ref().is_some_and(|cluster| cluster.as_str() == name))
+            && any(&self.clusters, |name| {
+                end.cluster.as_ref().is_some_and(|cluster| cluster.as_str() == name)
+            })
             && any(&self.ports, |port| *port == end.port)
             && any(&self.labels, |label| end.labels.as_ref().is_some_and(|labels| label.is_in(labels)))
             && name.is_none_or(|name| any(&self.pods, |prefix| name.is_some_and(|name| is_of(prefix, name))))

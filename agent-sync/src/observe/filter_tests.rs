@@ -35,7 +35,13 @@ fn denied() -> Flow {
     Flow {
         time: Timestamp::UNIX_EPOCH,
         event,
-        source: end("10.2.0.9", 43210, 131_081, "beta", "k8s:app=client;k8s:io.kubernetes.pod.namespace=shop;"),
+        source: end(
+            "10.2.0.9",
+            43210,
+            131_081,
+            "beta",
+            "k8s:app=client;k8s:io.kubernetes.pod.namespace=shop;",
+        ),
         destination: end("10.1.0.7", 8080, 65_793, "alpha", "k8s:app=orders;k8s:tier=back;"),
         service: None,
         rule: None,
@@ -74,7 +80,11 @@ fn each_field_of_a_filter_counts() {
         ("from another pod", |f| f.from = end(|e| e.pods = vec!["shop/orders-0".into()]), false),
         ("to range", |f| f.to = end(|e| e.ips = vec!["10.1.0.0/16".into()]), true),
         ("to address", |f| f.to = end(|e| e.ips = vec!["10.1.0.7".into()]), true),
-        ("to another range", |f| f.to = end(|e| e.ips = vec!["10.3.0.0/16".into(), "fd00::/8".into()]), false),
+        (
+            "to another range",
+            |f| f.to = end(|e| e.ips = vec!["10.3.0.0/16".into(), "fd00::/8".into()]),
+            false,
+        ),
         ("to label", |f| f.to = end(|e| e.labels = vec!["app=orders".into()]), true),
         ("to key", |f| f.to = end(|e| e.labels = vec!["k8s:tier".into()]), true),
         ("to another label", |f| f.to = end(|e| e.labels = vec!["app=client".into()]), false),
@@ -113,7 +123,10 @@ fn what_cannot_match_is_not_wanted_of_the_programs() {
     let of = |kinds: &[u8]| kinds.iter().fold(0_u32, |bits, kind| bits | 1 << kind);
     assert_eq!(events(|_| {}), 0b11111);
     assert_eq!(events(|f| f.verdicts = vec!["DROPPED".into()]), of(&[event_kind::DROP]));
-    assert_eq!(events(|f| f.types = vec!["trace".into(), "call".into()]), of(&[event_kind::TRACE, event_kind::CALL]));
+    assert_eq!(
+        events(|f| f.types = vec!["trace".into(), "call".into()]),
+        of(&[event_kind::TRACE, event_kind::CALL])
+    );
     let allowed = events(|f| {
         f.types = vec!["policy-verdict".into()];
         f.verdicts = vec!["FORWARDED".into(), "AUDIT".into()];
@@ -133,7 +146,9 @@ fn what_is_no_filter_says_how_to_write_one() {
         error(|f| f.types = vec!["drops".into()]),
         r#""drops" is no type; there are drop, policy-verdict, trace, call"#
     );
-    assert!(error(|f| f.reasons = vec!["forwarded".into()]).contains("lb-no-backend, invalid-source-ip, policy"));
+    assert!(
+        error(|f| f.reasons = vec!["forwarded".into()]).contains("lb-no-backend, invalid-source-ip, policy")
+    );
     assert!(error(|f| f.to = end(|e| e.ips = vec!["10.1".into()])).contains("write 10.1.0.7"));
     assert!(error(|f| f.to = end(|e| e.ports = vec![70_000])).contains("1 to 65535"));
     assert!(error(|f| f.from = end(|e| e.labels = vec!["=x".into()])).contains("key=value"));

@@ -82,7 +82,10 @@ fn programs_are_told_what_is_wanted_as_long_as_it_is() {
     assert_eq!(*rules.borrow_and_update(), [Some(idle), Some(idle), None, None, None]);
 
     let (_, traces) = hub.observe(Demand { events: 1 << event_kind::TRACE, sample: 8 });
-    assert_eq!(rules.borrow_and_update()[usize::from(event_kind::TRACE)], Some(EventRule::new(1000, 1000, 8)));
+    assert_eq!(
+        rules.borrow_and_update()[usize::from(event_kind::TRACE)],
+        Some(EventRule::new(1000, 1000, 8))
+    );
     let (_, all) = hub.observe(Demand { events: 0b11111, sample: 2 });
     assert_eq!(*rules.borrow_and_update(), {
         let (whole, part) = (Some(EventRule::new(1000, 1000, 1)), Some(EventRule::new(1000, 1000, 2)));

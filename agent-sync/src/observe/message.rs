@@ -3,7 +3,8 @@
 use clustermesh_agent_api::v1;
 use clustermesh_kvstore::cluster::NamespacedName;
 use ebpf_global_svc::abi::{
-    EVENT_ANSWER, EVENT_BOUND, EVENT_DRAINING, EVENT_EGRESS, EVENT_STANDBY, Event, event_hook, event_kind, reason,
+    EVENT_ANSWER, EVENT_BOUND, EVENT_DRAINING, EVENT_EGRESS, EVENT_STANDBY, Event, event_hook, event_kind,
+    reason,
 };
 use jiff::Timestamp;
 
@@ -73,7 +74,8 @@ fn end(end: &End, name: Option<&NamespacedName>) -> v1::FlowEnd {
 }
 
 fn service(flow: &Flow) -> Option<v1::FlowService> {
-    let frontend = wire_key::address(flow.event.family, flow.event.frontend).filter(|ip| !ip.is_unspecified());
+    let frontend =
+        wire_key::address(flow.event.family, flow.event.frontend).filter(|ip| !ip.is_unspecified());
     if flow.service.is_none() && frontend.is_none() {
         return None;
     }

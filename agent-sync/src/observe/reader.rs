@@ -25,7 +25,10 @@ const BATCH: usize = 256;
 /// # Errors
 /// If the ring cannot be waited for.
 pub(crate) async fn read_events(ring: EventRing, queries: mpsc::Sender<Query>, hub: Hub) -> io::Result<()> {
-    #[expect(deprecated, reason = "the ring keeps its descriptor until it is dropped; what replaces this is unsafe")]
+    #[expect(
+        deprecated,
+        reason = "the ring keeps its descriptor until it is dropped; what replaces this is unsafe"
+    )]
     let mut ring = AsyncFd::with_interest(ring, Interest::READABLE)?;
     let mut events = Vec::with_capacity(BATCH);
     let mut warned = false;

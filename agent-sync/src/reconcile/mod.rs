@@ -147,6 +147,11 @@ impl Reconciler {
         self.last_error.as_deref()
     }
 
+    /// How many services were removed since the start.
+    pub fn services_gone(&self) -> u64 {
+        self.services.gone()
+    }
+
     /// Frontends of services that have these IDs. Walks all services once.
     pub fn frontends_of(&self, ids: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
         self.services.frontends_of(ids)

@@ -21,7 +21,7 @@ use clustermesh_kvstore::cluster::MaxConnectedClusters;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{DumpError, Fill, Overview, Query, Row};
+use crate::engine::{Counted, DumpError, Fill, Overview, Query, Row};
 use crate::liveness::Board;
 use crate::peers::{Directory, OwnCluster};
 
@@ -102,6 +102,12 @@ impl Source {
         let (reply, answer) = oneshot::channel();
         self.queries.send(Query::Dump(table, reply)).await.map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
+    }
+
+    async fn counted(&self) -> anyhow::Result<Option<Counted>> {
+        let (reply, answer) = oneshot::channel();
+        self.queries.send(Query::Counted(reply)).await.map_err(|_| Gone)?;
+        Ok(answer.await.map_err(|_| Gone)??)
     }
 
     fn max(&self) -> MaxConnectedClusters {

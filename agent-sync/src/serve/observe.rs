@@ -16,7 +16,8 @@ use crate::observe::{Demand, Flow, FlowFilter, Hub, Observer, PodNames, Received
 /// Flows that are looked at together: their pods' names are read side by side.
 const BATCH: usize = 64;
 /// Agents without a kernel have nothing to tell.
-const NO_DATAPATH: &str = "this agent has no kernel datapath (--datapath memory), so there is nothing to observe";
+const NO_DATAPATH: &str =
+    "this agent has no kernel datapath (--datapath memory), so there is nothing to observe";
 
 pub(super) type Flows = Pin<Box<dyn Stream<Item = Result<v1::ObserveResponse, Status>> + Send>>;
 
@@ -43,12 +44,24 @@ impl Source {
         };
         let since = request.since_ns;
         let known = remembered.into_iter().filter(|flow| nanoseconds(flow.time) >= since);
-        let view = View { names: desk.names, filter, node: self.node_name.clone(), cluster: self.own.name.to_string() };
+        let view = View {
+            names: desk.names,
+            filter,
+            node: self.node_name.clone(),
+            cluster: self.own.name.to_string(),
+        };
         let most = match request.last {
             0 if since > 0 => usize::MAX,
             last => usize::try_from(last).unwrap_or(usize::MAX),
         };
-        let begin = State { view, known: Vec::new(), most, unread: known.collect(), observer, ready: VecDeque::new() };
+        let begin = State {
+            view,
+            known: Vec::new(),
+            most,
+            unread: known.collect(),
+            observer,
+            ready: VecDeque::new(),
+        };
         Ok(Box::pin(stream::unfold(begin, |mut state| async move {
             let next = state.next().await?;
             Some((Ok(next), state))
@@ -97,7 +110,12 @@ impl State {
     async fn recall(&mut self) {
         while !self.unread.is_empty() && self.known.len() < self.most {
             let batch = self.unread.split_off(self.unread.len().saturating_sub(BATCH));
-            let shown = self.view.show(&batch).await.into_iter().filter(|shown| matches!(shown.what, Some(What::Flow(_))));
+            let shown = self
+                .view
+                .show(&batch)
+                .await
+                .into_iter()
+                .filter(|shown| matches!(shown.what, Some(What::Flow(_))));
             self.known.extend(shown.rev());
         }
         self.unread = Vec::new();

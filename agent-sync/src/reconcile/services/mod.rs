@@ -39,6 +39,8 @@ pub(super) struct Services {
     fresh: BTreeMap<ServiceKey, Option<ServicePlan>>,
     failed: BTreeMap<ServiceKey, Option<ServicePlan>>,
     garbage: Garbage,
+    /// Removed since the start.
+    gone: u64,
 }
 
 /// One service as it stands in the tables.
@@ -141,6 +143,11 @@ impl Services {
 
     pub(super) fn pending(&self) -> usize {
         self.fresh.len() + self.failed.len()
+    }
+
+    /// How many were removed since the start.
+    pub(super) fn gone(&self) -> u64 {
+        self.gone
     }
 
     /// Frontends of services with these IDs.
@@ -292,6 +299,7 @@ impl Services {
         for (key, removed) in keys.into_iter().zip(removed) {
             if removed {
                 if let Some(installed) = self.installed.remove(&key) {
+                    self.gone += 1;
                     self.garbage.add_slots(installed.slot_keys());
                 }
                 continue;
