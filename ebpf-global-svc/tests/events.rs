@@ -1,7 +1,18 @@
 //! Any bytes are an event, or refused.
 
-use ebpf_global_svc::abi::{EVENT_KINDS, EventRule, read_event};
+use std::collections::BTreeSet;
+
+use ebpf_global_svc::abi::{EVENT_KINDS, EventRule, read_event, reason};
 use proptest::prelude::*;
+
+#[test]
+fn every_reason_has_a_name_of_its_own() {
+    let names: Vec<_> = (0..=u8::MAX).filter_map(reason::name).collect();
+    assert_eq!(names.len(), 26);
+    assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
+    assert_eq!(reason::name(reason::POLICY_DENY), Some("policy-deny"));
+    assert!(reason::is_drop(reason::INVALID_SOURCE_IP) && !reason::is_drop(reason::POLICY_AUDITED));
+}
 
 proptest! {
     #[test]

@@ -50,8 +50,11 @@ impl<'a> Describer<'a> {
     }
 
     fn flow(&mut self, event: Event) -> Flow {
+        // What a call does not know is zero; in a packet that is an address as any other.
+        let is_known = |ip: &IpAddr| event.hook != event_hook::SOCKET || !ip.is_unspecified();
         let end = |ip, port, identity, cluster| {
-            (wire_key::address(event.family, ip), u16::from_be(port), identity, cluster)
+            let ip = wire_key::address(event.family, ip).filter(is_known);
+            (ip, u16::from_be(port), identity, cluster)
         };
         let source = end(event.source, event.source_port, event.source_identity, event.source_cluster);
         let destination = end(
@@ -72,8 +75,6 @@ impl<'a> Describer<'a> {
 
     fn end(&mut self, (ip, port, told, cluster): (Option<IpAddr>, u16, u32, u16)) -> End {
         let mesh = self.core.mesh();
-        // An address of all zeroes is one that nobody knows.
-        let ip = ip.filter(|ip| !ip.is_unspecified());
         let held_by = if cluster != 0 { Some(cluster) } else { ip.and_then(|ip| mesh.holder_of(ip)) };
         let id = held_by.and_then(|id| ClusterId::new(id.into(), self.core.own().max).ok());
         let held = id.zip(ip).and_then(|(id, ip)| mesh.address(id, ip));
@@ -81,7 +82,7 @@ impl<'a> Describer<'a> {
         let identity = match (told, held) {
             (identity::UNKNOWN, Some(held)) => held.identity,
             (identity::UNKNOWN, None) if node.is_some() => identity::REMOTE_NODE,
-            (identity::UNKNOWN, None) if ip.is_some() && held_by.is_none() => identity::WORLD,
+            (identity::UNKNOWN, None) if held_by.is_none() && ip.is_some_and(is_routed) => identity::WORLD,
             (told, _) => told,
         };
         End {
@@ -139,7 +140,20 @@ impl<'a> Describer<'a> {
     }
 }
 
+/// Whether an address can be somebody's beyond its link.
+fn is_routed(ip: IpAddr) -> bool {
+    let is_link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    !(is_link_local || ip.is_multicast() || ip.is_unspecified())
+}
+
 /// Whether its number is a service's.
 fn names_service(event: &Event) -> bool {
     event.flags & EVENT_POLICY == 0 && event.number != 0
 }
+
+#[cfg(test)]
+#[path = "describe_tests.rs"]
+mod tests;

@@ -42,17 +42,19 @@ pub fn count_verdict(key: &VerdictKey, bytes: u32) {
     }
 }
 
-/// Adds one call of a service. Apart, for its key to leave the stack again.
+/// Adds one call of a service. Global to the verifier, which would walk through it once for each way to a backend; and
+/// apart, for its key to leave the stack again.
 #[inline(never)]
-pub fn count_call(service: u32, cluster: u16, outcome: u16) -> i64 {
-    let key = CallKey { service, cluster, outcome };
+#[unsafe(no_mangle)]
+pub extern "C" fn count_call(service: u32, cluster: u32, outcome: u32) -> u32 {
+    let key = CallKey { service, cluster: cluster as u16, outcome: outcome as u16 };
     match CALLS.get_ptr_mut(&key) {
         // SAFETY: the element belongs to this CPU, and programs do not migrate.
         Some(counter) => unsafe { add(counter, 0) },
         None => {
             // A failure loses a count, never a call.
             let first = Counter { packets: 1, bytes: 0 };
-            return CALLS.insert(&key, first, 0).is_err().into();
+            let _ = CALLS.insert(&key, first, 0);
         }
     }
     0

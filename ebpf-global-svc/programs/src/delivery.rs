@@ -27,9 +27,9 @@ pub fn drop(ctx: &TcContext, hook: u8, reason: u8, sender: u32) -> i32 {
     TC_ACT_SHOT
 }
 
-/// The packet ends here; policy said so, and has told of it.
+/// The packet ends here, and nobody is told: because policy said so and has told of it, or because nobody asks.
 #[inline(always)]
-pub fn deny(ctx: &TcContext, reason: u8) -> i32 {
+pub fn drop_untold(ctx: &TcContext, reason: u8) -> i32 {
     count(reason, ctx.len());
     TC_ACT_SHOT
 }

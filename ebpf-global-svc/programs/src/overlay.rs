@@ -16,7 +16,7 @@ use ebpf_global_svc_abi::{
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, deny, drop, is_via_stack, set_tunnel, to_pod, to_stack},
+    delivery::{accept_frame, drop, drop_untold, is_via_stack, set_tunnel, to_pod, to_stack},
     events::{What, clusters, trace_packet, wanted},
     maps::{ENDPOINT, IPCACHE, NODE, config, prefix_of},
     mark,
@@ -55,7 +55,7 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     if let Some(pod) = unsafe { ENDPOINT.get(&addresses.destination) } {
         let cluster = if prefix.is_some() { speaker } else { 0 };
         if let Err(reason) = admit(&ctx, config, pod, addresses, origin.identity, cluster) {
-            return deny(&ctx, reason);
+            return drop_untold(&ctx, reason);
         }
         count(reason::DECAPSULATED, ctx.len());
         if wanted(config, event_kind::TRACE) {
@@ -102,7 +102,13 @@ pub fn cm_to_overlay(ctx: TcContext) -> i32 {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp | Packet::Malformed => return drop(&ctx, HOOK, reason::INVALID_PACKET, 0),
     };
-    let Some(node_ip) = node_of(addresses) else { return drop(&ctx, HOOK, reason::NO_TUNNEL_ENDPOINT, 0) };
+    let Some(node_ip) = node_of(addresses) else {
+        // Kernels try each device with neighbour discovery, multicast reports and router solicitations.
+        return match addresses.stay_on_link() {
+            true => drop_untold(&ctx, reason::NO_TUNNEL_ENDPOINT),
+            false => drop(&ctx, HOOK, reason::NO_TUNNEL_ENDPOINT, 0),
+        };
+    };
     // SAFETY: the context is valid for the program's run.
     let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
     // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.

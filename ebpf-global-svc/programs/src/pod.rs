@@ -11,7 +11,7 @@ use ebpf_global_svc_abi::{
 
 use crate::{
     counters::count,
-    delivery::{deny, drop, is_via_stack, to_node, to_pod, to_stack},
+    delivery::{drop, drop_untold, is_via_stack, to_node, to_pod, to_stack},
     events::{What, clusters, trace_packet, wanted},
     flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
@@ -49,7 +49,7 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
         Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
     };
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
-        return deny(&ctx, reason);
+        return drop_untold(&ctx, reason);
     }
     if wanted(config, event_kind::TRACE) {
         tell(&ctx, config, sender, &way);
@@ -89,7 +89,7 @@ pub fn cm_to_pod(ctx: TcContext) -> i32 {
     let flow = policy::flow(&ctx, &mut flow, HOOK, source.family, (cluster, config.cluster));
     match policy::check(&ctx, flow, pod, direction::INGRESS, sender) {
         Ok(()) => TC_ACT_UNSPEC,
-        Err(reason) => deny(&ctx, reason),
+        Err(reason) => drop_untold(&ctx, reason),
     }
 }
 

@@ -67,7 +67,7 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
             {
                 count(reason::LB_SELECTED, 0);
                 count(reason::LB_AFFINITY, 0);
-                count_call(service_id, backend.cluster, call::CHOSEN);
+                count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
                 return Selection::Backend { backend, service: service_id, how: EVENT_BOUND };
             }
             continue;
@@ -82,7 +82,7 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
             Some(backend) if backend.state == backend_state::ACTIVE => {
                 count(reason::LB_SELECTED, 0);
                 let how = count_rank(group.rank);
-                count_call(service_id, backend.cluster, call::CHOSEN);
+                count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
                 if timeout != 0 && affinity::can_bind(&backend) {
                     affinity::bind(client(), service_id, backend.generation);
                 }
@@ -97,11 +97,11 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
         && let Some(backend) = backend(terminating, frontend)
     {
         count(reason::LB_SELECTED, 0);
-        count_call(service_id, backend.cluster, call::CHOSEN);
+        count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
         return Selection::Backend { backend, service: service_id, how: 0 };
     }
     count(reason::LB_NO_BACKEND, 0);
-    count_call(service_id, 0, call::REFUSED);
+    count_call(service_id, 0, call::REFUSED.into());
     Selection::NoBackend
 }
 

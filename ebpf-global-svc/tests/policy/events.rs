@@ -88,6 +88,15 @@ fn a_drop_says_where_who_and_why() {
     let event = only(&mut ring);
     assert_eq!((event.hook, event.flags), (event_hook::FROM_OVERLAY, 0));
     assert_eq!(event.reason, reason::NO_TUNNEL_KEY);
+    // What the node itself sends into it. Kernels try each link's neighbours: of that nobody wants to hear.
+    let report = packet(one(6), "ff02::16".parse().unwrap(), 58, &icmp(143, 0, 0));
+    let strayed = packet(one(4), outside(4), UDP, &udp(1, 2));
+    for lost in [report, strayed] {
+        let outcome = node.outcome("cm_to_overlay", &lost, Arrival::default());
+        assert_eq!(outcome, Err(reason::NO_TUNNEL_ENDPOINT));
+    }
+    let event = only(&mut ring);
+    assert_eq!((event.hook, event.family), (event_hook::TO_OVERLAY, 4));
 }
 
 #[test]

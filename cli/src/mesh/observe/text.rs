@@ -183,7 +183,7 @@ fn end(end: Option<&FlowEnd>, flow: &Flow) -> String {
     let has_ports = matches!(flow.protocol.as_str(), "TCP" | "UDP" | "SCTP") && end.port != 0;
     let port = if has_ports { end.port } else { 0 };
     let place = match (end.pod_name.as_str(), end.node_name.as_str(), end.ip.as_str()) {
-        ("", "", "") => return if flow.r#type == "drop" { "no backend".into() } else { "?".into() },
+        ("", "", "") => return if flow.process_id != 0 { "no backend".into() } else { "?".into() },
         ("", "", ip) => format!("{cluster}{}", address(ip, port)),
         ("", node, _) => named(&format!("{cluster}{node}"), port),
         (pod, _, _) => named(&format!("{cluster}{}/{pod}", end.namespace), port),
