@@ -9,20 +9,21 @@ use std::time::Duration;
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
-use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, MapSizes};
+use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, EventRing, MapSizes};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::encryption::announce::Announcer;
 use crate::encryption::{
     self, EncryptionOptions, Keeper, KeyError, OVERHEAD, PrivateKey, Report, TunnelBoard,
 };
-use crate::engine::{self, Channels, Engine, Setup};
+use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
+use crate::observe::{self, Hub, Limits, PodNames};
 use crate::peers::{Directory, OwnCluster, Peers};
-use crate::serve::{self, ServeError, Source};
+use crate::serve::{self, ObserveDesk, ServeError, Source};
 
 /// Of an underlay whose device is not known.
 const UNDERLAY_MTU: u32 = 1500;
@@ -62,6 +63,8 @@ pub struct Options {
     pub relist_interval: Option<Duration>,
     /// What policies would drop is counted and passes.
     pub audit_policies: bool,
+    /// How much the programs tell of single packets and calls.
+    pub observe: Limits,
 }
 
 /// How the kernel is used.
@@ -160,6 +163,11 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let board = Board::default();
     let (encryption_report, reported) = watch::channel(Report::default());
     let encryption_view = serve::EncryptionView::new(&options, key.as_ref(), reported);
+    let hub = Hub::new(options.observe);
+    let observe = options.kernel.as_ref().map(|_| ObserveDesk {
+        hub: hub.clone(),
+        names: PodNames::new(options.own.name.clone(), directory.clone()),
+    });
     let source = Source {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -170,6 +178,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         board: board.clone(),
         encryption: encryption_view.clone(),
         desk: serve::Desk::default(),
+        observe,
     };
     let grpc = serve::serve_grpc(source.clone(), &options.grpc_socket, stop.clone()).await?;
     let http = match options.http_addr {
@@ -196,6 +205,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let strict = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
     let strict = strict.filter(|encryption| encryption.strict).map(|encryption| encryption.scope);
     let encrypted = keeper.as_ref().map(Keeper::encrypted).unwrap_or_default();
+    let ring = datapath.as_ref().map(Datapath::event_ring).transpose()?;
+    let events = hub.rules();
     let engine = Engine::new(Setup {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
@@ -215,10 +226,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         queries: asked,
         routes,
         tunnels: tunnels.clone(),
+        events,
         directory: directory.clone(),
         stop: stop.clone(),
     };
     let engine = tokio::spawn(engine.run(channels));
+    if let Some(ring) = ring {
+        tokio::spawn(follow_events(ring, queries.clone(), hub));
+    }
     if let Some(liveness) = options.liveness {
         let (directory, engine) = (directory.clone(), inputs.clone());
         tokio::spawn(Watch { options: liveness, directory, queries, engine, board }.run());
@@ -332,6 +347,13 @@ async fn mtus(
     let overhead = VXLAN_OVERHEAD + if encrypts { OVERHEAD } else { 0 };
     let left = underlay.saturating_sub(overhead);
     if left < MIN_MTU { Err(AgentError::Mtu { underlay, left }) } else { Ok((underlay, left)) }
+}
+
+/// Without events a node is worse to look into, but as good as any other.
+async fn follow_events(ring: EventRing, queries: mpsc::Sender<Query>, hub: Hub) {
+    if let Err(error) = observe::read_events(ring, queries, hub).await {
+        warn!(%error, "cannot read what the programs tell; `clustermesh observe` shows nothing of this node");
+    }
 }
 
 /// Follows the own cluster and whatever the directory says. Ends only with the directory's watcher.

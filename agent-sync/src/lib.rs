@@ -2,8 +2,9 @@
 //!
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
-//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes, [`encryption`] after what of the tunnels is encrypted; [`serve`] answers questions,
-//! and lets [`trial`] (plain) say what another import policy would do.
+//! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes,
+//! [`encryption`] after what of the tunnels is encrypted; [`serve`] answers questions, lets [`trial`] (plain) say what
+//! another import policy would do, and shows what [`observe`] gets to hear from the programs.
 #![forbid(unsafe_code)]
 
 pub mod agent;
@@ -16,6 +17,7 @@ pub mod histogram;
 pub mod liveness;
 pub mod mesh;
 pub mod netlink;
+pub mod observe;
 pub mod peers;
 pub mod policy;
 pub mod reconcile;

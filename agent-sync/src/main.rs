@@ -4,6 +4,7 @@
 mod cleanup_command;
 mod encryption_flags;
 mod map_sizes;
+mod observe_flags;
 
 use std::io::IsTerminal as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,8 +21,10 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, ValueEnu
 use cleanup_command::CleanupFlags;
 use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::PolicySource;
+use ebpf_global_svc::MapSizes;
 use encryption_flags::EncryptionFlags;
 use map_sizes::MapSizeFlags;
+use observe_flags::ObserveFlags;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -131,6 +134,7 @@ struct Flags {
     policy_audit_mode: Switch,
     #[command(flatten)]
     encryption: EncryptionFlags,
+    observe: ObserveFlags,
     #[command(flatten)]
     map_sizes: MapSizeFlags,
     /// How log lines look; RUST_LOG says which there are
@@ -262,7 +266,7 @@ impl Flags {
             clustermesh_config: self.clustermesh_config,
             import_policy: PolicySource { path: self.import_policy, dry_run: self.import_policy_dry_run },
             kernel: matches!(self.datapath, DatapathFlag::Ebpf).then_some(kernel),
-            sizes: self.map_sizes.sizes(),
+            sizes: MapSizes { events: self.observe.ring_bytes(), ..self.map_sizes.sizes() },
             grpc_socket: self.grpc_socket,
             http_addr: self.http_addr,
             liveness: (self.liveness == Switch::On).then_some(liveness),
@@ -270,6 +274,7 @@ impl Flags {
                 .then_some(Duration::from_secs(self.kernel_scan_interval)),
             relist_interval: (self.relist_interval > 0).then_some(Duration::from_secs(self.relist_interval)),
             audit_policies: self.policy_audit_mode == Switch::On,
+            observe: self.observe.limits(),
         })
     }
 }

@@ -303,3 +303,32 @@ fn policy_check_finds_mistakes_and_says_what_would_change() {
     assert_eq!(json["contexts"][0]["checked"]["clusters"][0]["kinds"][0]["changes"][0]["count"], 2);
     mesh.run(&["policy", "check", "--policy", "/nonexistent"]).error(2);
 }
+
+#[test]
+fn flows_of_all_agents_are_shown_in_order() {
+    let (mesh, _, _) = Mesh::of_two();
+    let shown = mesh.run(&["observe", "-o", "json"]);
+    assert_eq!(shown.code, 0, "{}", shown.stderr);
+    let nodes = |stdout: &str| {
+        let lines = stdout.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines
+            .filter_map(|line| Some(line.pointer("/flow/node_name")?.as_str()?.to_owned()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(nodes(&shown.stdout), ["alpha/alpha-1", "beta/beta-1", "alpha/alpha-1", "beta/beta-1"]);
+    assert!(shown.stdout.contains(r#""num_events_lost":"3""#), "{}", shown.stdout);
+
+    let one = mesh.run(&["observe", "--context", "beta", "--last", "1"]);
+    assert_eq!((one.code, one.stdout.lines().count()), (0, 1), "{}", one.stdout);
+    assert!(one.stdout.ends_with("invalid-source-ip DROPPED (no IP)\n"), "{}", one.stdout);
+
+    let followed = mesh.run(&["observe", "--follow", "--limit", "3", "-o", "json"]);
+    assert_eq!(nodes(&followed.stdout), ["alpha/alpha-1", "beta/beta-1", "alpha/alpha-1"]);
+    let followed = mesh.run(&["observe", "--follow", "--for", "400ms", "--print-node-name"]);
+    assert_eq!((followed.code, followed.stdout.lines().count()), (0, 4), "{}", followed.stdout);
+    assert_eq!(followed.stderr.matches("3 flows are missing before this").count(), 2, "{}", followed.stderr);
+
+    assert!(mesh.run(&["observe", "--reason", "nonsense"]).error(1).contains("is no reason"));
+    assert!(mesh.run(&["observe", "--node", "none"]).error(2).contains("there are alpha-1, beta-1"));
+    assert!(mesh.run(&["observe", "-f", "-o", "table"]).error(2).contains("leave out --follow"));
+}

@@ -34,10 +34,11 @@ pub use self::{
 use crate::{
     DatapathError, DatapathOptions, Tables,
     abi::{
-        CONFIG_STRICT, ClusterState, Config, Counter, CtKey, CtValue, OverlayKey, Plain, SCHEMA_VERSION,
-        SockRevKey, SockRevValue, VerdictKey,
+        CONFIG_STRICT, CallKey, ClusterState, Config, Counter, CtKey, CtValue, EventState, OverlayKey, Plain,
+        SCHEMA_VERSION, SockRevKey, SockRevValue, VerdictKey,
     },
-    sys::LinkTarget,
+    events::{EventRing, EventRules, KINDS},
+    sys::{self, LinkTarget},
     table::KernelTable,
 };
 
@@ -279,6 +280,78 @@ impl Datapath {
         self.per_cpu("cm_verdict")
     }
 
+    /// How often each service was called: cluster by cluster, and how often there was no backend.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn calls(&self) -> Result<Vec<(CallKey, Counter)>, DatapathError> {
+        self.per_cpu("cm_calls")
+    }
+
+    /// Forgets how often services were called. What is not there is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn forget_calls(&self, keys: &[CallKey]) -> Result<(), DatapathError> {
+        let (map, _) = self.open_map("cm_calls")?;
+        keys.iter().try_for_each(|key| match sys::delete(map.as_fd(), key) {
+            Err(source) if source.raw_os_error() != Some(libc::ENOENT) => {
+                Err(maps::map_failed("cm_calls", "update", source))
+            }
+            _ => Ok(()),
+        })
+    }
+
+    /// Says which events the programs send from now on. Those of an earlier life stay until this is called.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_events(&mut self, rules: &EventRules) -> Result<(), DatapathError> {
+        let (map, _) = self.open_map("cm_event_rule")?;
+        let mut events = 0;
+        for (kind, rule) in (0_u32..).zip(rules) {
+            let Some(rule) = rule else { continue };
+            events |= 1 << kind;
+            sys::update(map.as_fd(), &kind, rule)
+                .map_err(|source| maps::map_failed("cm_event_rule", "update", source))?;
+        }
+        if self.config.events != events {
+            let config = Config { events, ..self.config };
+            maps::write_config(&self.pins.map("cm_config"), &config)?;
+            self.config = config;
+        }
+        Ok(())
+    }
+
+    /// The reading end of the events. Have one at a time.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn event_ring(&self) -> Result<EventRing, DatapathError> {
+        EventRing::open(&self.pins.map("cm_events"))
+    }
+
+    /// What became of the events of each kind, over all CPUs. Times are 0.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn event_states(&self) -> Result<[EventState; KINDS], DatapathError> {
+        let (map, _) = self.open_map("cm_event_state")?;
+        let mut sums = [EventState::default(); KINDS];
+        crate::table::dump(&map, maps::possible_cpus()?, |kind: u32, states: &[EventState]| {
+            let Some(sum) = sums.get_mut(kind as usize) else { return };
+            for state in states {
+                sum.sent += state.sent;
+                sum.sampled += state.sampled;
+                sum.limited += state.limited;
+                sum.full += state.full;
+                sum.unsent += state.unsent;
+            }
+        })
+        .map_err(|source| maps::map_failed("cm_event_state", "read", source))?;
+        Ok(sums)
+    }
+
     /// What this node is configured as.
     #[must_use]
     pub fn config(&self) -> Config {
@@ -397,7 +470,8 @@ fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathE
         node_ip,
         overlay_port: options.overlay_port,
         flags: if options.strict { before.flags } else { 0 },
-        reserved: [0; 3],
+        events: before.events,
+        reserved: [0; 2],
     };
     maps::write_config(&path, &config)?;
     Ok(config)

@@ -183,6 +183,10 @@ pub struct MapSizes {
     pub verdict: u32,
     /// Packets on their way in fragments (preallocated: about 100 bytes each).
     pub fragment: u32,
+    /// Services that are called, times the clusters that answer.
+    pub calls: u32,
+    /// Bytes of the ring of events: a power of two, and whole pages. An event takes 136.
+    pub events: u32,
 }
 
 impl Default for MapSizes {
@@ -204,6 +208,8 @@ impl Default for MapSizes {
             ct: 131_072,
             verdict: 8_192,
             fragment: 8_192,
+            calls: 65_536,
+            events: 1 << 20,
         }
     }
 }

@@ -128,7 +128,18 @@ fn a_datapath_without_policies_and_session_affinity_is_taken_over() {
     datapath.tables().unwrap().ipcache.upsert(&[entry]).unwrap();
     drop(datapath);
     // As an older version leaves it.
-    for map in ["cm_policy", "cm_cidr", "cm_ct", "cm_verdict", "cm_fragment", "cm_affinity"] {
+    for map in [
+        "cm_policy",
+        "cm_cidr",
+        "cm_ct",
+        "cm_verdict",
+        "cm_fragment",
+        "cm_affinity",
+        "cm_calls",
+        "cm_events",
+        "cm_event_rule",
+        "cm_event_state",
+    ] {
         std::fs::remove_file(root.path().join("maps").join(map)).unwrap();
     }
     let datapath = Datapath::open(&root.options(1)).unwrap();
@@ -148,7 +159,7 @@ fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     drop(datapath);
 
     let remains = Datapath::remains(root.path()).unwrap().unwrap();
-    assert_eq!((remains.maps().len(), remains.links()), (19, &[][..]));
+    assert_eq!((remains.maps().len(), remains.links()), (23, &[][..]));
     assert_eq!(remains.config().unwrap().cluster, 7);
     let error = Datapath::open(&root.options(7)).unwrap_err();
     assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");

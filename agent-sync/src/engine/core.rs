@@ -12,6 +12,7 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::digest::SourceTime;
 use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
+use ebpf_global_svc::abi::ServiceKey;
 use ebpf_global_svc::{DatapathError, Tables};
 use tracing::{debug, info, warn};
 
@@ -214,6 +215,16 @@ impl Core {
     /// Entries written or removed since the start, by table.
     pub fn writes(&self) -> &BTreeMap<&'static str, u64> {
         self.reconciler.writes()
+    }
+
+    /// How many services were taken out of the kernel since the start.
+    pub(super) fn services_gone(&self) -> u64 {
+        self.reconciler.services_gone()
+    }
+
+    /// Frontends of services that have these IDs in the kernel. Walks all services once.
+    pub(super) fn frontends_of(&self, services: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        self.reconciler.frontends_of(services)
     }
 
     /// Who we are.

@@ -6,6 +6,8 @@
 //! per event.
 
 mod core;
+mod counted;
+mod describe;
 mod explain;
 mod intake;
 mod kernel;
@@ -23,7 +25,7 @@ use clustermesh_kvstore::digest::{SourceTime, Ticket};
 use clustermesh_kvstore::import_policy::Rules;
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::reflector::ReflectorEvent;
-use ebpf_global_svc::{Datapath, DatapathError, MapSizes, Tables};
+use ebpf_global_svc::{Datapath, DatapathError, EventRules, MapSizes, Tables};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
@@ -34,9 +36,12 @@ use crate::histogram::Histogram;
 use crate::mesh::{Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
+use counted::CallCounts;
 use kernel::PodHooks;
 
 pub use self::core::{Core, Stepped};
+pub(crate) use counted::KIND_NAMES;
+pub use counted::{CallCount, Counted};
 pub use explain::{AddressPart, Explanation, Part, Subject};
 pub use query::{DigestView, DumpError, Fill, KindView, Overview, Query, Row, TABLES};
 
@@ -149,6 +154,8 @@ pub struct Channels {
     pub routes: RouteBoard,
     /// To the keeper of encryption.
     pub tunnels: TunnelBoard,
+    /// What the programs are to tell.
+    pub events: watch::Receiver<EventRules>,
     /// By which kinds are listed again.
     pub directory: Directory,
     /// Ends the engine; the tables stay.
@@ -166,6 +173,7 @@ pub struct Engine {
     batches: Histogram,
     /// See [`Setup::strict`].
     strict: Option<Scope>,
+    calls: CallCounts,
 }
 
 impl Engine {
@@ -190,14 +198,17 @@ impl Engine {
             scope
         });
         let batches = Histogram::new(&BATCH_TIMES);
-        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches, strict };
+        let calls = CallCounts::default();
+        let mut engine = Self { core, tables, datapath, hooks, pod_links, started, batches, strict, calls };
         engine.take_links();
+        engine.forget_calls();
         Ok(engine)
     }
 
     /// Runs until `stop`.
     pub async fn run(mut self, mut channels: Channels) {
         let mut batch = Vec::with_capacity(CHANNEL);
+        channels.events.mark_changed();
         loop {
             let wakes = [self.core.deadline(), self.core.digests_deadline(), self.hooks.deadline()];
             let wake = wakes.into_iter().flatten().min();
@@ -219,6 +230,10 @@ impl Engine {
                         return;
                     }
                 }
+                Ok(()) = channels.events.changed() => {
+                    self.set_events(*channels.events.borrow_and_update());
+                    continue;
+                }
                 () = links_changed(&mut self.pod_links) => self.take_links(),
                 () = deadline => {}
             }
@@ -234,6 +249,7 @@ impl Engine {
                 }
             }
             self.write(&channels.routes, &channels.tunnels);
+            self.forget_calls();
             if has_records {
                 self.batches.observe(received.elapsed().as_secs_f64());
             }
@@ -269,6 +285,13 @@ impl Engine {
         // Known with the node's record at the latest; until then an earlier life's holds.
         if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
             warn!(%error, "cannot tell the datapath this node's address");
+        }
+    }
+
+    fn set_events(&mut self, rules: EventRules) {
+        let Some(datapath) = &mut self.datapath else { return };
+        if let Err(error) = datapath.set_events(&rules) {
+            warn!(%error, "cannot tell the programs which events are wanted");
         }
     }
 

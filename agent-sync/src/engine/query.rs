@@ -8,17 +8,19 @@ use super::policy_rows;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::import_policy::Ledger;
 use clustermesh_kvstore::key::Kind;
-use ebpf_global_svc::abi::{self, IpKey};
+use ebpf_global_svc::abi::{self, Event, IpKey};
 use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{DatapathError, Tables};
 use tokio::sync::oneshot;
 
+use super::counted::Counted;
 use super::explain::{AddressPart, Explanation, Subject};
 use super::{Engine, shown};
 use crate::digest::{Stage, Verdict};
 use crate::histogram::Histogram;
 use crate::liveness;
 use crate::mesh::{Conflict, Counts, LeftOut};
+use crate::observe::{Flow, reason_text};
 use crate::reconcile::drift::Drift;
 use crate::wire_key;
 
@@ -35,6 +37,10 @@ pub enum Query {
     Addresses(ClusterName, Vec<IpAddr>, oneshot::Sender<Result<Vec<AddressPart>, DatapathError>>),
     /// What is in a table of [`TABLES`].
     Dump(String, oneshot::Sender<Result<Vec<Row>, DumpError>>),
+    /// What the programs have counted; none without a kernel.
+    Counted(oneshot::Sender<Result<Option<Counted>, DatapathError>>),
+    /// What events of the programs are about: a flow for each. Their times are the reader's.
+    Describe(Vec<Event>, oneshot::Sender<Vec<Flow>>),
     /// Which remote clusters there are, and their nodes.
     Remotes(oneshot::Sender<BTreeMap<ClusterName, liveness::core::Member>>),
 }
@@ -54,7 +60,7 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 17] = [
+pub const TABLES: [&str; 19] = [
     "service",
     "slot",
     "backend",
@@ -72,6 +78,8 @@ pub const TABLES: [&str; 17] = [
     "overlay",
     "metrics",
     "sockrev",
+    "calls",
+    "events",
 ];
 
 /// A table that cannot be dumped.
@@ -162,6 +170,8 @@ impl Engine {
             Query::Explain(subject, reply) => drop(reply.send(self.explain(&subject))),
             Query::Addresses(name, ips, reply) => drop(reply.send(self.explain_addresses(&name, &ips))),
             Query::Dump(table, reply) => drop(reply.send(self.dump(&table))),
+            Query::Counted(reply) => drop(reply.send(self.counted())),
+            Query::Describe(events, reply) => drop(reply.send(self.describe(events))),
             Query::Remotes(reply) => drop(reply.send(self.core.remotes())),
         }
     }
@@ -247,6 +257,8 @@ impl Engine {
             "overlay" => self.overlay_rows()?,
             "metrics" => self.metric_rows()?,
             "sockrev" => self.socket_rows()?,
+            "calls" => self.call_rows()?,
+            "events" => self.event_rows()?,
             other => return Err(DumpError::Unknown(other.chars().take(64).collect())),
         })
     }
@@ -269,7 +281,7 @@ impl Engine {
         let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
         let rows = datapath.metrics()?.into_iter().map(|(reason, counter)| {
             vec![
-                ("reason", reason_name(reason)),
+                ("reason", reason_text(reason)),
                 ("code", reason.to_string()),
                 ("packets", counter.packets.to_string()),
                 ("bytes", counter.bytes.to_string()),
@@ -424,36 +436,6 @@ fn cluster_row(id: u32, value: abi::ClusterState) -> Row {
         other => other.to_string(),
     };
     vec![("cluster", id.to_string()), ("state", state)]
-}
-
-fn reason_name(reason: u8) -> String {
-    let name = match reason {
-        abi::reason::FORWARDED => "forwarded",
-        abi::reason::ENCAPSULATED => "encapsulated",
-        abi::reason::DECAPSULATED => "decapsulated",
-        abi::reason::TO_STACK => "to-stack",
-        abi::reason::LB_SELECTED => "lb-selected",
-        abi::reason::LB_NO_BACKEND_SLOT => "lb-no-backend-slot",
-        abi::reason::LB_NO_BACKEND => "lb-no-backend",
-        abi::reason::LB_STANDBY => "lb-standby",
-        abi::reason::LB_DRAINING => "lb-draining",
-        abi::reason::LB_AFFINITY => "lb-affinity",
-        abi::reason::TOO_BIG => "too-big",
-        abi::reason::INVALID_SOURCE_IP => "invalid-source-ip",
-        abi::reason::INVALID_PACKET => "invalid-packet",
-        abi::reason::NO_TUNNEL_KEY => "no-tunnel-key",
-        abi::reason::UNKNOWN_TARGET => "unknown-target",
-        abi::reason::NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",
-        abi::reason::NO_MAPPING => "no-mapping",
-        abi::reason::ENCAPSULATION_PROHIBITED => "encapsulation-prohibited",
-        abi::reason::INVALID_IDENTITY => "invalid-identity",
-        abi::reason::UNKNOWN_SENDER => "unknown-sender",
-        abi::reason::INVALID_CLUSTER_ID => "invalid-cluster-id",
-        abi::reason::UNENCRYPTED => "unencrypted",
-        abi::reason::NOT_READY => "not-ready",
-        other => return other.to_string(),
-    };
-    name.to_owned()
 }
 
 fn fills(tables: &Tables) -> Vec<Box<dyn FnOnce() -> Fill + Send>> {

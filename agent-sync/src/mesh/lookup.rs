@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::{ClusterId, NamespacedName};
 use clustermesh_kvstore::record::LocalService;
-use ebpf_global_svc::abi::{IpValue, ServiceKey};
+use ebpf_global_svc::abi::{IpValue, ServiceKey, identity};
 use ipnet::IpNet;
 
 use super::{Mesh, RemoteService};
@@ -64,6 +64,23 @@ impl Mesh {
     pub fn node_at(&self, cluster: ClusterId, tunnel_ip: Ipv4Addr) -> Option<&str> {
         let nodes = self.clusters.get(&cluster.get())?.nodes.iter();
         nodes.filter(|(_, node)| node.tunnel_ip() == Some(tunnel_ip)).map(|(name, _)| name.as_str()).min()
+    }
+
+    /// The node of a cluster that has an address: of the underlay, or its own out of its pod CIDRs.
+    pub fn node_of_address(&self, cluster: ClusterId, ip: IpAddr) -> Option<&str> {
+        let holds = self.topology.address_holder(ip) == Some(cluster.get())
+            || self.address(cluster, ip).is_some_and(|value| value.identity == identity::REMOTE_NODE);
+        if !holds {
+            return None;
+        }
+        let nodes = self.clusters.get(&cluster.get())?.nodes.iter();
+        let has = |node: &super::NodeFact| node.internal_ips.contains(&ip) || node.mesh_ips.contains(&ip);
+        nodes.filter(|(_, node)| has(node)).map(|(name, _)| name.as_str()).min()
+    }
+
+    /// The own cluster's service that has a frontend.
+    pub fn service_at(&self, frontend: &ServiceKey) -> Option<&NamespacedName> {
+        self.services.holder(frontend)
     }
 
     /// Whether the address is not used as its cluster says, for want of such a node or prefix.

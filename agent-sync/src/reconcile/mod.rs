@@ -16,12 +16,12 @@ mod policy;
 mod services;
 mod write;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
-    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, TranslateKey,
-    TranslateValue,
+    ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey,
+    TranslateKey, TranslateValue,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
@@ -154,6 +154,16 @@ impl Reconciler {
     /// Why something is pending.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
+    }
+
+    /// How many services were removed since the start.
+    pub fn services_gone(&self) -> u64 {
+        self.services.gone()
+    }
+
+    /// Frontends of services that have these IDs. Walks all services once.
+    pub fn frontends_of(&self, ids: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        self.services.frontends_of(ids)
     }
 
     /// Entries written or removed since the start, by table; retries count again.

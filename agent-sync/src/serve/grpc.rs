@@ -12,6 +12,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use super::observe::Flows;
 use super::{Gone, ServeError, Source, probe};
 use crate::engine::{DumpError, Row};
 
@@ -92,6 +93,15 @@ impl Agent for Service {
         request: Request<v1::CheckPolicyRequest>,
     ) -> Result<Response<v1::CheckPolicyResponse>, Status> {
         Ok(Response::new(self.source.check_policy(request.into_inner()).await?))
+    }
+
+    type ObserveStream = Flows;
+
+    async fn observe(
+        &self,
+        request: Request<v1::ObserveRequest>,
+    ) -> Result<Response<Self::ObserveStream>, Status> {
+        Ok(Response::new(self.source.observe(request.into_inner())?))
     }
 
     async fn probe_peer(

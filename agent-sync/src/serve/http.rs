@@ -58,7 +58,12 @@ async fn scrape(State(source): State<Source>) -> Response {
     let Ok(status) = source.status(false).await else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
-    match metrics::encode(&status) {
+    let counted = match source.counted().await {
+        Ok(counted) => counted,
+        // Half of the metrics would look like a datapath that does nothing.
+        Err(error) => return (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    };
+    match metrics::encode(&status, counted.as_ref()) {
         Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

@@ -1,5 +1,6 @@
 //! Prometheus' view, made from the status at each scrape.
 
+mod counted;
 mod digests;
 mod wireguard;
 mod work;
@@ -14,6 +15,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::engine::Counted;
 use crate::liveness::Health;
 
 /// OpenMetrics.
@@ -23,8 +25,8 @@ type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge>;
 type Counters = Family<Labels, Counter>;
 
-/// All metrics as text.
-pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error> {
+/// All metrics as text. `counted`: what the programs count, if there are any.
+pub(super) fn encode(status: &StatusResponse, counted: Option<&Counted>) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("clustermesh");
     agent(status, &mut registry);
     clusters(status, &mut registry);
@@ -34,6 +36,9 @@ pub(super) fn encode(status: &StatusResponse) -> Result<String, std::fmt::Error>
     digests::register(status, &mut registry);
     work::register(status, &mut registry);
     wireguard::register(status, &mut registry);
+    if let Some(counted) = counted {
+        counted::register(counted, &mut registry);
+    }
     let mut text = String::new();
     encode_text(&mut text, &registry)?;
     Ok(text)
@@ -175,7 +180,8 @@ mod tests {
             ..KindStatus::default()
         };
         let beta = Peer { name: "beta".into(), kinds: vec![kind], ..Peer::default() };
-        let text = encode(&StatusResponse { remotes: vec![beta], ..StatusResponse::default() }).unwrap();
+        let text =
+            encode(&StatusResponse { remotes: vec![beta], ..StatusResponse::default() }, None).unwrap();
         let line = r#"clustermesh_import_refused_total{cluster="beta",kind="ip",reason="bad_json"} 3"#;
         assert!(text.lines().any(|l| l.starts_with(line)), "{text}");
         assert!(text.contains("clustermesh_remote_clusters{} 1"), "{text}");

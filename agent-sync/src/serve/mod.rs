@@ -10,6 +10,7 @@ mod grpc;
 mod http;
 mod listing;
 mod metrics;
+mod observe;
 mod policy;
 mod probe;
 mod status;
@@ -21,7 +22,7 @@ use clustermesh_kvstore::cluster::MaxConnectedClusters;
 use clustermesh_kvstore::import_policy::CurrentPolicy;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{DumpError, Fill, Overview, Query, Row};
+use crate::engine::{Counted, DumpError, Fill, Overview, Query, Row};
 use crate::liveness::Board;
 use crate::peers::{Directory, OwnCluster};
 
@@ -29,6 +30,7 @@ pub use encryption::EncryptionView;
 pub use grpc::serve as serve_grpc;
 pub use http::serve as serve_http;
 pub use listing::Desk;
+pub use observe::ObserveDesk;
 
 /// Where all answers come from. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -51,6 +53,8 @@ pub struct Source {
     pub encryption: EncryptionView,
     /// Where lists of etcds are asked for.
     pub desk: Desk,
+    /// Where flows are observed; none: there are none.
+    pub observe: Option<ObserveDesk>,
 }
 
 /// Why nothing is served.
@@ -102,6 +106,12 @@ impl Source {
         let (reply, answer) = oneshot::channel();
         self.queries.send(Query::Dump(table, reply)).await.map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
+    }
+
+    async fn counted(&self) -> anyhow::Result<Option<Counted>> {
+        let (reply, answer) = oneshot::channel();
+        self.queries.send(Query::Counted(reply)).await.map_err(|_| Gone)?;
+        Ok(answer.await.map_err(|_| Gone)??)
     }
 
     fn max(&self) -> MaxConnectedClusters {

@@ -232,6 +232,7 @@ impl Agent {
             sizes: MapSizes::default(),
             scan_interval: None,
             audit_policies: false,
+            observe: agent_sync::observe::Limits::default(),
             relist_interval: Some(Duration::from_secs(1)),
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clustermesh_agent_api::Client;
 use clustermesh_agent_api::v1::{
     CheckPolicyRequest, CheckPolicyResponse, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse,
-    ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
+    ObserveRequest, ObserveResponse, ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
 };
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
@@ -97,6 +97,23 @@ pub(crate) async fn dump(agent: &Agent, table: &str) -> Result<Vec<DumpTableRow>
     .await
 }
 
+/// Flows of `agent`, one after the other; each may take as long as it likes.
+pub(crate) async fn observe(
+    agent: &Agent,
+    request: ObserveRequest,
+) -> Result<tonic::Streaming<ObserveResponse>, String> {
+    let mut client = client(agent).await?;
+    within(ANSWER, client.observe(request)).await
+}
+
+/// What an agent says when it cannot do something.
+pub(crate) fn failure(status: &tonic::Status) -> String {
+    one_line(match status.message() {
+        "" => status.code().description(),
+        message => message,
+    })
+}
+
 async fn status(agent: &Agent, with_refused: bool) -> Result<StatusResponse, String> {
     let mut client = client(agent).await?;
     within(ANSWER, client.status(StatusRequest { with_refused })).await
@@ -117,10 +134,7 @@ async fn within<T>(
 ) -> Result<T, String> {
     match timeout(limit, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(one_line(match status.message() {
-            "" => status.code().description(),
-            message => message,
-        })),
+        Ok(Err(status)) => Err(failure(&status)),
         Err(_) => Err(format!("its agent does not answer within {} s", limit.as_secs())),
     }
 }

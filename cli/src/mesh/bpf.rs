@@ -63,6 +63,10 @@ enum TableName {
     Metrics,
     /// What sockets were connected to before translation.
     Sockrev,
+    /// Calls of services, by the cluster that answered them; none: they were refused.
+    Calls,
+    /// What became of the events that `observe` shows: sent, or left out and why.
+    Events,
 }
 
 #[derive(Debug, Subcommand)]

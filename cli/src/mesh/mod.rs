@@ -17,6 +17,7 @@ mod disconnect;
 pub(crate) mod entry;
 mod explain;
 mod mirror;
+mod observe;
 mod plan;
 mod policy;
 mod status;
@@ -33,6 +34,7 @@ pub(crate) enum Command {
     Status(status::StatusArgs),
     Explain(explain::ExplainArgs),
     Policy(policy::PolicyArgs),
+    Observe(Box<observe::ObserveArgs>),
     Bpf(bpf::BpfArgs),
 }
 
@@ -48,6 +50,7 @@ impl Command {
             Self::Status(args) => args.run().await,
             Self::Explain(args) => args.run().await,
             Self::Policy(args) => args.run().await,
+            Self::Observe(args) => args.run().await,
             Self::Bpf(args) => args.run().await,
         }
     }

@@ -6,11 +6,12 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use clustermesh_agent_api::v1::agent_server::{Agent, AgentServer};
+use clustermesh_agent_api::v1::observe_response::What;
 use clustermesh_agent_api::v1::{
     CheckPolicyRequest, CheckPolicyResponse, CheckedChange, CheckedCluster, CheckedKind, CheckedRecord,
     Column, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ExplainedAddress, ExplainedPart,
-    KindStatus, LocalCounts, Peer, ProbePeerRequest, ProbePeerResponse, RefusedKey, StatusRequest,
-    StatusResponse, TableFill,
+    Flow, KindStatus, LocalCounts, LostFlows, ObserveRequest, ObserveResponse, Peer, ProbePeerRequest,
+    ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse, TableFill,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -342,5 +343,36 @@ impl Agent for FakeAgent {
             request.etcd_config.lines().find_map(|line| line.trim().strip_prefix("key-file: ")).unwrap();
         assert!(std::fs::read_to_string(key.trim_matches('"')).unwrap().contains(&request.cluster_name));
         Ok(Response::new(self.answers.lock().unwrap().probe.clone()))
+    }
+
+    type ObserveStream = Pin<Box<dyn tokio_stream::Stream<Item = Result<ObserveResponse, Status>> + Send>>;
+
+    /// Two flows, and one that is missing between them; alpha's are at odd times, beta's at even ones.
+    async fn observe(
+        &self,
+        request: Request<ObserveRequest>,
+    ) -> Result<Response<Self::ObserveStream>, Status> {
+        let filter = request.get_ref().filter.clone().unwrap_or_default();
+        if filter.reasons == ["nonsense"] {
+            return Err(Status::invalid_argument("\"nonsense\" is no reason"));
+        }
+        let status = self.answers.lock().unwrap().status.clone();
+        let flow = |second: i64| Flow {
+            time_ns: (2 * second + i64::from(status.cluster_id)) * 1_000_000_000,
+            cluster_name: status.cluster_name.clone(),
+            node_name: status.node_name.clone(),
+            r#type: "drop".into(),
+            verdict: "DROPPED".into(),
+            drop_reason: "invalid-source-ip".into(),
+            ..Flow::default()
+        };
+        let lost = LostFlows { source: "agent".into(), count: 3, time_ns: flow(1).time_ns };
+        let told = [What::Flow(flow(1)), What::Lost(lost), What::Flow(flow(2))];
+        let told = tokio_stream::iter(told.map(|what| Ok(ObserveResponse { what: Some(what) })));
+        // Whoever follows waits for more.
+        Ok(Response::new(match request.get_ref().follow {
+            true => Box::pin(futures::StreamExt::chain(told, futures::stream::pending())),
+            false => Box::pin(told),
+        }))
     }
 }

@@ -9,6 +9,13 @@
 //! Cluster IDs prefix every key that names a pod address, slot or frontend.
 #![no_std]
 
+mod event;
+
+pub use event::{
+    EVENT_ANSWER, EVENT_BOUND, EVENT_DRAINING, EVENT_EGRESS, EVENT_KINDS, EVENT_POLICY, EVENT_STANDBY, Event,
+    EventRule, EventState, event_hook, event_kind, read_event,
+};
+
 /// Changed whenever a layout or the meaning of a field changes; kept in [`Config::schema`].
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -44,6 +51,7 @@ plain! {
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
     CtValue = 16, FragmentKey = 40, FragmentValue = 8, AffinityKey = 16, AffinityValue = 16,
     TranslateKey = 24, TranslateValue = 16,
+    Event = 128, EventRule = 24, EventState = 48, CallKey = 8,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -516,7 +524,7 @@ pub struct ClusterState {
     pub state: u32,
 }
 
-/// `cm_config` (ARRAY of 1) value; written once by the loader, read by every program.
+/// `cm_config` (ARRAY of 1) value; written by the loader, read by every program.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -534,14 +542,16 @@ pub struct Config {
     pub overlay_port: u16,
     /// [`CONFIG_STRICT`], or 0.
     pub flags: u16,
+    /// Which events are wanted: a bit for each [`event_kind`].
+    pub events: u32,
     /// Zero.
-    pub reserved: [u32; 3],
+    pub reserved: [u32; 2],
 }
 /// [`Config::flags`]: tunnel packets to a node go only if they are encrypted, and only such are taken in, but for
 /// nodes with [`NODE_CLEAR`].
 pub const CONFIG_STRICT: u16 = 1;
 
-/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx` and `cm_verdict` value.
+/// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx`, `cm_verdict` and `cm_calls` value.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counter {
@@ -549,6 +559,18 @@ pub struct Counter {
     pub packets: u64,
     /// Bytes with Ethernet header; 0 for events at sockets.
     pub bytes: u64,
+}
+
+/// `cm_calls` (PERCPU_HASH, value [`Counter`]) key: calls to a service.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallKey {
+    /// [`ServiceValue::id`].
+    pub service: u32,
+    /// Cluster of the backend that was chosen; 0 if none was.
+    pub cluster: u16,
+    /// See [`call`].
+    pub outcome: u16,
 }
 
 /// `cm_overlay_rx` (LRU_PERCPU_HASH) key: identity seen in decapsulated traffic, and the outer source.
@@ -587,6 +609,14 @@ pub mod verdict {
     pub const DENIED: u8 = 1;
     /// It would have been dropped.
     pub const AUDITED: u8 = 2;
+}
+
+/// Values of [`CallKey::outcome`](super::CallKey::outcome).
+pub mod call {
+    /// A backend was chosen.
+    pub const CHOSEN: u16 = 0;
+    /// There was none.
+    pub const REFUSED: u16 = 1;
 }
 
 /// Values of [`BackendValue::state`](super::BackendValue::state).
@@ -672,4 +702,49 @@ pub mod reason {
     pub const UNENCRYPTED: u8 = 195;
     /// Drop: the datapath is not configured.
     pub const NOT_READY: u8 = 202;
+
+    /// As people write it: `to-stack`; none of a number that is no reason.
+    #[must_use]
+    pub const fn name(reason: u8) -> Option<&'static str> {
+        Some(match reason {
+            FORWARDED => "forwarded",
+            ENCAPSULATED => "encapsulated",
+            DECAPSULATED => "decapsulated",
+            TO_STACK => "to-stack",
+            LB_SELECTED => "lb-selected",
+            LB_NO_BACKEND_SLOT => "lb-no-backend-slot",
+            LB_NO_BACKEND => "lb-no-backend",
+            LB_STANDBY => "lb-standby",
+            LB_DRAINING => "lb-draining",
+            TOO_BIG => "too-big",
+            POLICY_AUDITED => "policy-audited",
+            LB_AFFINITY => "lb-affinity",
+            INVALID_SOURCE_IP => "invalid-source-ip",
+            POLICY => "policy",
+            INVALID_PACKET => "invalid-packet",
+            NO_TUNNEL_KEY => "no-tunnel-key",
+            UNKNOWN_TARGET => "unknown-target",
+            NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",
+            NO_MAPPING => "no-mapping",
+            ENCAPSULATION_PROHIBITED => "encapsulation-prohibited",
+            FRAGMENT_NOT_FOUND => "fragment-not-found",
+            UNKNOWN_IDENTITY => "unknown-identity",
+            INVALID_IDENTITY => "invalid-identity",
+            UNKNOWN_SENDER => "unknown-sender",
+            POLICY_DENY => "policy-deny",
+            INVALID_CLUSTER_ID => "invalid-cluster-id",
+            UNENCRYPTED => "unencrypted",
+            NOT_READY => "not-ready",
+            _ => return None,
+        })
+    }
+
+    /// Whether it is one of a packet that is dropped.
+    #[must_use]
+    pub const fn is_drop(reason: u8) -> bool {
+        reason >= FIRST_DROP
+    }
+
+    /// Reasons from here on are drops.
+    pub const FIRST_DROP: u8 = 130;
 }

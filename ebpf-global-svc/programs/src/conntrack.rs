@@ -46,11 +46,12 @@ pub fn is_answer(flow: &Flow, toward: u8) -> bool {
     true
 }
 
-/// A packet of a flow that begins, or has begun, in its own direction is let through.
+/// A packet of a flow that begins, or has begun, in its own direction is let through. Tells whether it is the first
+/// of its flow, or belongs to none.
 #[inline(always)]
-pub fn remember(flow: &Flow, toward: u8, peer: u32) {
+pub fn remember(flow: &Flow, toward: u8, peer: u32) -> bool {
     if flow.is(traits::ANSWERS | traits::ALONE) {
-        return;
+        return flow.is(traits::ALONE);
     }
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
@@ -59,16 +60,17 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) {
         if let Some(entry) = CT.get_ptr_mut(&*key) {
             // SAFETY: as above.
             if unsafe { refresh(entry, flow, now) } {
-                return;
+                return false;
             }
         }
     }
     if flow.is(traits::RST) {
-        return;
+        return false;
     }
     let value = CtValue { expires: now + lifetime(flow, 0), flags: 0, peer };
     // A failure costs the answers, where a policy selects, until the next packet.
     let _ = CT.insert(&*key, value, 0);
+    true
 }
 
 /// The flow is not let through any more, and neither are its answers.
@@ -89,7 +91,7 @@ pub unsafe extern "C" fn is_about_flow(skb: *mut __sk_buff, error: *const Flow, 
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(error) = (unsafe { error.as_ref() }) else { return 0 };
     let mut about = MaybeUninit::uninit();
-    let about = Flow::new(&mut about, error.family, (0, 0), 0);
+    let about = Flow::new(&mut about, error.family, (0, 0));
     // SAFETY: the caller's promise.
     unsafe { read_flow(skb, error.embedded, about) };
     // It travelled the other way: what the pod has sent comes back to it.

@@ -12,18 +12,26 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, reason,
+    CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, event_hook, reason,
 };
 
-use crate::{counters::count, maps::node, zero::zero};
+use crate::{counters::count, events::drop_packet, maps::node, zero::zero};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
 const TUNNEL_TTL: u8 = 64;
 
-/// The packet ends here.
+/// The packet ends here. `hook`: see `event_hook`; `sender`: its identity, 0 if it is not known.
 #[inline(always)]
-pub fn drop(ctx: &TcContext, reason: u8) -> i32 {
+pub fn drop(ctx: &TcContext, hook: u8, reason: u8, sender: u32) -> i32 {
+    // SAFETY: the context is the program's own.
+    unsafe { drop_packet(ctx.skb.skb, hook.into(), reason.into(), sender) };
+    TC_ACT_SHOT
+}
+
+/// The packet ends here, and nobody is told: because policy said so and has told of it, or because nobody asks.
+#[inline(always)]
+pub fn drop_untold(ctx: &TcContext, reason: u8) -> i32 {
     count(reason, ctx.len());
     TC_ACT_SHOT
 }
@@ -43,7 +51,7 @@ pub fn is_via_stack(pod: &EndpointValue) -> bool {
 
 /// Moves the packet into a pod of this node, past the node's routing and queues.
 #[inline(always)]
-pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
+pub fn to_pod(ctx: &TcContext, hook: u8, pod: &EndpointValue, sender: u32) -> i32 {
     if is_via_stack(pod) {
         return to_stack(ctx);
     }
@@ -54,21 +62,21 @@ pub fn to_pod(ctx: &TcContext, pod: &EndpointValue) -> i32 {
     // SAFETY: the context is the program's own, and the buffer has the length that is passed.
     unsafe {
         if bpf_skb_store_bytes(ctx.skb.skb, 0, addresses.as_ptr().cast(), 12, 0) != 0 {
-            return drop(ctx, reason::INVALID_PACKET);
+            return drop(ctx, hook, reason::INVALID_PACKET, sender);
         }
         bpf_redirect_peer(pod.ifindex, 0) as i32
     }
 }
 
-/// Sends the packet to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
+/// Sends the packet of a pod to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
 /// not lie on the stack while policy is asked.
 #[inline(never)]
 pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
-        return drop(ctx, reason::NO_TUNNEL_ENDPOINT);
+        return drop(ctx, event_hook::FROM_POD, reason::NO_TUNNEL_ENDPOINT, identity);
     }
     if !may_go(config, node_ip) {
-        return drop(ctx, reason::UNENCRYPTED);
+        return drop(ctx, event_hook::FROM_POD, reason::UNENCRYPTED, identity);
     }
     let mut mtu = 0_u32;
     // SAFETY: the context is the program's own, and `mtu` outlives the call.
@@ -77,7 +85,7 @@ pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]
         count(reason::TOO_BIG, ctx.len());
     }
     if !set_tunnel(ctx, config, identity, node_ip) {
-        return drop(ctx, reason::NO_TUNNEL_KEY);
+        return drop(ctx, event_hook::FROM_POD, reason::NO_TUNNEL_KEY, identity);
     }
     count(reason::ENCAPSULATED, ctx.len());
     // SAFETY: no preconditions.

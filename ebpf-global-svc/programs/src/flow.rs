@@ -3,7 +3,7 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
+use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes, programs::TcContext};
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, FragmentKey, FragmentValue, reason};
 
 use crate::{maps::FRAGMENT, packet::ETHERNET, zero::zero};
@@ -55,6 +55,8 @@ pub struct Flow {
     pub destination: [u32; 4],
     /// Bytes of the packet, with its Ethernet header.
     pub bytes: u32,
+    /// The interface on which it is seen.
+    pub ifindex: u32,
     /// Where the packet that an ICMP error is about begins; 0: it is none.
     pub embedded: u32,
     /// Clusters of the two ends; 0: outside of the mesh.
@@ -71,17 +73,22 @@ pub struct Flow {
     pub traits: u8,
     /// Why policy cannot be asked; 0: it can. See [`reason`].
     pub unreadable: u8,
+    /// As they stand in the header; 0: it has none.
+    pub tcp_flags: u8,
+    /// Code of an ICMP packet.
+    pub icmp_code: u8,
+    /// Which program sees it; see `event_hook`.
+    pub hook: u8,
     /// Zero.
-    pad: u16,
+    pad: [u8; 3],
 }
 
 impl Flow {
     /// A packet of which only this is known.
     #[inline(always)]
-    pub fn new(place: &mut MaybeUninit<Self>, family: u8, clusters: (u16, u16), bytes: u32) -> &mut Self {
+    pub fn new(place: &mut MaybeUninit<Self>, family: u8, clusters: (u16, u16)) -> &mut Self {
         // SAFETY: integers only.
         let flow = unsafe { zero(place) };
-        flow.bytes = bytes;
         flow.source_cluster = clusters.0;
         flow.destination_cluster = clusters.1;
         flow.family = family;
@@ -92,10 +99,49 @@ impl Flow {
     pub fn is(&self, traits: u8) -> bool {
         self.traits & traits != 0
     }
+
+    #[inline(always)]
+    pub fn is_icmp(&self) -> bool {
+        matches!((self.proto, self.family), (ICMP, FAMILY_V4) | (ICMPV6, FAMILY_V6))
+    }
+
+    /// Whether the packet alone tells that it answers another one.
+    #[inline(always)]
+    pub fn is_answer_by_itself(&self) -> bool {
+        self.is(traits::ANSWERS) || self.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+    }
+}
+
+/// Flags of a TCP header.
+pub mod tcp {
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 2;
+    pub const RST: u8 = 4;
+    pub const ACK: u8 = 16;
 }
 
 /// Where the IP header of a frame is.
 pub const OUTER: u32 = ETHERNET as u32;
+
+/// Reads the packet that a program is about, from its IP header on. `hook`: see `event_hook`.
+#[inline(always)]
+pub fn read_packet<'a>(
+    ctx: &TcContext,
+    place: &'a mut MaybeUninit<Flow>,
+    hook: u8,
+    family: u8,
+    clusters: (u16, u16),
+) -> &'a Flow {
+    let flow = Flow::new(place, family, clusters);
+    flow.hook = hook;
+    flow.bytes = ctx.len();
+    // SAFETY: the context is the program's own.
+    unsafe {
+        flow.ifindex = (*ctx.skb.skb).ifindex;
+        read_flow(ctx.skb.skb, OUTER, flow);
+    }
+    flow
+}
 
 /// Reads the packet whose IP header is at `at`. If that is one that an ICMP error is about, only its first
 /// bytes are there.
@@ -225,12 +271,14 @@ fn read_transport(skb: *mut __sk_buff, at: u32, embedded: bool, flow: &mut Flow)
             flow.traits |= traits::PORTS;
             if flow.proto == TCP && !embedded {
                 let [flags] = load::<[u8; 1]>(skb, at + 13)?;
+                flow.tcp_flags = flags;
                 flow.traits |= tcp_traits(flags);
             }
         }
         (ICMP, FAMILY_V4) | (ICMPV6, FAMILY_V6) => {
             let header: [u8; 8] = load(skb, at)?;
             let [kind, code] = [header[0], header[1]];
+            flow.icmp_code = code;
             icmp(kind, u16::from_ne_bytes([header[4], header[5]]), flow);
             if is_error(flow.family, kind) {
                 flow.embedded = at + EMBEDDED;
@@ -256,18 +304,14 @@ pub fn is_error(family: u8, kind: u8) -> bool {
 
 #[inline(always)]
 fn tcp_traits(flags: u8) -> u8 {
-    const FIN: u8 = 1;
-    const SYN: u8 = 2;
-    const RST: u8 = 4;
-    const ACK: u8 = 16;
     let mut is = 0;
-    if flags & (SYN | ACK) == SYN {
+    if flags & (tcp::SYN | tcp::ACK) == tcp::SYN {
         is |= traits::BEGINS;
     }
-    if flags & FIN != 0 {
+    if flags & tcp::FIN != 0 {
         is |= traits::FIN;
     }
-    if flags & RST != 0 {
+    if flags & tcp::RST != 0 {
         is |= traits::RST;
     }
     is
@@ -307,7 +351,7 @@ fn fragment_key(flow: &Flow, id: [u8; 4]) -> FragmentKey {
 /// Keeps what later fragments will need. Failure drops those, where a policy selects.
 #[inline(always)]
 fn remember(key: &FragmentKey, flow: &Flow) {
-    let destination_port = if is_icmp(flow) { flow.service } else { flow.destination_port };
+    let destination_port = if flow.is_icmp() { flow.service } else { flow.destination_port };
     let first =
         FragmentValue { source_port: flow.source_port, destination_port, proto: flow.proto, pad: [0; 3] };
     let _ = FRAGMENT.insert(key, first, 0);
@@ -317,7 +361,7 @@ fn remember(key: &FragmentKey, flow: &Flow) {
 #[inline(always)]
 fn recall(first: &FragmentValue, flow: &mut Flow) {
     flow.proto = first.proto;
-    if is_icmp(flow) {
+    if flow.is_icmp() {
         icmp(u16::from_be(first.destination_port) as u8, first.source_port, flow);
         return;
     }
@@ -334,11 +378,6 @@ fn recall(first: &FragmentValue, flow: &mut Flow) {
 pub fn bytes(words: [u32; 4]) -> [u8; 16] {
     // SAFETY: of the same size, and any bytes are valid.
     unsafe { core::mem::transmute(words) }
-}
-
-#[inline(always)]
-pub fn is_icmp(flow: &Flow) -> bool {
-    matches!((flow.proto, flow.family), (ICMP, FAMILY_V4) | (ICMPV6, FAMILY_V6))
 }
 
 /// `size_of::<T>()` bytes of the packet, wherever they are; none if it ends before.

@@ -10,7 +10,8 @@
 //! * `mark`: what a packet carries through the stack.
 //! * `packet`, `delivery`: what all need: addresses in, verdicts out.
 //! * `translate`: addresses of clusters whose pods have addresses that are taken here.
-//! * `maps`, `counters`: everything shared with user space.
+//! * `events`: single packets and calls, for those who look at them.
+//! * `maps`, `counters`: everything else shared with user space.
 //! * `zero`: zeros that cost nothing.
 //!
 //! Every program is loaded once per node; what differs per pod is in `cm_endpoint`.
@@ -21,6 +22,7 @@ mod affinity;
 mod conntrack;
 mod counters;
 mod delivery;
+mod events;
 mod flow;
 mod maps;
 mod mark;

@@ -6,14 +6,17 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, lpm_trie::Key},
+    btf_maps::{
+        Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, PerCpuHashMap, RingBuf,
+        lpm_trie::Key,
+    },
     macros::btf_map,
 };
 use ebpf_global_svc_abi::{
-    AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue, EndpointValue,
-    FAMILY_V4, FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue,
-    OverlayKey, PolicyValue, PrefixValue, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
-    TranslateValue, VerdictKey,
+    AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
+    EVENT_KINDS, EndpointValue, Event, EventRule, EventState, FAMILY_V4, FragmentKey, FragmentValue, IpKey,
+    IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue, ServiceKey,
+    ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -74,6 +77,18 @@ pub static VERDICT: LruPerCpuHashMap<VerdictKey, Counter, 1> = LruPerCpuHashMap:
 
 #[btf_map(name = "cm_fragment")]
 pub static FRAGMENT: LruHashMap<FragmentKey, FragmentValue, 1> = LruHashMap::new();
+
+#[btf_map(name = "cm_calls")]
+pub static CALLS: PerCpuHashMap<CallKey, Counter, 1, ON_DEMAND> = PerCpuHashMap::new();
+
+#[btf_map(name = "cm_events")]
+pub static EVENTS: RingBuf<Event, 4096> = RingBuf::new();
+
+#[btf_map(name = "cm_event_rule")]
+pub static EVENT_RULE: Array<EventRule, { EVENT_KINDS as usize }> = Array::new();
+
+#[btf_map(name = "cm_event_state")]
+pub static EVENT_STATE: PerCpuArray<EventState, { EVENT_KINDS as usize }> = PerCpuArray::new();
 
 /// What `PolicyKey` holds after its length.
 #[repr(C)]

@@ -11,12 +11,13 @@ use aya_ebpf::{
 };
 use ebpf_global_svc_abi::{
     CONFIG_STRICT, Config, EndpointValue, FAMILY_V4, NODE_CLEAR, NODE_VIRTUAL, NodeValue, OverlayKey,
-    PREFIX_VIRTUAL, PrefixValue, direction, identity, reason,
+    PREFIX_VIRTUAL, PrefixValue, direction, event_hook, event_kind, identity, reason,
 };
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, is_via_stack, may_go, set_tunnel, to_pod, to_stack},
+    delivery::{accept_frame, drop, drop_untold, is_via_stack, may_go, set_tunnel, to_pod, to_stack},
+    events::{What, clusters, trace_packet, wanted},
     maps::{ENDPOINT, IPCACHE, config, node, prefix_of},
     mark,
     packet::{Addresses, Packet},
@@ -27,31 +28,34 @@ use crate::{
 /// Ingress: a packet from another node.
 #[classifier]
 pub fn cm_from_overlay(ctx: TcContext) -> i32 {
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
-    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, reason::NO_TUNNEL_KEY) };
+    const HOOK: u8 = event_hook::FROM_OVERLAY;
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
+    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, 0) };
     // Taken in any case: nobody behind us is to see it.
     let decrypted = mark::take_decrypted(&ctx);
     let speaker = match speaker(config, &origin, decrypted) {
         Ok(node) => node,
-        Err(reason) => return drop(&ctx, reason),
+        Err(reason) => return drop(&ctx, HOOK, reason, origin.identity),
     };
     if speaker.flags & NODE_VIRTUAL != 0
         && let Err(reason) = translate::enter(&ctx, speaker.cluster)
     {
-        return drop(&ctx, reason);
+        return drop(&ctx, HOOK, reason, origin.identity);
     }
     let speaker = speaker.cluster;
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
-        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::NotIp | Packet::Malformed => {
+            return drop(&ctx, HOOK, reason::INVALID_PACKET, origin.identity);
+        }
     };
     // A node that speaks for one cluster must not send from the addresses of another.
     let prefix = prefix_of(&addresses.source);
     if let Some(prefix) = prefix
         && prefix.cluster != speaker
     {
-        return drop(&ctx, reason::INVALID_SOURCE_IP);
+        return drop(&ctx, HOOK, reason::INVALID_SOURCE_IP, origin.identity);
     }
     count_overlay(&origin, ctx.len());
     accept_frame(&ctx);
@@ -59,16 +63,37 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     if let Some(pod) = unsafe { ENDPOINT.get(&addresses.destination) } {
         let cluster = if prefix.is_some() { speaker } else { 0 };
         if let Err(reason) = admit(&ctx, config, pod, addresses, origin.identity, cluster) {
-            return drop(&ctx, reason);
+            return drop_untold(&ctx, reason);
         }
         count(reason::DECAPSULATED, ctx.len());
-        return to_pod(&ctx, pod);
+        if wanted(config, event_kind::TRACE) {
+            tell(
+                &ctx,
+                reason::DECAPSULATED,
+                origin.identity,
+                pod.identity,
+                clusters(cluster, config.cluster),
+            );
+        }
+        return to_pod(&ctx, HOOK, pod, origin.identity);
     }
     if !belongs_here(config, addresses) {
-        return drop(&ctx, reason::UNKNOWN_TARGET);
+        return drop(&ctx, HOOK, reason::UNKNOWN_TARGET, origin.identity);
     }
     count(reason::DECAPSULATED, ctx.len());
+    if wanted(config, event_kind::TRACE) {
+        let cluster = if prefix.is_some() { speaker } else { 0 };
+        tell(&ctx, reason::TO_STACK, origin.identity, 0, clusters(cluster, config.cluster));
+    }
     to_stack(&ctx)
+}
+
+/// Tells of a packet from another node that is about to be passed on.
+#[inline(always)]
+fn tell(ctx: &TcContext, reason: u8, sender: u32, receiver: u32, clusters: u32) {
+    let what = What::new(event_kind::TRACE, reason, event_hook::FROM_OVERLAY, 0);
+    // SAFETY: the context is the program's own.
+    unsafe { trace_packet(ctx.skb.skb, what.word(), sender, receiver, clusters) };
 }
 
 /// Ingress of the WireGuard device: a tunnel packet that another node has encrypted, and that is from one of its
@@ -83,30 +108,37 @@ pub fn cm_from_wireguard(ctx: TcContext) -> i32 {
 /// gets one.
 #[classifier]
 pub fn cm_to_overlay(ctx: TcContext) -> i32 {
+    const HOOK: u8 = event_hook::TO_OVERLAY;
     if tunnel_origin(&ctx).is_some() {
         return TC_ACT_OK;
     }
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
-        Packet::NotIp | Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::NotIp | Packet::Malformed => return drop(&ctx, HOOK, reason::INVALID_PACKET, 0),
     };
-    let Some((prefix, node_ip)) = node_of(addresses) else { return drop(&ctx, reason::NO_TUNNEL_ENDPOINT) };
+    let Some((prefix, node_ip)) = node_of(addresses) else {
+        // Kernels try each device with neighbour discovery, multicast reports and router solicitations.
+        return match addresses.stay_on_link() {
+            true => drop_untold(&ctx, reason::NO_TUNNEL_ENDPOINT),
+            false => drop(&ctx, HOOK, reason::NO_TUNNEL_ENDPOINT, 0),
+        };
+    };
     if prefix.flags & PREFIX_VIRTUAL != 0
         && let Err(reason) = translate::leave(&ctx, prefix.cluster)
     {
-        return drop(&ctx, reason);
+        return drop(&ctx, HOOK, reason, 0);
     }
     // SAFETY: the context is valid for the program's run.
     let routed = unsafe { (*ctx.skb.skb).ingress_ifindex } != 0;
     // Nobody on this node sent a packet that it only forwards: it must not pass for the node's.
     let sender = if routed { identity::WORLD } else { identity::REMOTE_NODE };
     if !may_go(config, node_ip) {
-        return drop(&ctx, reason::UNENCRYPTED);
+        return drop(&ctx, HOOK, reason::UNENCRYPTED, sender);
     }
     if !set_tunnel(&ctx, config, sender, node_ip) {
-        return drop(&ctx, reason::NO_TUNNEL_KEY);
+        return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, sender);
     }
     count(reason::ENCAPSULATED, ctx.len());
     TC_ACT_OK
@@ -132,7 +164,8 @@ fn admit(
     }
     let source = &addresses.source;
     let mut flow = MaybeUninit::uninit();
-    let flow = policy::flow(ctx, &mut flow, source.family, (cluster, config.cluster));
+    let flow =
+        policy::flow(ctx, &mut flow, event_hook::FROM_OVERLAY, source.family, (cluster, config.cluster));
     policy::check(ctx, flow, pod, direction::INGRESS, peer::remote(sender, source))
 }
 

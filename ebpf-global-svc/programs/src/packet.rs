@@ -66,6 +66,17 @@ impl Addresses {
     }
 }
 
+/// The family that the frame says it is of; 0: none of IP's.
+#[inline(always)]
+pub fn family_of(skb: *mut __sk_buff) -> u8 {
+    // SAFETY: callers pass the program's own context.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        ETHERTYPE_IPV4 => FAMILY_V4,
+        ETHERTYPE_IPV6 => FAMILY_V6,
+        _ => 0,
+    }
+}
+
 const IS_IP: u32 = 0;
 const IS_NOT_IP: u32 = 1;
 const IS_MALFORMED: u32 = 2;
@@ -80,11 +91,9 @@ unsafe extern "C" fn read_addresses(skb: *mut __sk_buff, addresses: *mut Address
     // SAFETY: callers pass a reference; the verifier does not know.
     let Some(addresses) = (unsafe { addresses.as_mut() }) else { return IS_MALFORMED };
     let ctx = TcContext::new(skb);
-    // SAFETY: the context is valid for the program's run.
-    let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
-    let read = match ethertype {
-        ETHERTYPE_IPV4 => read_ipv4(&ctx, addresses),
-        ETHERTYPE_IPV6 => read_ipv6(&ctx, addresses),
+    let read = match family_of(skb) {
+        FAMILY_V4 => read_ipv4(&ctx, addresses),
+        FAMILY_V6 => read_ipv6(&ctx, addresses),
         _ => return IS_NOT_IP,
     };
     if read.is_some() { IS_IP } else { IS_MALFORMED }

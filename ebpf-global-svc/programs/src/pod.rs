@@ -5,11 +5,14 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
-use ebpf_global_svc_abi::{Config, EndpointValue, PREFIX_VIRTUAL, direction, identity, reason};
+use ebpf_global_svc_abi::{
+    Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL, direction, event_hook, event_kind, identity, reason,
+};
 
 use crate::{
     counters::count,
-    delivery::{drop, is_via_stack, to_node, to_pod, to_stack},
+    delivery::{drop, drop_untold, is_via_stack, to_node, to_pod, to_stack},
+    events::{What, clusters, trace_packet, wanted},
     flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark,
@@ -20,14 +23,15 @@ use crate::{
 /// Ingress: a packet from the pod.
 #[classifier]
 pub fn cm_from_pod(ctx: TcContext) -> i32 {
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    const HOOK: u8 = event_hook::FROM_POD;
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
     // The sender is known by its address; nobody else has a say.
     mark::clear(&ctx);
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp => return to_stack(&ctx),
-        Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::Malformed => return drop(&ctx, HOOK, reason::INVALID_PACKET, 0),
     };
     let on_link = addresses.stay_on_link();
     if on_link && !addresses.to_ipv4_link_local() {
@@ -38,26 +42,29 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
         // SAFETY: the context is valid for the program's run.
         Some(endpoint) if endpoint.ifindex == unsafe { (*ctx.skb.skb).ifindex } => endpoint,
         _ if on_link => return to_stack(&ctx),
-        _ => return drop(&ctx, reason::INVALID_SOURCE_IP),
+        _ => return drop(&ctx, HOOK, reason::INVALID_SOURCE_IP, 0),
     };
     let way = match way(&ctx, config, sender, addresses) {
         Ok(way) => way,
-        Err(reason) => return drop(&ctx, reason),
+        Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
     };
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
-        return drop(&ctx, reason);
+        return drop_untold(&ctx, reason);
+    }
+    if wanted(config, event_kind::TRACE) {
+        tell(&ctx, config, sender, &way);
     }
     match way.to {
         To::Stack => to_stack(&ctx),
         To::Pod(pod) => {
             count(reason::FORWARDED, ctx.len());
-            to_pod(&ctx, pod)
+            to_pod(&ctx, HOOK, pod, sender.identity)
         }
         To::Node(ip) => {
             if way.is_virtual
                 && let Err(reason) = translate::leave(&ctx, way.cluster)
             {
-                return drop(&ctx, reason);
+                return drop(&ctx, HOOK, reason, sender.identity);
             }
             to_node(&ctx, config, sender.identity, ip)
         }
@@ -67,12 +74,13 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
 /// Egress: a packet from the node's stack. Whoever comes next on this hook has a say too.
 #[classifier]
 pub fn cm_to_pod(ctx: TcContext) -> i32 {
-    let Some(config) = config() else { return drop(&ctx, reason::NOT_READY) };
+    const HOOK: u8 = event_hook::TO_POD;
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
         Packet::NotIp => return TC_ACT_UNSPEC,
-        Packet::Malformed => return drop(&ctx, reason::INVALID_PACKET),
+        Packet::Malformed => return drop(&ctx, HOOK, reason::INVALID_PACKET, 0),
     };
     let source = &addresses.source;
     // SAFETY: as above.
@@ -85,10 +93,10 @@ pub fn cm_to_pod(ctx: TcContext) -> i32 {
     let sender = peer::through_stack(&ctx, config, source, prefix);
     let cluster = prefix.map_or(0, |prefix| prefix.cluster);
     let mut flow = MaybeUninit::uninit();
-    let flow = policy::flow(&ctx, &mut flow, source.family, (cluster, config.cluster));
+    let flow = policy::flow(&ctx, &mut flow, HOOK, source.family, (cluster, config.cluster));
     match policy::check(&ctx, flow, pod, direction::INGRESS, sender) {
         Ok(()) => TC_ACT_UNSPEC,
-        Err(reason) => drop(&ctx, reason),
+        Err(reason) => drop_untold(&ctx, reason),
     }
 }
 
@@ -108,6 +116,20 @@ impl Way {
     fn outside(peer: u32) -> Self {
         Self { to: To::Stack, peer, cluster: 0, is_virtual: false }
     }
+}
+
+/// Tells of a packet that is about to be passed on.
+#[inline(always)]
+fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
+    let (reason, receiver) = match way.to {
+        To::Stack => (reason::TO_STACK, way.peer),
+        To::Pod(pod) => (reason::FORWARDED, pod.identity),
+        To::Node(_) => (reason::ENCAPSULATED, way.peer),
+    };
+    let what = What::new(event_kind::TRACE, reason, event_hook::FROM_POD, EVENT_EGRESS);
+    let clusters = clusters(config.cluster, way.cluster);
+    // SAFETY: the context is the program's own.
+    unsafe { trace_packet(ctx.skb.skb, what.word(), sender.identity, receiver, clusters) };
 }
 
 enum To {
@@ -169,7 +191,13 @@ fn allow(
         return Ok(());
     }
     let mut flow = MaybeUninit::uninit();
-    let flow = policy::flow(ctx, &mut flow, addresses.source.family, (config.cluster, way.cluster));
+    let flow = policy::flow(
+        ctx,
+        &mut flow,
+        event_hook::FROM_POD,
+        addresses.source.family,
+        (config.cluster, way.cluster),
+    );
     // Its gateway, whatever address that has there: a pod whose neighbour cannot find it has no network.
     let is_link = matches!(way.to, To::Stack) && way.cluster != 0;
     if !(is_link && flow.is(traits::NEIGHBOUR)) {

@@ -12,15 +12,17 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::programs::TcContext;
 use ebpf_global_svc_abi::{
-    ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, EndpointValue, POLICY_DENY,
-    POLICY_PORT_BITS, POLICY_PROTO_BITS, PolicyValue, VerdictKey, direction, identity, reason, verdict,
+    ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, EVENT_EGRESS, EVENT_POLICY,
+    EndpointValue, POLICY_DENY, POLICY_PORT_BITS, POLICY_PROTO_BITS, PolicyValue, VerdictKey, direction,
+    event_kind, identity, reason, verdict,
 };
 
 use crate::{
     conntrack::{self, is_about_flow},
     counters::{count, count_verdict},
-    flow::{Flow, OUTER, read_flow, traits},
-    maps::{PolicyBytes, policy_of},
+    events::{What, report, wanted},
+    flow::{Flow, read_packet, traits},
+    maps::{PolicyBytes, config, policy_of},
 };
 
 /// What [`judge`] says of what passes.
@@ -32,18 +34,16 @@ pub fn selects(pod: &EndpointValue) -> bool {
     pod.flags & (ENDPOINT_ENFORCE_INGRESS | ENDPOINT_ENFORCE_EGRESS) != 0
 }
 
-/// The packet, for [`check`]. `clusters` are those of source and destination, 0 outside of the mesh.
+/// The packet, for [`check`]. `hook`: see `event_hook`; `clusters` are those of source and destination, 0 outside of the mesh.
 #[inline(always)]
 pub fn flow<'a>(
     ctx: &TcContext,
     place: &'a mut MaybeUninit<Flow>,
+    hook: u8,
     family: u8,
     clusters: (u16, u16),
 ) -> &'a Flow {
-    let flow = Flow::new(place, family, clusters, ctx.len());
-    // SAFETY: the context is the program's own.
-    unsafe { read_flow(ctx.skb.skb, OUTER, flow) };
-    flow
+    read_packet(ctx, place, hook, family, clusters)
 }
 
 /// Lets a packet of a pod pass, or says why it must not. `toward` is its direction, seen from the pod, and
@@ -96,16 +96,36 @@ extern "C" fn judge(flow: *const Flow, subject: u32, flags: u32, toward: u32, pe
             if readable {
                 conntrack::forget(flow, toward);
             }
+            tell(flow, event_kind::DROP, decision.reason, decision.rule, subject, toward, peer);
             return decision.reason.into();
         }
         if denied {
             count(reason::POLICY_AUDITED, flow.bytes);
         }
-    }
-    if readable {
+        // What follows the first packet of a flow is decided likewise, and nothing new.
+        if !readable || conntrack::remember(flow, toward, peer) {
+            let kind = if denied { event_kind::AUDIT } else { event_kind::ALLOW };
+            tell(flow, kind, decision.reason, decision.rule, subject, toward, peer);
+        }
+    } else if readable {
         conntrack::remember(flow, toward, peer);
     }
     PASSES
+}
+
+/// Tells what was decided, if somebody wants to know.
+#[inline(always)]
+fn tell(flow: &Flow, kind: u8, reason: u8, rule: u32, subject: u32, toward: u8, peer: u32) {
+    let Some(config) = config() else { return };
+    if !wanted(config, kind) {
+        return;
+    }
+    if toward == direction::EGRESS {
+        let what = What::new(kind, reason, flow.hook, EVENT_POLICY | EVENT_EGRESS);
+        report(flow, what.word(), subject, peer, rule);
+    } else {
+        report(flow, What::new(kind, reason, flow.hook, EVENT_POLICY).word(), peer, subject, rule);
+    }
 }
 
 struct Decision {

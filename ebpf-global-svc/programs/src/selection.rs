@@ -9,12 +9,13 @@ use core::ffi::c_void;
 
 use aya_ebpf::helpers::bpf_loop;
 use ebpf_global_svc_abi::{
-    BackendValue, ServiceKey, ServiceValue, SlotKey, backend_state, cluster_state, reason,
+    BackendValue, EVENT_BOUND, EVENT_DRAINING, EVENT_STANDBY, ServiceKey, ServiceValue, SlotKey,
+    backend_state, call, cluster_state, reason,
 };
 
 use crate::{
     affinity,
-    counters::count,
+    counters::{count, count_call},
     maps::{BACKEND, CLUSTER, SERVICE, SLOT},
 };
 
@@ -31,8 +32,8 @@ pub enum Selection {
     NotAService,
     /// A service without a usable backend in any cluster.
     NoBackend,
-    /// A backend of service `service`.
-    Backend { backend: BackendValue, service: u32 },
+    /// A backend of service `service`. `how`: `EVENT_BOUND` and those like it.
+    Backend { backend: BackendValue, service: u32, how: u8 },
 }
 
 /// Chooses a backend. The same `seed` gives the same backend as long as the service does not change, and so does
@@ -41,13 +42,16 @@ pub enum Selection {
 pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Selection {
     // No options, and IDs rather than backends: the compiler leaves unwritten what an option would hold, and reads it
     // ahead of the test, which kernels before 6.3 refuse; and the stack is full.
-    let (mut terminating, mut service_of_it) = (NO_BACKEND, 0);
+    let (mut terminating, mut service_id) = (NO_BACKEND, 0);
     for attempt in 0..ATTEMPTS {
         // SAFETY: the element stays readable until the program ends; what it holds is checked below.
         let Some(service) = (unsafe { SERVICE.get(frontend) }) else {
-            return if attempt == 0 { Selection::NotAService } else { Selection::NoBackend };
+            if attempt == 0 {
+                return Selection::NotAService;
+            }
+            break;
         };
-        let service_id = service.id;
+        service_id = service.id;
         let random = mix(seed ^ service_id.wrapping_add(attempt));
         let Some(group) = choose_group(service, random) else { break };
 
@@ -63,7 +67,8 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
             {
                 count(reason::LB_SELECTED, 0);
                 count(reason::LB_AFFINITY, 0);
-                return Selection::Backend { backend, service: service_id };
+                count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
+                return Selection::Backend { backend, service: service_id, how: EVENT_BOUND };
             }
             continue;
         }
@@ -76,17 +81,15 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
         match backend_of(&slot, frontend) {
             Some(backend) if backend.state == backend_state::ACTIVE => {
                 count(reason::LB_SELECTED, 0);
-                count_rank(group.rank);
+                let how = count_rank(group.rank);
+                count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
                 if timeout != 0 && affinity::can_bind(&backend) {
                     affinity::bind(client(), service_id, backend.generation);
                 }
-                return Selection::Backend { backend, service: service_id };
+                return Selection::Backend { backend, service: service_id, how };
             }
             // Serves until it is gone: better than refusing, if nothing else turns up.
-            Some(backend) => {
-                terminating = backend.generation;
-                service_of_it = service_id;
-            }
+            Some(backend) => terminating = backend.generation,
             None => count(reason::LB_NO_BACKEND_SLOT, 0),
         }
     }
@@ -94,9 +97,11 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
         && let Some(backend) = backend(terminating, frontend)
     {
         count(reason::LB_SELECTED, 0);
-        return Selection::Backend { backend, service: service_of_it };
+        count_call(service_id, backend.cluster.into(), call::CHOSEN.into());
+        return Selection::Backend { backend, service: service_id, how: 0 };
     }
     count(reason::LB_NO_BACKEND, 0);
+    count_call(service_id, 0, call::REFUSED.into());
     Selection::NoBackend
 }
 
@@ -189,18 +194,23 @@ pub fn backend(id: u32, frontend: &ServiceKey) -> Option<BackendValue> {
     intact.then_some(backend)
 }
 
+/// Counts what is not as usual, and says it in flags of an event.
 #[inline(always)]
-fn count_rank(rank: u32) {
+fn count_rank(rank: u32) -> u8 {
     if rank >= rank::DRAINING {
         count(reason::LB_DRAINING, 0);
+        EVENT_DRAINING
     } else if rank & rank::STANDBY != 0 {
         count(reason::LB_STANDBY, 0);
+        EVENT_STANDBY
+    } else {
+        0
     }
 }
 
 /// A number below `n` (0 if `n` is 0). Multiplication, not remainder: cheaper, and unbiased enough.
 #[inline(always)]
-fn below(random: u32, n: u32) -> u32 {
+pub fn below(random: u32, n: u32) -> u32 {
     ((u64::from(random) * u64::from(n)) >> 32) as u32
 }
 

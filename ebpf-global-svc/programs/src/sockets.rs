@@ -15,9 +15,13 @@ use aya_ebpf::{
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use ebpf_global_svc_abi::{BackendValue, FAMILY_V4, FAMILY_V6, ServiceKey, SockRevKey, SockRevValue};
+use ebpf_global_svc_abi::{
+    BackendValue, EVENT_EGRESS, FAMILY_V4, FAMILY_V6, ServiceKey, SockRevKey, SockRevValue, event_hook,
+    event_kind, reason,
+};
 
 use crate::{
+    events::{What, report_call, wanted},
     maps::{SOCK_REV, config},
     selection::{Selection, mix, select},
 };
@@ -100,12 +104,24 @@ fn to_backend<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
     match select(&frontend, seed, client) {
         Selection::NotAService => PROCEED,
         Selection::NoBackend => {
+            if wanted(config, event_kind::DROP) {
+                let what =
+                    What::new(event_kind::DROP, reason::LB_NO_BACKEND, event_hook::SOCKET, EVENT_EGRESS);
+                // SAFETY: the context is the program's own.
+                unsafe { report_call(ctx.sock_addr, &frontend, core::ptr::null(), what.word(), 0) };
+            }
             // What a host without a listener says: clients retry or fail over at once.
             // SAFETY: no preconditions.
             unsafe { bpf_set_retval(-ECONNREFUSED) };
             REJECT
         }
-        Selection::Backend { backend, service } => {
+        Selection::Backend { backend, service, how } => {
+            if wanted(config, event_kind::CALL) {
+                let what =
+                    What::new(event_kind::CALL, reason::LB_SELECTED, event_hook::SOCKET, EVENT_EGRESS | how);
+                // SAFETY: the context is the program's own.
+                unsafe { report_call(ctx.sock_addr, &frontend, &backend, what.word(), service) };
+            }
             remember(cookie, &backend, SockRevValue { ip: named.ip, port: named.port, pad: 0, service });
             A::write(ctx, &Address { ip: backend.ip, port: backend.port, family: backend.family });
             PROCEED

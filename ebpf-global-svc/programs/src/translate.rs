@@ -19,7 +19,7 @@ use aya_ebpf::{
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, reason, translate};
 
 use crate::{
-    flow::{EMBEDDED, Flow, OUTER, Part, TCP, UDP, is_error, is_icmp, load, read_network},
+    flow::{EMBEDDED, Flow, OUTER, Part, TCP, UDP, is_error, load, read_network},
     maps::turned_bits,
 };
 
@@ -66,7 +66,7 @@ unsafe extern "C" fn translate_packet(skb: *mut __sk_buff, cluster: u32, way: u3
     };
     let (cluster, way) = (cluster as u16, way as u8);
     let mut flow = MaybeUninit::uninit();
-    let flow = Flow::new(&mut flow, family, (0, 0), 0);
+    let flow = Flow::new(&mut flow, family, (0, 0));
     let behind = read_network(skb, OUTER, flow);
     let is_first = match behind.part {
         Part::Unknown => return reason::INVALID_PACKET.into(),
@@ -86,7 +86,7 @@ unsafe extern "C" fn translate_packet(skb: *mut __sk_buff, cluster: u32, way: u3
         AS_IT_WAS => return reason::NO_MAPPING.into(),
         _ => return reason::INVALID_PACKET.into(),
     }
-    if !is_first || !is_icmp(flow) {
+    if !is_first || !flow.is_icmp() {
         return 0;
     }
     match load::<[u8; 1]>(skb, behind.at) {

@@ -12,11 +12,11 @@ use super::pins::Pins;
 use crate::{
     DatapathError, MapSizes,
     abi::{
-        AffinityKey, AffinityValue, BackendValue, ClusterState, Config, Counter, CtKey, CtValue,
-        EndpointValue, FragmentKey, FragmentValue, IpKey, IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey,
-        NodeValue, OverlayKey, Plain, PolicyKey, PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION,
-        ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateKey, TranslateValue,
-        VerdictKey,
+        AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
+        EVENT_KINDS, EndpointValue, EventRule, EventState, FragmentKey, FragmentValue, IpKey, IpValue,
+        MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain, PolicyKey, PolicyValue, PrefixKey,
+        PrefixValue, SCHEMA_VERSION, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
+        TranslateKey, TranslateValue, VerdictKey,
     },
     sys,
 };
@@ -32,7 +32,7 @@ pub(super) struct MapSpec {
 }
 
 /// How many maps there are.
-pub(super) const MAPS: usize = 19;
+pub(super) const MAPS: usize = 23;
 
 /// All maps of the programs.
 pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
@@ -56,6 +56,17 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
         spec::<CtKey, CtValue>("cm_ct", MapType::LruHash, sizes.ct),
         spec::<VerdictKey, Counter>("cm_verdict", MapType::LruPerCpuHash, sizes.verdict),
         spec::<FragmentKey, FragmentValue>("cm_fragment", MapType::LruHash, sizes.fragment),
+        spec::<CallKey, Counter>("cm_calls", MapType::PerCpuHash, sizes.calls),
+        // A ring has bytes instead of entries.
+        MapSpec {
+            name: "cm_events",
+            kind: MapType::RingBuf,
+            key_size: 0,
+            value_size: 0,
+            max_entries: sizes.events,
+        },
+        spec::<u32, EventRule>("cm_event_rule", MapType::Array, EVENT_KINDS),
+        spec::<u32, EventState>("cm_event_state", MapType::PerCpuArray, EVENT_KINDS),
     ]
 }
 

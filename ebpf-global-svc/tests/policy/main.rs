@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test says enough when it fails")]
 
 mod cost;
+mod events;
 mod flows;
 mod fragments;
 mod frames;

@@ -1,6 +1,7 @@
 //! Places to test in, each with this process's ID in its name and gone when dropped, also by a panic.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its part")]
 
+pub mod events;
 pub mod pair;
 pub mod sockets;
 
@@ -100,6 +101,8 @@ pub const SMALL: MapSizes = MapSizes {
     ct: 1_024,
     verdict: 1_024,
     fragment: 256,
+    calls: 256,
+    events: 1 << 16,
 };
 
 /// A cgroup that this process is in, alone among its tests: the kernel looks at the cgroup of the

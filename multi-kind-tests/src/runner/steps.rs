@@ -8,8 +8,8 @@ use crate::lab::{Lab, READY, micros, ordered};
 use crate::pace;
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, Connect, Delete, Encrypt, IdentitySeen, Load, LoadStop, NodeRef, Pair, ProcessRef,
-    Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
+    Annotate, Apply, Call, Check, Connect, Delete, Encrypt, IdentitySeen, Load, LoadStop, NodeRef, Pair,
+    ProcessRef, Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};

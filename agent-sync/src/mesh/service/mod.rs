@@ -184,6 +184,11 @@ impl Services {
         self.plans.get(key)
     }
 
+    /// Name of the service that has a frontend.
+    pub(super) fn holder(&self, key: &ServiceKey) -> Option<&NamespacedName> {
+        self.owners.get(key)?.first()
+    }
+
     /// Backends that were left out since another cluster holds their address; not all of them, and one
     /// for each frontend that wants it.
     pub(super) fn contested(&self) -> impl Iterator<Item = Contested> {

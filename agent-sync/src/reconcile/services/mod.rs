@@ -19,7 +19,7 @@ mod layout;
 mod restore;
 mod wanted;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use ebpf_global_svc::Tables;
@@ -39,6 +39,8 @@ pub(super) struct Services {
     fresh: BTreeMap<ServiceKey, Option<ServicePlan>>,
     failed: BTreeMap<ServiceKey, Option<ServicePlan>>,
     garbage: Garbage,
+    /// Removed since the start.
+    gone: u64,
 }
 
 /// One service as it stands in the tables.
@@ -141,6 +143,17 @@ impl Services {
 
     pub(super) fn pending(&self) -> usize {
         self.fresh.len() + self.failed.len()
+    }
+
+    /// How many were removed since the start.
+    pub(super) fn gone(&self) -> u64 {
+        self.gone
+    }
+
+    /// Frontends of services with these IDs.
+    pub(super) fn frontends_of(&self, ids: &BTreeSet<u32>) -> BTreeMap<u32, ServiceKey> {
+        let known = self.installed.iter().filter(|(_, installed)| ids.contains(&installed.id));
+        known.map(|(key, installed)| (installed.id, *key)).collect()
     }
 
     /// When [`sweep`](Self::sweep) has something to do.
@@ -286,6 +299,7 @@ impl Services {
         for (key, removed) in keys.into_iter().zip(removed) {
             if removed {
                 if let Some(installed) = self.installed.remove(&key) {
+                    self.gone += 1;
                     self.garbage.add_slots(installed.slot_keys());
                 }
                 continue;

@@ -79,7 +79,7 @@ mod tests {
         };
         let beta = Peer { name: "beta".into(), kinds: vec![kind], ..Peer::default() };
         let status = StatusResponse { remotes: vec![beta], ..StatusResponse::default() };
-        let text = super::super::encode(&status).unwrap();
+        let text = super::super::encode(&status, None).unwrap();
         for line in [
             r#"clustermesh_digest_in_sync{cluster="beta",kind="ip"} 1"#,
             r#"clustermesh_digest_mismatch_total{cluster="beta",kind="ip",stage="state"} 2"#,

@@ -48,7 +48,7 @@ mod tests {
             table_writes: [("cm_slot".to_owned(), 7)].into(),
         };
         let status = StatusResponse { work: Some(work), ..StatusResponse::default() };
-        let text = super::super::encode(&status).unwrap();
+        let text = super::super::encode(&status, None).unwrap();
         for line in [
             r#"clustermesh_table_writes_total{table="cm_slot"} 7"#,
             "clustermesh_engine_batch_seconds_count 3",
