@@ -27,7 +27,8 @@ const LAB: &[&str] = &[
 ];
 
 /// The guest's files go with it: what the agents and exporters of failed scenarios have logged last is told.
-const TELL: &str = "{ status=$?; tail -n 40 /tmp/logs/*/*-agent-*.log /tmp/logs/*/*-apiserver.log; (exit $status); }";
+const TELL: &str =
+    "{ status=$?; tail -n 40 /tmp/logs/*/*-agent-*.log /tmp/logs/*/*-apiserver.log; (exit $status); }";
 
 /// What was built for guests.
 pub(super) struct Programs {
