@@ -99,7 +99,7 @@ impl Memory {
         match &told.input {
             Input::Configured(_) => drop(self.members.entry(place).or_default()),
             Input::AllConfigured => self.complete = true,
-            Input::Policy { .. } | Input::Digest { .. } | Input::Counted { .. } => {}
+            Input::Policy { .. } | Input::Digest { .. } | Input::Counted { .. } | Input::Encrypted(_) => {}
             Input::Liveness { dead, .. } => {
                 if self.members.contains_key(&place) {
                     self.dead.insert(place, *dead);

@@ -98,7 +98,8 @@ fn differences(seen: &Seen, clear: Clear) -> Vec<&'static str> {
         Clear::Silence => expect(!across, "clear text between clusters"),
         Clear::All => {
             expect(seen.across > 0 && seen.marked_across > 0, "no clear text between clusters");
-            expect(seen.encrypted == 0, "something is encrypted");
+            // Devices that are about to go answer each other for a while.
+            expect(seen.encrypted * 10 < seen.across, "something is encrypted");
         }
     }
     wrong
