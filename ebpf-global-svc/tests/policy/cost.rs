@@ -1,14 +1,16 @@
 //! What a policy costs a packet.
 
 use ebpf_global_svc::{
-    Arrival,
-    abi::{ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, PolicyKey, PolicyValue},
+    Arrival, KINDS,
+    abi::{ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, EventRule, PolicyKey, PolicyValue, event_kind},
 };
 
 use crate::{
     BOTH, EGRESS, INGRESS, Node, ONE, TWO, any, at,
     frames::{ACK, TCP, UDP, frame, packet, tcp, udp},
-    one, outside, two,
+    one, outside,
+    support::events::{all_of, listen, told},
+    two,
 };
 
 /// Prints it: `--test policy time_per_packet -- --nocapture`.
@@ -38,7 +40,18 @@ fn time_per_packet() {
     node.flag(TWO, 0);
     node.sends(&request).unwrap();
     node.time("cm_from_pod", "an answer", &answer);
-    node.time("cm_from_pod", "denied", &packet(one(4), two(4), UDP, &udp(1, 2)));
+    let denied = packet(one(4), two(4), UDP, &udp(1, 2));
+    node.time("cm_from_pod", "denied", &denied);
+    let mut ring = listen(&mut node.datapath, &[event_kind::DROP]);
+    // As many as fit.
+    let arrival = Arrival { ifindex: node.pod_ifindex, ..Arrival::default() };
+    let told_in = node.try_frame("cm_from_pod", &frame(&denied), arrival, 400).duration;
+    assert_eq!(told(&mut ring).len(), 400);
+    println!("cm_from_pod {:26} {:4} ns", "denied, and told", told_in.as_nanos());
+    node.time("cm_from_pod", "denied, the ring is full", &denied);
+    node.datapath.set_events(&[Some(EventRule::new(1, 1, 0)); KINDS]).unwrap();
+    node.time("cm_from_pod", "denied, over the limit", &denied);
+    node.datapath.set_events(&all_of(&[])).unwrap();
     node.time("cm_to_pod", "from the host, denied", &packet(outside(4), one(4), UDP, &udp(1, 2)));
     node.flag(ONE, 0);
     node.time("cm_to_pod", "from the host, no policy", &packet(outside(4), one(4), UDP, &udp(1, 2)));
