@@ -134,6 +134,7 @@ struct Flags {
     policy_audit_mode: Switch,
     #[command(flatten)]
     encryption: EncryptionFlags,
+    #[command(flatten)]
     observe: ObserveFlags,
     #[command(flatten)]
     map_sizes: MapSizeFlags,

@@ -95,7 +95,7 @@ fn fragments_and_datagrams_without_checksum_arrive() {
                         libc::SOL_SOCKET,
                         libc::SO_NO_CHECK,
                         (&raw const on).cast(),
-                        size_of_val(&on) as libc::socklen_t,
+                        libc::socklen_t::try_from(size_of_val(&on)).unwrap(),
                     )
                 };
                 assert_eq!(set, 0);

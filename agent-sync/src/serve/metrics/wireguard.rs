@@ -64,7 +64,8 @@ mod tests {
         let nodes = vec![node("encrypted", 5), node("encrypted", 6), node("own_key", 0)];
         let encryption = Encryption { mode: "nodes".into(), nodes, ..Encryption::default() };
         let text = |encryption| {
-            encode(&StatusResponse { encryption: Some(encryption), ..StatusResponse::default() }).unwrap()
+            encode(&StatusResponse { encryption: Some(encryption), ..StatusResponse::default() }, None)
+                .unwrap()
         };
         let shown = text(encryption.clone());
         for line in [
