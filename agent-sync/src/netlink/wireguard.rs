@@ -10,6 +10,7 @@ use futures::StreamExt as _;
 use genetlink::{GenetlinkError, GenetlinkHandle};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_generic::GenlMessage;
+use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAttribute, WireguardCmd,
@@ -19,6 +20,8 @@ use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkWireguard};
 
 use super::{Netlink, NetlinkError, errno, libc_errno, request};
 
+/// Of the device, on every node: nobody speaks to it.
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 197, 1);
 /// Peers in one message: far below what a netlink socket takes.
 const BATCH: usize = 64;
 
@@ -100,10 +103,22 @@ impl Netlink {
                 created.ok_or_else(|| NetlinkError::ForeignWireguard(spec.name.clone()))?
             }
         };
+        self.give_address(index).await?;
         let message = LinkUnspec::new_with_index(index).mtu(spec.mtu).up().build();
         let set = self.handle.link().set(message).execute().await;
         set.map_err(request(format!("cannot bring up {}", spec.name)))?;
         Ok(index)
+    }
+
+    /// Any address at all: the kernel's reverse path check, also a loose one, takes nothing in from a device without.
+    async fn give_address(&self, index: u32) -> Result<(), NetlinkError> {
+        let mut add = self.handle.address().add(index, ADDRESS.into(), 32);
+        // Never the source of anything.
+        add.message_mut().header.scope = AddressScope::Host;
+        match add.execute().await {
+            Err(e) if errno(&e) == Some(libc_errno::EEXIST) => Ok(()),
+            other => other.map_err(request("cannot give the WireGuard device an address")),
+        }
     }
 
     /// The device if there is one; nothing is changed.
