@@ -220,11 +220,16 @@ fn reserve(kind: u8) -> Option<RingBufEntry<Event>> {
     }
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    let due = if state.due > now { state.due } else { now };
-    if due - now > rule.tolerance {
-        state.limited += 1;
-        state.unsent += 1;
-        return None;
+    let mut due = if state.due > now { state.due } else { now };
+    let ahead = due - now;
+    if ahead > rule.tolerance {
+        if ahead - rule.tolerance <= rule.interval {
+            state.limited += 1;
+            state.unsent += 1;
+            return None;
+        }
+        // Nobody gets as far ahead under this rule: it was another one, which counts no more.
+        due = now;
     }
     let Some(mut entry) = EVENTS.reserve(0) else {
         state.full += 1;

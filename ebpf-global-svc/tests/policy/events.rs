@@ -230,6 +230,27 @@ fn a_limit_holds_and_what_it_keeps_back_is_counted() {
     assert_eq!(told(&mut ring).iter().map(|event| event.unsent).collect::<Vec<_>>(), [7, 0]);
 }
 
+/// Who comes to look must not wait until what was told before is paid for.
+#[test]
+fn another_limit_begins_anew() {
+    stay_on_one_cpu();
+    let mut node = Node::new();
+    let mut ring = node.datapath.event_ring().unwrap();
+    let spoofed = packet(address(OWN, 77, 4), far(4), UDP, &udp(1, 2));
+    // In seconds, so that no time passes for them.
+    let rule = |interval: u64, burst: u64| {
+        let interval = interval * 1_000_000_000;
+        EventRule { interval, tolerance: interval * (burst - 1), ..EventRule::default() }
+    };
+    for (rule, told_of) in [(rule(1000, 10), 10), (rule(200, 5), 5), (rule(1000, 10), 9)] {
+        node.datapath.set_events(&[Some(rule); KINDS]).unwrap();
+        for _ in 0..20 {
+            assert_eq!(node.sends(&spoofed), Err(reason::INVALID_SOURCE_IP));
+        }
+        assert_eq!(told(&mut ring).len(), told_of, "{rule:?}");
+    }
+}
+
 #[test]
 fn a_rate_is_kept_over_time() {
     stay_on_one_cpu();
