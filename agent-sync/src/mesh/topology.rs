@@ -205,7 +205,7 @@ impl Topology {
 
     /// Addresses with perhaps another node than when this was asked last, and who it is: its cluster and, unless
     /// only an earlier life knew it, its name.
-    pub(super) fn take_ends(&mut self) -> Vec<(Ipv4Addr, Option<(u16, Option<Box<str>>)>)> {
+    pub(super) fn take_ends(&mut self) -> Vec<(Ipv4Addr, Option<Claimant>)> {
         let ends = std::mem::take(&mut self.ends);
         let node = |ip: Ipv4Addr| {
             let cluster = self.address_holder(ip.into())?;
