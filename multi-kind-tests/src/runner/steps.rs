@@ -218,7 +218,9 @@ impl<'a> Stage<'a> {
         let cluster = lab.context(&encrypt.cluster);
         self.changed = now()?;
         let strict = if encrypt.strict { &["--strict"][..] } else { &[] };
-        lab.clustermesh(&[&["lab", "encrypt", &cluster, &encrypt.between], strict].concat())?;
+        let patience = format!("{}s", pace::slowed(READY).as_secs());
+        let wait = ["--wait-timeout", &patience];
+        lab.clustermesh(&[&["lab", "encrypt", &cluster, &encrypt.between], strict, &wait].concat())?;
         Ok(None)
     }
 
