@@ -72,7 +72,7 @@ fn nothing_is_written_if_a_check_fails() {
     };
 
     beta.lock().unwrap().probe.pod_cidrs = vec!["10.2.0.128/25".into()];
-    refused("pod CIDRs overlap: 10.2.0.128/25 of alpha and 10.2.0.0/24 of beta");
+    refused("pod CIDRs overlap: 10.2.0.0/24 of beta and 10.2.0.128/25 of alpha");
     *beta.lock().unwrap() = Answers::of("beta", 2, 1);
 
     alpha.lock().unwrap().probe.error = "https://beta:2379: connection refused".into();
