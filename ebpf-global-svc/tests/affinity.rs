@@ -178,7 +178,7 @@ fn clients_leave_a_cluster_that_dies_and_stay_where_they_went() {
 fn a_binding_ends_when_its_time_has_passed() {
     // A machine that has just started has no time yet that lies so far back.
     while monotonic() < 11 * SECOND_NS {
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::park_timeout(std::time::Duration::from_millis(100));
     }
     let mut node = Node::new();
     let all = listeners(&node);

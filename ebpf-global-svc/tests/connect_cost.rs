@@ -23,18 +23,7 @@ fn time_per_connect() {
     let mut node = Node::new();
     let four: Vec<_> = (1..5).map(|n| (u32::from(n), server4(n), 7)).collect();
     let six: Vec<_> = (1..5).map(|n| (u32::from(n) + 4, server6(n), 7)).collect();
-    node.install(&Service {
-        id: 1,
-        frontend: (VIP4, PORT),
-        proto: UDP,
-        groups: &[(LOCAL, 1, &four[..2]), (REMOTE, 1, &four[2..])],
-    });
-    node.install(&Service {
-        id: 2,
-        frontend: (VIP6, PORT),
-        proto: UDP,
-        groups: &[(LOCAL, 1, &six[..2]), (REMOTE, 1, &six[2..])],
-    });
+    node.install_both(&four, &six);
     node.sticky(
         &Service {
             id: 3,

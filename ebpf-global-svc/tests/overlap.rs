@@ -5,10 +5,9 @@
 mod support;
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, TcpStream, UdpSocket},
+    io::ErrorKind,
+    net::{IpAddr, UdpSocket},
     os::fd::AsRawFd as _,
-    thread,
 };
 
 use ebpf_global_svc::{
@@ -24,7 +23,7 @@ use etherparse::{
 };
 use support::{
     Netns, Root, TCP, UDP, endpoint, ip_key, metric,
-    pair::{ECHO, Node, PATIENCE, VIRTUAL, address, call, pod, pod_identity, router, send, underlay},
+    pair::{ECHO, Node, PATIENCE, VIRTUAL, address, call, pod, pod_identity, router, send, stream, underlay},
     prefix_key, prefix_value, translation, wait_until,
 };
 
@@ -49,22 +48,8 @@ fn pods_with_equal_addresses_talk_and_carry_their_identity() {
 #[test]
 fn a_stream_arrives_whole() {
     let nodes = Node::overlapping_pair();
-    let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
     for family in [4, 6] {
-        let received = nodes[0].pod.run(|| {
-            let stream = TcpStream::connect((seen(2, family), ECHO)).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            thread::scope(|scope| {
-                scope.spawn(|| {
-                    (&stream).write_all(&sent).unwrap();
-                    stream.shutdown(std::net::Shutdown::Write).unwrap();
-                });
-                let mut received = Vec::new();
-                (&stream).read_to_end(&mut received).unwrap();
-                received
-            })
-        });
-        assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+        stream(&nodes[0].pod, seen(2, family));
     }
 }
 
@@ -255,33 +240,18 @@ fn checked(frame: &[u8]) -> (IpAddr, IpAddr) {
         NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
         NetSlice::Arp(_) => panic!("ARP"),
     };
-    let (source, destination) = addresses;
     let (found, right) = match packet.transport.as_ref().unwrap() {
         TransportSlice::Tcp(tcp) => {
             let (header, payload) = (tcp.to_header(), tcp.payload());
-            let right = match (source, destination) {
-                (IpAddr::V4(a), IpAddr::V4(b)) => {
-                    header.calc_checksum_ipv4_raw(a.octets(), b.octets(), payload)
-                }
-                (IpAddr::V6(a), IpAddr::V6(b)) => {
-                    header.calc_checksum_ipv6_raw(a.octets(), b.octets(), payload)
-                }
-                _ => unreachable!(),
-            };
-            (header.checksum, right.unwrap())
+            let v4 = |a, b| header.calc_checksum_ipv4_raw(a, b, payload).unwrap();
+            let v6 = |a, b| header.calc_checksum_ipv6_raw(a, b, payload).unwrap();
+            (header.checksum, over(addresses, v4, v6))
         }
         TransportSlice::Udp(udp) => {
             let (header, payload) = (udp.to_header(), udp.payload());
-            let right = match (source, destination) {
-                (IpAddr::V4(a), IpAddr::V4(b)) => {
-                    header.calc_checksum_ipv4_raw(a.octets(), b.octets(), payload)
-                }
-                (IpAddr::V6(a), IpAddr::V6(b)) => {
-                    header.calc_checksum_ipv6_raw(a.octets(), b.octets(), payload)
-                }
-                _ => unreachable!(),
-            };
-            (header.checksum, right.unwrap())
+            let v4 = |a, b| header.calc_checksum_ipv4_raw(a, b, payload).unwrap();
+            let v6 = |a, b| header.calc_checksum_ipv6_raw(a, b, payload).unwrap();
+            (header.checksum, over(addresses, v4, v6))
         }
         TransportSlice::Icmpv4(icmp) => {
             let header = icmp.header();
@@ -297,6 +267,19 @@ fn checked(frame: &[u8]) -> (IpAddr, IpAddr) {
     };
     assert_eq!(found, right, "of what is in it");
     addresses
+}
+
+/// A checksum over addresses of either family.
+fn over(
+    addresses: (IpAddr, IpAddr),
+    v4: impl Fn([u8; 4], [u8; 4]) -> u16,
+    v6: impl Fn([u8; 16], [u8; 16]) -> u16,
+) -> u16 {
+    match addresses {
+        (IpAddr::V4(a), IpAddr::V4(b)) => v4(a.octets(), b.octets()),
+        (IpAddr::V6(a), IpAddr::V6(b)) => v6(a.octets(), b.octets()),
+        _ => unreachable!(),
+    }
 }
 
 /// Payloads of all lengths, and of bytes for which sums overflow in all ways.

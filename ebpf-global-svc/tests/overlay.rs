@@ -5,8 +5,7 @@
 mod support;
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, TcpStream, UdpSocket},
+    net::{Ipv4Addr, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     thread,
 };
@@ -17,7 +16,7 @@ use ebpf_global_svc::{
 };
 use support::{
     Netns, assert_attached, endpoint, has_links, ip_key, ip_value, metric, node,
-    pair::{ECHO, Node, PATIENCE, address, call, pod, pod_identity, router, send, underlay},
+    pair::{ECHO, Node, PATIENCE, address, call, pod, pod_identity, router, send, stream, underlay},
     prefix_key, prefix_value, wait_until,
 };
 
@@ -50,22 +49,8 @@ fn pods_of_two_clusters_talk_and_carry_their_identity() {
 #[test]
 fn a_stream_larger_than_any_packet_arrives_whole() {
     let nodes = Node::pair();
-    let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
     for family in [4, 6] {
-        let received = nodes[0].pod.run(|| {
-            let stream = TcpStream::connect((pod(2, family), ECHO)).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            thread::scope(|scope| {
-                scope.spawn(|| {
-                    (&stream).write_all(&sent).unwrap();
-                    stream.shutdown(std::net::Shutdown::Write).unwrap();
-                });
-                let mut received = Vec::new();
-                (&stream).read_to_end(&mut received).unwrap();
-                received
-            })
-        });
-        assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+        stream(&nodes[0].pod, pod(2, family));
     }
 }
 

@@ -85,18 +85,7 @@ fn a_datagram_socket_sticks_to_its_backend_and_sees_the_frontend() {
         .zip(names)
         .map(|(n, name)| (u32::from(n) + 4, server6(n), node.serve_udp(server6(n), name)))
         .collect();
-    node.install(&Service {
-        id: 1,
-        frontend: (VIP4, PORT),
-        proto: UDP,
-        groups: &[(LOCAL, 1, &four[..2]), (REMOTE, 1, &four[2..])],
-    });
-    node.install(&Service {
-        id: 2,
-        frontend: (VIP6, PORT),
-        proto: UDP,
-        groups: &[(LOCAL, 1, &six[..2]), (REMOTE, 1, &six[2..])],
-    });
+    node.install_both(&four, &six);
 
     let bind4 = SocketAddr::from(([0, 0, 0, 0], 0));
     let bind6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));

@@ -6,7 +6,8 @@
 //! ```
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
@@ -225,4 +226,24 @@ pub fn send(netns: &Netns, to: IpAddr) {
         let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
         socket.send_to(b"hello", (to, ECHO)).unwrap();
     });
+}
+
+/// A stream larger than any packet to `to`, which comes back whole.
+#[track_caller]
+pub fn stream(netns: &Netns, to: IpAddr) {
+    let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+    let received = netns.run(|| {
+        let stream = TcpStream::connect((to, ECHO)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                (&stream).write_all(&sent).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+            });
+            let mut received = Vec::new();
+            (&stream).read_to_end(&mut received).unwrap();
+            received
+        })
+    });
+    assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
 }

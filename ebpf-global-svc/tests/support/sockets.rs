@@ -11,7 +11,7 @@ use std::{
 
 use ebpf_global_svc::{Datapath, DatapathOptions, Tables, abi::ClusterState};
 
-use super::{Cgroup, Netns, Root, Service};
+use super::{Backend, Cgroup, Netns, Root, Service, UDP};
 
 pub const LOCAL: u16 = 1;
 pub const REMOTE: u16 = 2;
@@ -54,6 +54,14 @@ impl Node {
     }
 
     /// Installs it with session affinity, in its units.
+    /// Over UDP, a service of each family with two backends here and two elsewhere.
+    pub fn install_both(&mut self, four: &[Backend], six: &[Backend]) {
+        for (id, vip, backends) in [(1, VIP4, four), (2, VIP6, six)] {
+            let groups = &[(LOCAL, 1, &backends[..2]), (REMOTE, 1, &backends[2..])];
+            self.install(&Service { id, frontend: (vip, PORT), proto: UDP, groups });
+        }
+    }
+
     pub fn sticky(&mut self, service: &Service<'_>, affinity: u16) {
         service.install_as(LOCAL, &mut self.tables, affinity, |_| 0);
     }
