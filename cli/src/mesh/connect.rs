@@ -81,7 +81,10 @@ impl ConnectArgs {
         // What is wrong with their directories or certificates is told before anybody is let in.
         Wanted::now(&source, &destination)?;
         Wanted::now(&destination, &source)?;
-        let admissions = Admissions::grant(&source, &destination)?;
+        let admissions = match hopeless(&source, &destination) {
+            true => Admissions(Vec::new()),
+            false => Admissions::grant(&source, &destination)?,
+        };
         let verdict = self.check_and_write(&source, &destination).await;
         if !verdict.as_ref().is_ok_and(|verdict| verdict.is_connected()) {
             admissions.take_back();
@@ -251,15 +254,21 @@ impl Wanted {
     }
 }
 
-/// Asks all agents of `context`, and lets one of them try the peer's etcd.
+/// Whether their contexts alone tell that they cannot be connected: then none is let into the other's etcd, and
+/// nobody waits for an exporter to do so.
+fn hopeless(a: &Context, b: &Context) -> bool {
+    a.cluster == b.cluster || a.id == b.id
+}
+
+/// Asks all agents of `context`, and lets one of them try the peer's etcd if that can lead to anything.
 async fn side(context: &Context, peer: &Context, wanted: &Wanted) -> anyhow::Result<Side> {
     let statuses = agents::statuses(context).await;
     let asked = context.agents.iter().zip(&statuses).find(|(_, status)| status.is_ok());
     let probe = match asked {
-        Some((agent, _)) => {
+        Some((agent, _)) if !hopeless(context, peer) => {
             Some(Probe { node: agent.node.clone(), result: agents::probe(agent, context, peer).await })
         }
-        None => None,
+        Some(_) | None => None,
     };
     Ok(Side {
         cluster: context.cluster.clone(),

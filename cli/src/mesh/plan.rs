@@ -30,7 +30,8 @@ pub(crate) struct Side {
     pub(crate) config_dir: PathBuf,
     /// What its agents say.
     pub(crate) agents: Vec<AgentFacts>,
-    /// What one of its agents found when it tried the *other* side's etcd; `None` if no agent could be asked.
+    /// What one of its agents found when it tried the *other* side's etcd; `None` if none could be asked or it was
+    /// of no use.
     pub(crate) probe: Option<Probe>,
     /// What it has configured for the other side already.
     pub(crate) entry: EntryState,
@@ -378,7 +379,11 @@ fn no_clash(side: &Side, other: &Side) -> Check {
 fn etcd_reachable(from: &Side, to: &Side) -> Check {
     let check = CheckId::EtcdReachable;
     let Some(probe) = &from.probe else {
-        return skipped(check, format!("{} -> {}: no agent can try the etcd", from.cluster, to.cluster));
+        let why = match from.cluster == to.cluster || from.id == to.id {
+            true => "not tried, two clusters of one name or ID cannot be connected",
+            false => "no agent can try the etcd",
+        };
+        return skipped(check, format!("{} -> {}: {why}", from.cluster, to.cluster));
     };
     let path = format!("{}/{} -> etcd of {}", from.cluster, probe.node, to.cluster);
     match &probe.result {
