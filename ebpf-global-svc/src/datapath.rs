@@ -33,7 +33,7 @@ pub use self::{
 };
 use crate::{
     DatapathError, DatapathOptions, Tables,
-    abi::{CONFIG_STRICT, ClusterState, Config, Plain, SCHEMA_VERSION},
+    abi::{CONFIG_PACKET_SERVICES, CONFIG_STRICT, ClusterState, Config, Plain, SCHEMA_VERSION},
     sys::LinkTarget,
     table::KernelTable,
 };
@@ -58,9 +58,11 @@ const FROM_OVERLAY: &str = "cm_from_overlay";
 const TO_OVERLAY: &str = "cm_to_overlay";
 const TO_POD: &str = "cm_to_pod";
 const FROM_WIREGUARD: &str = "cm_from_wireguard";
-const INTERFACE_PROGRAMS: [&str; 5] = [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY, FROM_WIREGUARD];
+const FROM_NETDEV: &str = "cm_from_netdev";
+const INTERFACE_PROGRAMS: [&str; 6] =
+    [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY, FROM_WIREGUARD, FROM_NETDEV];
 /// Those that have a link for each of several interfaces.
-const NUMBERED: [&str; 3] = [FROM_POD, TO_POD, FROM_WIREGUARD];
+const NUMBERED: [&str; 4] = [FROM_POD, TO_POD, FROM_WIREGUARD, FROM_NETDEV];
 /// On the host side of a pod's veth. The first of them names the pods that are attached.
 const POD_PROGRAMS: [(&str, TcAttachType); 2] =
     [(FROM_POD, TcAttachType::Ingress), (TO_POD, TcAttachType::Egress)];
@@ -172,6 +174,45 @@ impl Datapath {
         links::attach_interface(program, FROM_WIREGUARD, &pin, ifindex, TcAttachType::Ingress)
     }
 
+    /// Lets in what comes for a service's frontend at one of the node's own Ethernet interfaces (of the calling thread's
+    /// network namespace). Once more for the same interface is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`].
+    pub fn attach_netdev(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let pin = self.pins.link(&numbered_link(FROM_NETDEV, ifindex));
+        let program = classifier(&mut self.programs, FROM_NETDEV)?;
+        links::attach_interface(program, FROM_NETDEV, &pin, ifindex, TcAttachType::Ingress)
+    }
+
+    /// Undoes [`Datapath::attach_netdev`]. An interface that is gone is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pin cannot be removed.
+    pub fn detach_netdev(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let pin = self.pins.link(&numbered_link(FROM_NETDEV, ifindex));
+        links::detach_interface(FROM_NETDEV, &pin, ifindex, TcAttachType::Ingress)
+    }
+
+    /// Interfaces to which [`Datapath::attach_netdev`] has attached, also in an earlier life. Empty on kernels before
+    /// 6.6.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pins cannot be listed.
+    pub fn attached_netdevs(&self) -> Result<Vec<u32>, DatapathError> {
+        let links = self.pins.links()?;
+        Ok(links.iter().filter_map(|name| interface_of_link(FROM_NETDEV, name)).collect())
+    }
+
+    /// Has the programs translate packets that pods send to frontends past all socket hooks; what they do already is
+    /// fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_packet_services(&mut self, on: bool) -> Result<(), DatapathError> {
+        self.set_flag(CONFIG_PACKET_SERVICES, on)
+    }
+
     /// Tells the programs this node's underlay address; the one they have already is fine.
     ///
     /// # Errors
@@ -192,7 +233,11 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Map`].
     pub fn set_strict(&mut self, strict: bool) -> Result<(), DatapathError> {
-        let flags = if strict { CONFIG_STRICT } else { 0 };
+        self.set_flag(CONFIG_STRICT, strict)
+    }
+
+    fn set_flag(&mut self, flag: u16, on: bool) -> Result<(), DatapathError> {
+        let flags = if on { self.config.flags | flag } else { self.config.flags & !flag };
         if self.config.flags == flags {
             return Ok(());
         }
@@ -332,7 +377,7 @@ fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathE
         overlay_ifindex: before.overlay_ifindex,
         node_ip,
         overlay_port: options.overlay_port,
-        flags: if options.strict { before.flags } else { 0 },
+        flags: if options.strict { before.flags } else { before.flags & !CONFIG_STRICT },
         events: before.events,
         reserved: [0; 2],
     };

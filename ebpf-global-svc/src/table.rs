@@ -185,6 +185,8 @@ pub struct MapSizes {
     pub fragment: u32,
     /// Services that are called, times the clusters that answer.
     pub calls: u32,
+    /// Flows to services whose packets are translated one by one, each both ways (preallocated: about 140 bytes each).
+    pub nat: u32,
     /// Bytes of the ring of events: a power of two, and whole pages. An event takes 136.
     pub events: u32,
 }
@@ -209,6 +211,7 @@ impl Default for MapSizes {
             verdict: 8_192,
             fragment: 8_192,
             calls: 65_536,
+            nat: 65_536,
             events: 1 << 20,
         }
     }

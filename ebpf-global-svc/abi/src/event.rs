@@ -108,6 +108,8 @@ pub mod event_hook {
     pub const TO_OVERLAY: u8 = 3;
     /// `cm_connect4` and those like it.
     pub const SOCKET: u8 = 4;
+    /// `cm_from_netdev`.
+    pub const FROM_NETDEV: u8 = 5;
 }
 
 /// `cm_event_rule` (ARRAY of [`EVENT_KINDS`]) value: how many events of a kind are sent, on each CPU.

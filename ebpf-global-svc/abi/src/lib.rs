@@ -10,11 +10,13 @@
 #![no_std]
 
 mod event;
+mod nat;
 
 pub use event::{
     EVENT_ANSWER, EVENT_BOUND, EVENT_DRAINING, EVENT_EGRESS, EVENT_KINDS, EVENT_POLICY, EVENT_STANDBY, Event,
     EventRule, EventState, event_hook, event_kind, read_event,
 };
+pub use nat::{NAT_CLOSED, NatKey, NatValue, nat_kind};
 
 /// Changed whenever a layout or the meaning of a field changes; kept in [`Config::schema`].
 pub const SCHEMA_VERSION: u32 = 1;
@@ -30,6 +32,9 @@ pub const MAX_CLUSTERS: u32 = 512;
 pub const MAX_GROUPS: usize = 32;
 /// Reason codes are a byte; see [`reason`].
 pub const MAX_REASONS: u32 = 256;
+
+/// Words of 64 bits in `cm_scratch` (PERCPU_ARRAY of 1), in which programs keep what does not fit on their stack.
+pub const SCRATCH_WORDS: usize = 48;
 
 /// Marks plain data: every bit pattern is a valid value and there is no padding.
 ///
@@ -51,7 +56,7 @@ plain! {
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
     CtValue = 16, FragmentKey = 40, FragmentValue = 8, AffinityKey = 16, AffinityValue = 16,
     TranslateKey = 24, TranslateValue = 16,
-    Event = 128, EventRule = 24, EventState = 48, CallKey = 8,
+    Event = 128, EventRule = 24, EventState = 48, CallKey = 8, NatKey = 44, NatValue = 48,
 }
 
 /// `cm_ipcache` and `cm_endpoint` (HASH) key: an address of a cluster.
@@ -350,10 +355,20 @@ pub struct ServiceKey {
     pub proto: u8,
     /// [`FAMILY_V4`] or [`FAMILY_V6`].
     pub family: u8,
+    /// Whom it answers; see [`scope`].
+    pub scope: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: u8,
     /// Network order; IPv4 in the first four bytes.
     pub ip: [u8; 16],
+}
+
+/// Values of [`ServiceKey::scope`].
+pub mod scope {
+    /// Pods and processes of the node.
+    pub const MESH: u8 = 0;
+    /// Packets that come in at one of the node's own interfaces.
+    pub const OUTSIDE: u8 = 1;
 }
 
 /// `cm_service` value: the first level of selection, over clusters.
@@ -540,7 +555,7 @@ pub struct Config {
     pub node_ip: [u8; 4],
     /// UDP port of the overlay, host order; 0: unknown.
     pub overlay_port: u16,
-    /// [`CONFIG_STRICT`], or 0.
+    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`].
     pub flags: u16,
     /// Which events are wanted: a bit for each [`event_kind`].
     pub events: u32,
@@ -550,6 +565,8 @@ pub struct Config {
 /// [`Config::flags`]: tunnel packets to a node go only if they are encrypted, and only such are taken in, but for
 /// nodes with [`NODE_CLEAR`].
 pub const CONFIG_STRICT: u16 = 1;
+/// [`Config::flags`]: packets that pods send to frontends, past all socket hooks, are translated.
+pub const CONFIG_PACKET_SERVICES: u16 = 2;
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx`, `cm_verdict` and `cm_calls` value.
 #[repr(C)]
@@ -637,6 +654,9 @@ pub mod identity {
     pub const WORLD: u32 = 2;
     /// A node of the mesh.
     pub const REMOTE_NODE: u32 = 6;
+    /// Outside of the mesh, and let in by a service's frontend at the node that sends it: answers go back there. To
+    /// policies it is [`WORLD`]. The number is that of Cilium's "ingress".
+    pub const INGRESS: u32 = 8;
     /// First identity that is not reserved.
     pub const FIRST_USER: u32 = 256;
     /// First identity of an address range outside of the mesh that a policy names (`cm_cidr`). These mean
@@ -670,6 +690,10 @@ pub mod reason {
     pub const POLICY_AUDITED: u8 = 10;
     /// The backend chosen is the one that its client is bound to by session affinity.
     pub const LB_AFFINITY: u8 = 11;
+    /// A packet to a frontend got a backend's address, and was sent on.
+    pub const SERVED: u8 = 12;
+    /// An answer got the frontend's address, and was sent on.
+    pub const ANSWERED: u8 = 13;
     /// Drop: a pod sent from an address that is not its own, or a node from one of another cluster.
     pub const INVALID_SOURCE_IP: u8 = 132;
     /// Drop: no rule of a policy that selects the pod allows it.
@@ -680,6 +704,8 @@ pub mod reason {
     pub const NO_TUNNEL_KEY: u8 = 147;
     /// Drop: came from the overlay and is for nobody on this node.
     pub const UNKNOWN_TARGET: u8 = 150;
+    /// Drop: a packet to a service without a usable backend.
+    pub const NO_BACKEND: u8 = 158;
     /// Drop: the destination is in the mesh, but its node is not known (or there is no overlay).
     pub const NO_TUNNEL_ENDPOINT: u8 = 160;
     /// Drop: a virtual address that stands for none.
@@ -719,6 +745,9 @@ pub mod reason {
             TOO_BIG => "too-big",
             POLICY_AUDITED => "policy-audited",
             LB_AFFINITY => "lb-affinity",
+            SERVED => "served",
+            ANSWERED => "answered",
+            NO_BACKEND => "no-backend",
             INVALID_SOURCE_IP => "invalid-source-ip",
             POLICY => "policy",
             INVALID_PACKET => "invalid-packet",

@@ -63,6 +63,12 @@ pub fn is_usable(backend: &BackendValue, draining: bool) -> bool {
     stays && backend.state == backend_state::ACTIVE && can_bind(backend)
 }
 
+/// Whether flows may begin in a cluster.
+#[inline(always)]
+pub fn is_in_reach(cluster: u16) -> bool {
+    CLUSTER.get(cluster.into()).is_some_and(|cluster| cluster.state <= cluster_state::DRAINING)
+}
+
 /// Both in one read, lest they belong to different clients.
 ///
 /// # Safety

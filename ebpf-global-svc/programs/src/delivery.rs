@@ -6,16 +6,16 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     bindings::{BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
     helpers::{
-        bpf_check_mtu, bpf_redirect, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
+        bpf_check_mtu, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
         bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, event_hook, reason,
+    CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, reason,
 };
 
-use crate::{counters::count, events::drop_packet, maps::node, zero::zero};
+use crate::{counters::count, events::drop_packet, maps::node, nat, zero::zero};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
@@ -68,15 +68,30 @@ pub fn to_pod(ctx: &TcContext, hook: u8, pod: &EndpointValue, sender: u32) -> i3
     }
 }
 
+/// Gives an answer the address of the frontend that its client knows.
+#[inline(always)]
+pub fn as_frontend(ctx: &TcContext) -> Result<(), u8> {
+    nat::give(ctx)?;
+    count(reason::ANSWERED, ctx.len());
+    Ok(())
+}
+
+/// Sends an answer to a client outside through an interface of this node, with the neighbour that routing has there.
+#[inline(always)]
+pub fn to_outside(ifindex: u32) -> i32 {
+    // SAFETY: no preconditions.
+    unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
 /// Sends the packet of a pod to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
 /// not lie on the stack while policy is asked.
 #[inline(never)]
-pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> i32 {
+pub fn to_node(ctx: &TcContext, config: &Config, hook: u8, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
-        return drop(ctx, event_hook::FROM_POD, reason::NO_TUNNEL_ENDPOINT, identity);
+        return drop(ctx, hook, reason::NO_TUNNEL_ENDPOINT, identity);
     }
     if !may_go(config, node_ip) {
-        return drop(ctx, event_hook::FROM_POD, reason::UNENCRYPTED, identity);
+        return drop(ctx, hook, reason::UNENCRYPTED, identity);
     }
     let mut mtu = 0_u32;
     // SAFETY: the context is the program's own, and `mtu` outlives the call.
@@ -85,7 +100,7 @@ pub fn to_node(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]
         count(reason::TOO_BIG, ctx.len());
     }
     if !set_tunnel(ctx, config, identity, node_ip) {
-        return drop(ctx, event_hook::FROM_POD, reason::NO_TUNNEL_KEY, identity);
+        return drop(ctx, hook, reason::NO_TUNNEL_KEY, identity);
     }
     count(reason::ENCAPSULATED, ctx.len());
     // SAFETY: no preconditions.

@@ -144,7 +144,7 @@ pub fn read_packet<'a>(
 }
 
 /// Reads the packet whose IP header is at `at`. If that is one that an ICMP error is about, only its first
-/// bytes are there.
+/// bytes are there. Gives where the transport header is; 0: it is in another fragment, or cut off.
 ///
 /// # Safety
 /// `skb` is the program's own context.
@@ -166,9 +166,12 @@ pub unsafe extern "C" fn read_flow(skb: *mut __sk_buff, at: u32, flow: *mut Flow
         Part::First | Part::All => {
             if read_transport(skb, behind.at, at != OUTER, flow).is_none() {
                 flow.unreadable = reason::INVALID_PACKET;
-            } else if matches!(behind.part, Part::First) && at == OUTER {
+                return 0;
+            }
+            if matches!(behind.part, Part::First) && at == OUTER {
                 remember(&fragment_key(flow, behind.id), flow);
             }
+            return behind.at;
         }
     }
     0

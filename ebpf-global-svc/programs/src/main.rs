@@ -5,11 +5,13 @@
 //! * `selection`: which backend; two levels, clusters then slots.
 //! * `pod`: traffic that leaves a pod of this node, or reaches one through the stack.
 //! * `overlay`: traffic that enters or leaves the VXLAN device.
+//! * `nat`: services for packets that no socket hook has seen; `netdev`: those from outside of the mesh.
 //! * `policy`: whether a pod may send or receive it; `peer` says who the other end is, `flow` what it is,
 //!   `conntrack` whether it is an answer.
 //! * `mark`: what a packet carries through the stack.
 //! * `packet`, `delivery`: what all need: addresses in, verdicts out.
 //! * `translate`: addresses of clusters whose pods have addresses that are taken here.
+//! * `rewrite`: another address in a packet, with its checksums.
 //! * `events`: single packets and calls, for those who look at them.
 //! * `maps`, `counters`: everything else shared with user space.
 //! * `zero`: zeros that cost nothing.
@@ -26,11 +28,14 @@ mod events;
 mod flow;
 mod maps;
 mod mark;
+mod nat;
+mod netdev;
 mod overlay;
 mod packet;
 mod peer;
 mod pod;
 mod policy;
+mod rewrite;
 mod selection;
 mod sockets;
 mod translate;

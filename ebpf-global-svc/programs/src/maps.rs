@@ -15,8 +15,8 @@ use aya_ebpf::{
 use ebpf_global_svc_abi::{
     AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
     EVENT_KINDS, EndpointValue, Event, EventRule, EventState, FAMILY_V4, FragmentKey, FragmentValue, IpKey,
-    IpValue, MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue, ServiceKey,
-    ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue, VerdictKey,
+    IpValue, MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue, ServiceKey,
+    ServiceValue, SlotKey, SCRATCH_WORDS, SockRevKey, SockRevValue, TranslateValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -80,6 +80,17 @@ pub static FRAGMENT: LruHashMap<FragmentKey, FragmentValue, 1> = LruHashMap::new
 
 #[btf_map(name = "cm_calls")]
 pub static CALLS: PerCpuHashMap<CallKey, Counter, 1, ON_DEMAND> = PerCpuHashMap::new();
+
+#[btf_map(name = "cm_nat")]
+pub static NAT: LruHashMap<NatKey, NatValue, 1> = LruHashMap::new();
+
+/// Not zero once there was an entry in `cm_nat`.
+#[btf_map(name = "cm_nat_used")]
+pub static NAT_USED: Array<u32, 1> = Array::new();
+
+/// What does not fit on the stack.
+#[btf_map(name = "cm_scratch")]
+pub static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
 
 #[btf_map(name = "cm_events")]
 pub static EVENTS: RingBuf<Event, 4096> = RingBuf::new();

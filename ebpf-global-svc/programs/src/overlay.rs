@@ -16,10 +16,12 @@ use ebpf_global_svc_abi::{
 
 use crate::{
     counters::{count, count_overlay},
-    delivery::{accept_frame, drop, drop_untold, is_via_stack, may_go, set_tunnel, to_pod, to_stack},
+    delivery::{
+        accept_frame, as_frontend, drop, drop_untold, is_via_stack, may_go, set_tunnel, to_outside, to_pod, to_stack,
+    },
     events::{What, clusters, trace_packet, wanted},
     maps::{ENDPOINT, IPCACHE, config, node, prefix_of},
-    mark,
+    mark, nat,
     packet::{Addresses, Packet},
     peer, policy, translate,
     zero::zero,
@@ -53,7 +55,7 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     // A node that speaks for one cluster must not send from the addresses of another.
     let prefix = prefix_of(&addresses.source);
     if let Some(prefix) = prefix
-        && prefix.cluster != speaker
+        && (prefix.cluster != speaker || origin.identity == identity::INGRESS)
     {
         return drop(&ctx, HOOK, reason::INVALID_SOURCE_IP, origin.identity);
     }
@@ -62,8 +64,18 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     // SAFETY: the element is only read; user space replaces elements, it does not write into them.
     if let Some(pod) = unsafe { ENDPOINT.get(&addresses.destination) } {
         let cluster = if prefix.is_some() { speaker } else { 0 };
-        if let Err(reason) = admit(&ctx, config, pod, addresses, origin.identity, cluster) {
+        let is_let_in = origin.identity == identity::INGRESS;
+        let sender = if is_let_in { identity::WORLD } else { origin.identity };
+        if let Err(reason) = admit(&ctx, config, pod, addresses, sender, cluster) {
             return drop_untold(&ctx, reason);
+        }
+        if is_let_in {
+            nat::note_way_back(&ctx, config.cluster, origin.node_ip);
+        } else if nat::is_used()
+            && let nat::Answer::ToPod = nat::answer(&ctx, speaker)
+            && let Err(reason) = as_frontend(&ctx)
+        {
+            return drop(&ctx, HOOK, reason, origin.identity);
         }
         count(reason::DECAPSULATED, ctx.len());
         if wanted(config, event_kind::TRACE) {
@@ -76,6 +88,14 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
             );
         }
         return to_pod(&ctx, HOOK, pod, origin.identity);
+    }
+    if nat::is_used()
+        && let nat::Answer::Outside(ifindex) = nat::answer(&ctx, speaker)
+    {
+        return match as_frontend(&ctx) {
+            Ok(()) => to_outside(ifindex),
+            Err(reason) => drop(&ctx, HOOK, reason, origin.identity),
+        };
     }
     if !belongs_here(config, addresses) {
         return drop(&ctx, HOOK, reason::UNKNOWN_TARGET, origin.identity);
@@ -194,7 +214,7 @@ fn speaker(config: &Config, origin: &OverlayKey, decrypted: bool) -> Result<&'st
     }
     if origin.identity < identity::FIRST_USER {
         return match origin.identity {
-            identity::REMOTE_NODE | identity::WORLD => Ok(node),
+            identity::REMOTE_NODE | identity::WORLD | identity::INGRESS => Ok(node),
             _ => Err(reason::INVALID_IDENTITY),
         };
     }

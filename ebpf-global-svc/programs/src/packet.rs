@@ -14,7 +14,7 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// What arrived.
 pub enum Packet<'a> {
-    Ip(&'a Addresses),
+    Ip(&'a mut Addresses),
     /// ARP and whatever else is between the two ends of the wire.
     NotIp,
     /// Claims to be IP, and is not.
@@ -43,6 +43,13 @@ impl Addresses {
             IS_NOT_IP => Packet::NotIp,
             _ => Packet::Malformed,
         }
+    }
+
+    /// Reads them again, of a packet that has others by now. False if it is none any more.
+    #[inline(always)]
+    pub fn again(&mut self, ctx: &TcContext) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { read_addresses(ctx.skb.skb, self) == IS_IP }
     }
 
     /// Multicast, broadcast and link-local destinations never leave the link: neighbour discovery,

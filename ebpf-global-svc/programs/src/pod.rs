@@ -6,16 +6,17 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use ebpf_global_svc_abi::{
-    Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL, direction, event_hook, event_kind, identity, reason,
+    CONFIG_PACKET_SERVICES, Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL, direction, event_hook,
+    event_kind, identity, reason, scope,
 };
 
 use crate::{
     counters::count,
-    delivery::{drop, drop_untold, is_via_stack, to_node, to_pod, to_stack},
+    delivery::{as_frontend, drop, drop_untold, is_via_stack, to_node, to_outside, to_pod, to_stack},
     events::{What, clusters, trace_packet, wanted},
     flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
-    mark,
+    mark, nat,
     packet::{Addresses, Packet, udp_port},
     peer, policy, translate,
 };
@@ -48,6 +49,14 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
         Ok(way) => way,
         Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
     };
+    let way = match way.to {
+        // Perhaps a frontend, or a client of one.
+        To::Stack if way.cluster == 0 => match elsewhere(&ctx, config, sender, addresses, way) {
+            Ok(way) => way,
+            Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
+        },
+        _ => way,
+    };
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
         return drop_untold(&ctx, reason);
     }
@@ -57,8 +66,24 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     match way.to {
         To::Stack => to_stack(&ctx),
         To::Pod(pod) => {
+            if nat::is_used()
+                && let nat::Answer::ToPod = nat::answer(&ctx, config.cluster)
+                && let Err(reason) = as_frontend(&ctx)
+            {
+                return drop(&ctx, HOOK, reason, sender.identity);
+            }
             count(reason::FORWARDED, ctx.len());
             to_pod(&ctx, HOOK, pod, sender.identity)
+        }
+        To::Outside(ifindex) => {
+            // What policy has read is what `nat` has read, too.
+            let nat::Answer::Outside(_) = nat::answer(&ctx, config.cluster) else {
+                return drop(&ctx, HOOK, reason::INVALID_PACKET, sender.identity);
+            };
+            match as_frontend(&ctx) {
+                Ok(()) => to_outside(ifindex),
+                Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
+            }
         }
         To::Node(ip) => {
             if way.is_virtual
@@ -66,7 +91,7 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             {
                 return drop(&ctx, HOOK, reason, sender.identity);
             }
-            to_node(&ctx, config, sender.identity, ip)
+            to_node(&ctx, config, HOOK, sender.identity, ip)
         }
     }
 }
@@ -123,6 +148,7 @@ impl Way {
 fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
     let (reason, receiver) = match way.to {
         To::Stack => (reason::TO_STACK, way.peer),
+        To::Outside(_) => (reason::ANSWERED, way.peer),
         To::Pod(pod) => (reason::FORWARDED, pod.identity),
         To::Node(_) => (reason::ENCAPSULATED, way.peer),
     };
@@ -134,6 +160,8 @@ fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
 
 enum To {
     Stack,
+    /// An answer to a client outside of the mesh, through this interface.
+    Outside(u32),
     Pod(&'static EndpointValue),
     Node([u8; 4]),
 }
@@ -172,6 +200,37 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
     };
     let is_virtual = prefix.flags & PREFIX_VIRTUAL != 0;
     Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster, is_virtual })
+}
+
+/// The way of a packet whose destination is in no pod CIDR, which has one to the stack so far.
+#[inline(always)]
+fn elsewhere(
+    ctx: &TcContext,
+    config: &Config,
+    sender: &EndpointValue,
+    addresses: &mut Addresses,
+    outside: Way,
+) -> Result<Way, u8> {
+    if nat::is_used() {
+        match nat::answer(ctx, config.cluster) {
+            nat::Answer::Outside(ifindex) => return Ok(Way { to: To::Outside(ifindex), ..outside }),
+            nat::Answer::ByNode(ip) => return Ok(Way { to: To::Node(ip), ..outside }),
+            nat::Answer::ToPod | nat::Answer::Not => {}
+        }
+    }
+    if config.flags & CONFIG_PACKET_SERVICES == 0 {
+        return Ok(outside);
+    }
+    match nat::serve(ctx, config.cluster, scope::MESH) {
+        nat::Served::Not => return Ok(outside),
+        nat::Served::Yes => count(reason::SERVED, ctx.len()),
+        nat::Served::Refused => return Err(reason::NO_BACKEND),
+        nat::Served::Broken => return Err(reason::INVALID_PACKET),
+    }
+    if !addresses.again(ctx) {
+        return Err(reason::INVALID_PACKET);
+    }
+    way(ctx, config, sender, addresses)
 }
 
 /// What the policies of the sender, and of a receiver on this node, say of a packet.

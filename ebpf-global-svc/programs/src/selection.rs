@@ -36,8 +36,8 @@ pub enum Selection {
     Backend { backend: BackendValue, service: u32, how: u8 },
 }
 
-/// Chooses a backend. The same `seed` gives the same backend as long as the service does not change, and so does
-/// the same `client` if the service has session affinity.
+/// Chooses a backend. The same `seed` gives the same backend as long as the service does not change, on every node that
+/// has the same slots; and so does the same `client` if the service has session affinity.
 #[inline(always)]
 pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Selection {
     // No options, and IDs rather than backends: the compiler leaves unwritten what an option would hold, and reads it
@@ -52,7 +52,7 @@ pub fn select(frontend: &ServiceKey, seed: u32, client: impl Fn() -> u64) -> Sel
             break;
         };
         service_id = service.id;
-        let random = mix(seed ^ service_id.wrapping_add(attempt));
+        let random = mix(seed.wrapping_add(attempt));
         let Some(group) = choose_group(service, random) else { break };
 
         let timeout = service.affinity_timeout;

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use ebpf_global_svc_abi::{
     BackendValue, EVENT_EGRESS, FAMILY_V4, FAMILY_V6, ServiceKey, SockRevKey, SockRevValue, event_hook,
-    event_kind, reason,
+    event_kind, reason, scope,
 };
 
 use crate::{
@@ -87,6 +87,7 @@ fn to_backend<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
         port: named.port,
         proto,
         family: named.family,
+        scope: scope::MESH,
         pad: 0,
         ip: named.ip,
     };
@@ -96,7 +97,8 @@ fn to_backend<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
     let seed = match proto as u32 {
         // SAFETY: no preconditions.
         TCP => unsafe { bpf_get_prandom_u32() },
-        _ => mix(cookie as u32 ^ mix((cookie >> 32) as u32)),
+        // Another one for each service.
+        _ => mix(cookie as u32 ^ mix((cookie >> 32) as u32)) ^ u32::from(named.port),
     };
     // To a service a pod is one client, whichever of its sockets calls.
     // SAFETY: the context is the program's own.

@@ -19,16 +19,10 @@ use aya_ebpf::{
 use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, reason, translate};
 
 use crate::{
-    flow::{EMBEDDED, Flow, OUTER, Part, TCP, UDP, is_error, load, read_network},
+    flow::{EMBEDDED, Flow, OUTER, Part, TCP, is_error, load, read_network},
     maps::turned_bits,
+    rewrite::{IPV4_ADDRESSES, IPV4_CHECKSUM, IPV6_ADDRESSES, pseudo_checksum},
 };
-
-const UDP_LITE: u8 = 136;
-
-/// Where IPv4 headers have their checksum, and where addresses begin.
-const IPV4_CHECKSUM: u32 = 10;
-const IPV4_ADDRESSES: u32 = 12;
-const IPV6_ADDRESSES: u32 = 8;
 
 /// The packet is about to be sent to a cluster; its destination is a virtual address there. Else: why it must not go.
 #[inline(always)]
@@ -160,14 +154,4 @@ fn turn_ipv6(skb: *mut __sk_buff, header: u32, place: &Place) -> Option<u32> {
     // SAFETY: the context is the program's own, and the buffer has the size that is passed.
     let stored = unsafe { bpf_skb_store_bytes(skb, at, after.as_ptr().cast(), 16, 0) };
     (stored == 0).then_some(TURNED)
-}
-
-/// Where, in a transport header, a checksum is that covers the addresses; 0: nowhere.
-#[inline(always)]
-fn pseudo_checksum(proto: u8) -> u32 {
-    match proto {
-        TCP => 16,
-        UDP | UDP_LITE => 6,
-        _ => 0,
-    }
 }

@@ -14,9 +14,9 @@ use crate::{
     abi::{
         AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
         EVENT_KINDS, EndpointValue, EventRule, EventState, FragmentKey, FragmentValue, IpKey, IpValue,
-        MAX_CLUSTERS, MAX_REASONS, NodeKey, NodeValue, OverlayKey, Plain, PolicyKey, PolicyValue, PrefixKey,
-        PrefixValue, SCHEMA_VERSION, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue,
-        TranslateKey, TranslateValue, VerdictKey,
+        MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, Plain, PolicyKey,
+        PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION, SCRATCH_WORDS, ServiceKey, ServiceValue,
+        SlotKey, SockRevKey, SockRevValue, TranslateKey, TranslateValue, VerdictKey,
     },
     sys,
 };
@@ -32,7 +32,7 @@ pub(super) struct MapSpec {
 }
 
 /// How many maps there are.
-pub(super) const MAPS: usize = 23;
+pub(super) const MAPS: usize = 26;
 
 /// All maps of the programs.
 pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
@@ -57,6 +57,15 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
         spec::<VerdictKey, Counter>("cm_verdict", MapType::LruPerCpuHash, sizes.verdict),
         spec::<FragmentKey, FragmentValue>("cm_fragment", MapType::LruHash, sizes.fragment),
         spec::<CallKey, Counter>("cm_calls", MapType::PerCpuHash, sizes.calls),
+        spec::<NatKey, NatValue>("cm_nat", MapType::LruHash, sizes.nat),
+        spec::<u32, u32>("cm_nat_used", MapType::Array, 1),
+        MapSpec {
+            name: "cm_scratch",
+            kind: MapType::PerCpuArray,
+            key_size: size_of::<u32>(),
+            value_size: SCRATCH_WORDS * size_of::<u64>(),
+            max_entries: 1,
+        },
         // A ring has bytes instead of entries.
         MapSpec {
             name: "cm_events",

@@ -25,7 +25,7 @@ use ebpf_global_svc::{
     abi::{
         BACKEND_EXCLUSIVE, BackendValue, EndpointValue, FAMILY_V4, FAMILY_V6, Group, IpKey, IpValue,
         MAX_GROUPS, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey,
-        TranslateKey, TranslateValue, translate,
+        TranslateKey, TranslateValue, scope, translate,
     },
 };
 
@@ -102,6 +102,7 @@ pub const SMALL: MapSizes = MapSizes {
     verdict: 1_024,
     fragment: 256,
     calls: 256,
+    nat: 1_024,
     events: 1 << 16,
 };
 
@@ -306,7 +307,8 @@ pub struct Service<'a> {
 impl Service<'_> {
     pub fn key(&self, cluster: u16) -> ServiceKey {
         let (family, ip) = address(self.frontend.0);
-        ServiceKey { cluster, port: self.frontend.1.to_be(), proto: self.proto, family, pad: 0, ip }
+        let (port, proto) = (self.frontend.1.to_be(), self.proto);
+        ServiceKey { cluster, port, proto, family, scope: scope::MESH, pad: 0, ip }
     }
 
     /// Installs it in the order that the agent keeps: backends, slots, service.
@@ -333,6 +335,14 @@ impl Service<'_> {
             *group = Group::new(*from, *weight, tier(*from), u32::try_from(backends.len()).unwrap());
         }
         tables.service.upsert(&[(self.key(cluster), value)]).unwrap();
+    }
+
+    /// Installs it for the outside too.
+    pub fn publish(&self, cluster: u16, tables: &mut Tables) {
+        self.install(cluster, tables);
+        let key = self.key(cluster);
+        let value = tables.service.get(&[key]).unwrap()[0].unwrap();
+        tables.service.upsert(&[(ServiceKey { scope: scope::OUTSIDE, ..key }, value)]).unwrap();
     }
 
     pub fn backend(&self, id: u32, cluster: u16, ip: IpAddr, port: u16) -> BackendValue {
