@@ -19,8 +19,8 @@ use agent_sync::peers::OwnCluster;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, Balancing, IpRecord, LocalService, Node, NodeAddress, NodeAddressKind, Port, PortMap, Protocol,
-    Record, Service,
+    Affinity, Balancing, External, IpRecord, LocalService, Node, NodeAddress, NodeAddressKind, Port, PortMap,
+    Protocol, Record, Service,
 };
 use clustermesh_kvstore::reflector::ReflectorEvent;
 use ebpf_global_svc::table::{Cursor, Table};
@@ -294,6 +294,7 @@ fn local(number: u32) -> LocalService {
         affinity: Affinity::None,
         failover: None,
         balancing: Balancing::default(),
+        external: External::default(),
         headless: false,
         frontends: [(address, ports("http", 80))].into(),
         backends: Vec::new(),

@@ -1,7 +1,8 @@
 //! Puts the parts together and runs them until the agent is told to stop.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,6 +83,17 @@ pub struct KernelOptions {
     pub wireguard_device: String,
     /// Encryption between nodes; none: all goes in clear.
     pub encryption: Option<EncryptionOptions>,
+    /// Services for what no socket hook sees.
+    pub packet_services: PacketServices,
+}
+
+/// Services for packets that no socket hook sees.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PacketServices {
+    /// Those that pods send.
+    pub of_pods: bool,
+    /// Those that come in at devices of these names; empty: at the one with the node's address. None: nothing is let in.
+    pub from_outside: Option<Vec<String>>,
 }
 
 /// Why the agent cannot run.
@@ -104,6 +116,12 @@ pub enum AgentError {
         /// Why not.
         source: io::Error,
     },
+    /// The operator's: where calls from outside come in.
+    #[error("--devices: there is no device {0} in this network namespace; see `ip link`")]
+    NoDevice(String),
+    /// The operator's: which of the node's devices it is cannot be told.
+    #[error("--enable-node-port: no device has the address {0}: correct --node-ip, or name --devices")]
+    NoDeviceOf(Ipv4Addr),
     /// The kernel's tables and programs.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
@@ -218,6 +236,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         census_interval: options.relist_interval,
         audit_policies: options.audit_policies,
         strict: strict.map(|scope| (scope, encrypted)),
+        outside: outside(&options),
     })?;
     let (inputs, received) = mpsc::channel(engine::CHANNEL);
     let tunnels = TunnelBoard::default();
@@ -270,6 +289,12 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         return Ok(());
     }
     outcome
+}
+
+/// The node's addresses whose ports are services'; none: nobody is let in from outside.
+fn outside(options: &Options) -> Option<Vec<IpAddr>> {
+    options.kernel.as_ref()?.packet_services.from_outside.as_ref()?;
+    Some(options.node_ip.map(IpAddr::from).into_iter().collect())
 }
 
 /// Only version 2 has programs; each of its cgroups says which controllers it has.
@@ -327,10 +352,36 @@ impl Node {
                 tokio::spawn(encryption::leave_quietly(netlink.clone(), device));
             }
         }
+        serve_packets(&netlink, &mut datapath, options.node_ip, &kernel.packet_services).await?;
         let pod_links = netlink.watch_pod_links().await?;
         tokio::spawn(netlink::keep_routes(netlink, overlay, routes));
         Ok(Self { datapath, pod_links, mtu, keeper })
     }
+}
+
+/// Has the programs look at packets to services where that is wanted, and nowhere else.
+async fn serve_packets(
+    netlink: &Netlink,
+    datapath: &mut Datapath,
+    node_ip: Option<Ipv4Addr>,
+    wanted: &PacketServices,
+) -> Result<(), AgentError> {
+    let mut devices = BTreeSet::new();
+    for name in wanted.from_outside.iter().flatten() {
+        let device = netlink.device(name).await?;
+        devices.insert(device.ok_or_else(|| AgentError::NoDevice(name.clone()))?);
+    }
+    if let (Some([]), Some(ip)) = (wanted.from_outside.as_deref(), node_ip) {
+        devices.insert(netlink.device_of(ip).await?.ok_or(AgentError::NoDeviceOf(ip))?);
+    }
+    datapath.set_packet_services(wanted.of_pods)?;
+    for device in &devices {
+        datapath.attach_netdev(*device)?;
+    }
+    for other in datapath.attached_netdevs()?.into_iter().filter(|other| !devices.contains(other)) {
+        datapath.detach_netdev(other)?;
+    }
+    Ok(())
 }
 
 /// MTU of the underlay, and what tunnels, and perhaps encryption, leave of it.

@@ -5,6 +5,7 @@ mod cleanup_command;
 mod encryption_flags;
 mod map_sizes;
 mod observe_flags;
+mod outside_flags;
 
 use std::io::IsTerminal as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -25,6 +26,7 @@ use ebpf_global_svc::MapSizes;
 use encryption_flags::EncryptionFlags;
 use map_sizes::MapSizeFlags;
 use observe_flags::ObserveFlags;
+use outside_flags::OutsideFlags;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -134,6 +136,8 @@ struct Flags {
     policy_audit_mode: Switch,
     #[command(flatten)]
     encryption: EncryptionFlags,
+    #[command(flatten)]
+    outside: OutsideFlags,
     #[command(flatten)]
     observe: ObserveFlags,
     #[command(flatten)]
@@ -258,6 +262,7 @@ impl Flags {
             tunnel_port: self.tunnel_port,
             wireguard_device: self.encryption.device().to_owned(),
             encryption: self.encryption.options(),
+            packet_services: self.outside.options(),
         };
         Ok(Options {
             own,

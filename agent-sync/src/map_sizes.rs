@@ -43,6 +43,9 @@ pub(crate) struct MapSizeFlags {
     /// Connections of pods under a policy that fit (cm_ct)
     #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().ct, value_parser = entries())]
     ct_max_entries: u32,
+    /// Connections to services that are translated packet by packet, each twice (cm_nat)
+    #[arg(long, value_name = "ENTRIES", default_value_t = MapSizes::default().nat, value_parser = entries())]
+    nat_max_entries: u32,
 }
 
 impl MapSizeFlags {
@@ -60,6 +63,7 @@ impl MapSizeFlags {
             translate: self.translate_max_entries,
             affinity: self.affinity_max_entries,
             ct: self.ct_max_entries,
+            nat: self.nat_max_entries,
             ..MapSizes::default()
         }
     }

@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ebpf_global_svc::abi::{
-    FAMILY_V4, FAMILY_V6, IpKey, NodeKey, PrefixKey, ServiceKey, TranslateKey, TranslateValue, translate,
+    FAMILY_V4, FAMILY_V6, IpKey, NodeKey, PrefixKey, ServiceKey, TranslateKey, TranslateValue, scope,
+    translate,
 };
 use ipnet::IpNet;
 
@@ -80,7 +81,7 @@ pub fn node_key(ip: IpAddr) -> NodeKey {
 /// Key of a frontend; `port` in host order.
 pub fn service_key(cluster: u16, ip: IpAddr, port: u16, proto: u8) -> ServiceKey {
     let (family, ip) = octets(ip);
-    ServiceKey { cluster, port: port.to_be(), proto, family, pad: 0, ip }
+    ServiceKey { cluster, port: port.to_be(), proto, family, scope: scope::MESH, pad: 0, ip }
 }
 
 /// `TCP`, `UDP`, `SCTP`, or the number.

@@ -11,8 +11,8 @@ use clustermesh_kvstore::import_policy::{
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::labels::Labels;
 use clustermesh_kvstore::record::{
-    Affinity, Balancing, IdentityRecord, IpRecord, LocalService, Node, NodeAddress, NodeAddressKind, PortMap,
-    Record, Service,
+    Affinity, Balancing, External, IdentityRecord, IpRecord, LocalService, Node, NodeAddress,
+    NodeAddressKind, PortMap, Record, Service,
 };
 use proptest::prelude::*;
 
@@ -148,6 +148,7 @@ fn a_remote_defines_no_services_of_this_cluster() {
         affinity: Affinity::None,
         failover: None,
         balancing: Balancing::default(),
+        external: External::default(),
         headless: false,
         frontends: [("10.96.0.1".parse().unwrap(), PortMap::new())].into(),
         backends: Vec::new(),

@@ -9,9 +9,10 @@ use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::labels::{Label, Labels};
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, Failover, IdentityRecord,
-    IpRecord, LocalBackend, LocalService, MAX_VALUE, NamedPort, Nearness, Node, NodeAddress, NodeAddressKind,
-    Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, WireguardKey, Zone,
+    Affinity, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, External, Failover,
+    IdentityRecord, IpRecord, LocalBackend, LocalService, MAX_VALUE, NamedPort, Nearness, Node, NodeAddress,
+    NodeAddressKind, Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, WireguardKey,
+    Zone,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::collection::{btree_map, vec};

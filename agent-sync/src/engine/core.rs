@@ -5,7 +5,7 @@
 //! step is the driver's choice and changes only how often a key is written.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
@@ -83,6 +83,11 @@ impl Core {
             scan: Scan::default(),
             conflicts: BTreeMap::new(),
         })
+    }
+
+    /// Services are reached from outside too: see [`Mesh::let_in`].
+    pub fn let_in(&mut self, addresses: Vec<IpAddr>) {
+        self.mesh.let_in(addresses);
     }
 
     /// Takes in what a peer's task tells.

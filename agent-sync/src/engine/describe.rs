@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::labels::Labels;
-use ebpf_global_svc::abi::{EVENT_POLICY, Event, ServiceKey, event_hook, identity};
+use ebpf_global_svc::abi::{EVENT_POLICY, Event, ServiceKey, event_hook, identity, scope};
 use jiff::Timestamp;
 
 use super::Engine;
@@ -120,6 +120,7 @@ impl<'a> Describer<'a> {
                 port: event.frontend_port,
                 proto: event.proto,
                 family: event.family,
+                scope: scope::MESH,
                 pad: 0,
                 ip: event.frontend,
             }

@@ -142,6 +142,8 @@ pub struct Setup {
     pub audit_policies: bool,
     /// Between which nodes nothing may go in clear, and to which nodes it does not by now; none: all may.
     pub strict: Option<(Scope, BTreeSet<Ipv4Addr>)>,
+    /// The node's addresses whose ports are services'; none: nobody is let in from outside.
+    pub outside: Option<Vec<IpAddr>>,
 }
 
 /// Channels of a running engine.
@@ -190,6 +192,9 @@ impl Engine {
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;
         let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
+        if let Some(addresses) = setup.outside {
+            core.let_in(addresses);
+        }
         core.scan_tables(setup.scan_interval, started);
         core.take_census(setup.census_interval);
         core.audit_policies(setup.audit_policies);

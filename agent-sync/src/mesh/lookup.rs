@@ -52,7 +52,7 @@ impl Mesh {
     /// Keys of the service's frontends.
     pub fn frontends_of(&self, name: &NamespacedName) -> Vec<ServiceKey> {
         let Some(service) = self.local_service(name) else { return Vec::new() };
-        super::service::frontends(self.own, service).collect()
+        self.services.frontends_of(service)
     }
 
     /// What a cluster says of an address.

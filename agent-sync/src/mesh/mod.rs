@@ -394,6 +394,11 @@ impl Mesh {
         }
     }
 
+    /// Services are reached from outside too, on ports of these addresses of the node. Before anything is known.
+    pub fn let_in(&mut self, addresses: Vec<IpAddr>) {
+        self.services.let_in(addresses);
+    }
+
     /// Takes the cluster out of load-balancing, or back in. Everything else of it stays as it is.
     pub fn set_dead(&mut self, cluster: ClusterId, dead: bool) {
         let state = dead.then_some(ClusterState { state: cluster_state::DEAD });

@@ -90,13 +90,8 @@ impl Netlink {
     /// # Errors
     /// A dump that the kernel refused.
     pub async fn mtu_of(&self, address: Ipv4Addr) -> Result<Option<u32>, NetlinkError> {
-        let _one_dump = self.dumping.lock().await;
-        let mut addresses = self.handle.address().get().set_address_filter(address.into()).execute();
-        let found = addresses.try_next().await.map_err(request("cannot list addresses"))?;
-        let Some(found) = found else { return Ok(None) };
-        // The rest of the dump, for the next one.
-        while addresses.try_next().await.map_err(request("cannot list addresses"))?.is_some() {}
-        let mut links = self.handle.link().get().match_index(found.header.index).execute();
+        let Some(index) = self.device_of(address).await? else { return Ok(None) };
+        let mut links = self.handle.link().get().match_index(index).execute();
         let link = links.try_next().await.map_err(request("cannot look up a device"))?;
         Ok(link.and_then(|link| {
             link.attributes.iter().find_map(|attribute| match attribute {
@@ -104,6 +99,28 @@ impl Netlink {
                 _ => None,
             })
         }))
+    }
+
+    /// Ifindex of the device of this name; none if there is no such device.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn device(&self, name: &str) -> Result<Option<u32>, NetlinkError> {
+        Ok(self.link_by_name(name).await?.map(|link| link.header.index))
+    }
+
+    /// Ifindex of the device that has an address; none if there is none.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn device_of(&self, address: Ipv4Addr) -> Result<Option<u32>, NetlinkError> {
+        let _one_dump = self.dumping.lock().await;
+        let mut addresses = self.handle.address().get().set_address_filter(address.into()).execute();
+        let found = addresses.try_next().await.map_err(request("cannot list addresses"))?;
+        let Some(found) = found else { return Ok(None) };
+        // The rest of the dump, for the next one.
+        while addresses.try_next().await.map_err(request("cannot list addresses"))?.is_some() {}
+        Ok(Some(found.header.index))
     }
 
     pub(super) async fn link_by_name(&self, name: &str) -> Result<Option<LinkMessage>, NetlinkError> {

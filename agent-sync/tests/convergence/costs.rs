@@ -10,7 +10,7 @@ use agent_sync::reconcile::Reconciler;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Balancing, LocalBackend, LocalService, Port, PortMap, Protocol,
+    Affinity, BackendState, Balancing, External, LocalBackend, LocalService, Port, PortMap, Protocol,
 };
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{AffinityKey, AffinityValue, IpValue, MAX_GROUPS};
@@ -125,6 +125,7 @@ fn local(pods: &[u16]) -> Fact {
         affinity: Affinity::None,
         failover: None,
         balancing: Balancing::default(),
+        external: External::default(),
         headless: false,
         frontends: [(Ipv4Addr::new(10, 96, 0, 1).into(), ports(80))].into(),
         backends: pods.iter().map(backend).collect(),

@@ -12,8 +12,8 @@ use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Balancing, Failover, LocalBackend, LocalService, Nearness, Port, PortMap,
-    Protocol,
+    Affinity, BackendState, Balancing, External, Failover, LocalBackend, LocalService, Nearness, Port,
+    PortMap, Protocol,
 };
 use ebpf_global_svc::Tables;
 use ebpf_global_svc::abi::{IpKey, IpValue, ServiceKey};
@@ -481,6 +481,7 @@ impl World {
                 expected: self.rng.random_range(0..=6),
             }),
             balancing: self.random_balancing(),
+            external: External::default(),
             headless: false,
             frontends,
             backends: backends.into_values().collect(),

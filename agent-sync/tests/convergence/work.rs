@@ -9,7 +9,7 @@ use agent_sync::mesh::{
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{Affinity, Balancing, LocalService, Port, PortMap, Protocol};
+use clustermesh_kvstore::record::{Affinity, Balancing, External, LocalService, Port, PortMap, Protocol};
 use ebpf_global_svc::abi::{ENDPOINT_VIA_STACK, EndpointValue, IpValue};
 
 /// Nodes of the small and of the large cluster.
@@ -78,6 +78,7 @@ fn mesh(size: u16, rules: PlacementRules) -> Mesh {
             affinity: Affinity::None,
             failover: None,
             balancing: Balancing::default(),
+            external: External::default(),
             headless: false,
             frontends: [(frontend.into(), ports(80))].into(),
             backends: Vec::new(),

@@ -14,7 +14,7 @@ use clustermesh_kvstore::etcd::{EtcdConfig, Session, SessionOptions, WriteOp};
 use clustermesh_kvstore::import_policy::PolicySource;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Balancing, ClusterConfig, IpRecord, LocalBackend, LocalService, Node,
+    Affinity, BackendState, Balancing, ClusterConfig, External, IpRecord, LocalBackend, LocalService, Node,
     NodeAddress, NodeAddressKind, Port, PortMap, Protocol, Record, Service,
 };
 use ebpf_global_svc::MapSizes;
@@ -193,6 +193,7 @@ impl Cluster {
             affinity: Affinity::None,
             failover: None,
             balancing: Balancing::default(),
+            external: External::default(),
             headless: false,
             frontends: [("10.96.0.10".parse().unwrap(), ports(80))].into(),
             backends: pods.iter().map(backend).collect(),

@@ -1,5 +1,6 @@
 //! `lab exec`: a command as if it ran in a pod or on a node.
 
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 
 use anyhow::bail;
@@ -11,6 +12,9 @@ use super::process::{Place, become_command, environment};
 use super::state::ClusterState;
 use super::{Lab, container, netns, requirements};
 use crate::error::usage;
+
+/// A host of the underlay that is no node.
+const OUTSIDE: &str = "host:outside";
 
 /// Becomes the command, so that signals, terminal and exit status are its own.
 ///
@@ -24,9 +28,14 @@ pub(crate) fn exec(lab: Option<&str>, args: &ExecArgs) -> anyhow::Result<()> {
     let (place, env) = match target.map(|t| (t, t.strip_prefix("node:"))) {
         None | Some(("", _)) => {
             return Err(usage(format!(
-                "{}: write CLUSTER/POD, CLUSTER/NAMESPACE/POD or CLUSTER/node:NAME",
+                "{}: write CLUSTER/POD, CLUSTER/NAMESPACE/POD, CLUSTER/node:NAME or CLUSTER/{OUTSIDE}",
                 args.target
             )));
+        }
+        Some((OUTSIDE, _)) => {
+            let place =
+                Place { netns: netns::file(&lab.layout.fabric()), cgroup: lab.layout.outside_cgroup() };
+            (place, BTreeMap::new())
         }
         Some((_, Some(node))) => {
             let node = cluster.node(node)?;

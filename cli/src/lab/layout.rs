@@ -143,6 +143,11 @@ impl Layout {
         self.cgroups.clone()
     }
 
+    /// cgroup of whoever is outside of the mesh.
+    pub(crate) fn outside_cgroup(&self) -> PathBuf {
+        self.cgroup().join("outside")
+    }
+
     pub(crate) fn node_cgroup(&self, cluster: &str, node: &str) -> PathBuf {
         self.cgroup().join(cluster).join(node)
     }

@@ -4,6 +4,7 @@
 //!  pod eth0 ── veth… node lo (node's pod-CIDR address)        fabric namespace
 //!  169.254.1.1/fe80::1     node eth0 (underlay) ── port1.1 [sw1] up1 ── core1 [core] core2 ── up2 [sw2] …
 //! ```
+//! The core switch has an address itself: whoever calls from there is a host outside of the mesh.
 //! Each cluster hangs on its own switch, so that a cluster can be cut off whole while its nodes still see
 //! each other. Nothing of it touches the machine's own network.
 
@@ -48,6 +49,8 @@ pub(crate) async fn create(layout: &Layout, topology: &Topology) -> anyhow::Resu
         "link set lo up\nlink add core type bridge stp_state 0 mcast_snooping 0\nlink set core up\n",
     );
     let mut ports = String::new();
+    let (outside, length) = (topology.outside_address(), topology.underlay.prefix_len());
+    let _ = writeln!(fabric, "addr add {outside}/{length} dev core");
     for cluster in &topology.clusters {
         let (switch, up, core) = (cluster_switch(cluster), cluster_uplink(cluster), core_port(cluster));
         let _ = writeln!(fabric, "link add {switch} type bridge stp_state 0 mcast_snooping 0");

@@ -88,6 +88,13 @@ pub(crate) struct Topology {
     pub(crate) connect: Vec<(ClusterName, ClusterName)>,
 }
 
+impl Topology {
+    /// The address of a host on the underlay that is no node: the last one there.
+    pub(crate) fn outside_address(&self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.underlay.broadcast().to_bits() - 1)
+    }
+}
+
 /// One cluster of a lab.
 #[derive(Clone, Debug)]
 pub(crate) struct Cluster {

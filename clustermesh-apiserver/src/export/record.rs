@@ -179,6 +179,7 @@ pub(super) fn local_service(
         affinity: service.affinity,
         failover,
         balancing: service.balancing.clone(),
+        external: service.external.clone(),
         headless: service.headless,
         frontends: frontends(service),
         backends: backends.collect(),

@@ -8,6 +8,7 @@
 mod balancing;
 mod cilium;
 mod endpoint_slice;
+mod external;
 mod meta;
 mod node;
 mod pod;

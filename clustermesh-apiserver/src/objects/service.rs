@@ -2,11 +2,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
-use clustermesh_kvstore::record::{Affinity, Balancing, Protocol};
+use clustermesh_kvstore::record::{Affinity, Balancing, External, Protocol};
 use k8s_openapi::api::core::v1;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::balancing::balancing;
+use super::external::external;
 use super::meta::{Check, ObjectError};
 
 /// A service.
@@ -41,6 +42,8 @@ pub struct Service {
     pub failover_threshold: Option<u8>,
     /// How calls are spread beyond that; names no clusters unless global.
     pub balancing: Balancing,
+    /// How it is reached from outside of the mesh.
+    pub external: External,
 }
 
 /// A port of a service.
@@ -114,6 +117,7 @@ impl TryFrom<v1::Service> for Service {
             external_name: spec.type_.as_deref() == Some("ExternalName"),
             ports: ports(&check, &spec)?,
             balancing: balancing(&check, &annotations, &spec, global, affinity),
+            external: external(&check, &spec, object.status.as_ref())?,
             publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
             selector: spec.selector.filter(|selector| !selector.is_empty()),
             global,

@@ -100,6 +100,10 @@ pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     if !belongs_here(config, addresses) {
         return drop(&ctx, HOOK, reason::UNKNOWN_TARGET, origin.identity);
     }
+    if origin.identity == identity::INGRESS {
+        // A pod that the agent has not seen yet.
+        nat::note_way_back(&ctx, config.cluster, origin.node_ip);
+    }
     count(reason::DECAPSULATED, ctx.len());
     if wanted(config, event_kind::TRACE) {
         let cluster = if prefix.is_some() { speaker } else { 0 };

@@ -103,7 +103,9 @@ impl PeerPolicy {
             check_address(ip)?;
             bounded("ports", ports.len(), MAX_PORTS)?;
         }
-        service.frontends.keys().try_for_each(|ip| check_address(*ip))
+        bounded("external addresses", service.external.ips.len(), MAX_FRONTENDS)?;
+        bounded("node ports", service.external.node_ports.len(), MAX_PORTS)?;
+        service.frontends.keys().chain(&service.external.ips).try_for_each(|ip| check_address(*ip))
     }
 
     pub(super) fn check_service_export(&self, export: &ServiceExport) -> Result<(), Refusal> {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::balancing::{Balancing, WireBalancing};
+use super::external::{External, WireExternal};
 use super::json::{self, null_is_empty};
 use super::{PortMap, Protocol, Record, RecordError, net, port};
 use crate::cluster::NamespacedName;
@@ -31,6 +32,8 @@ pub struct LocalService {
     pub failover: Option<Failover>,
     /// How calls are spread beyond that.
     pub balancing: Balancing,
+    /// How it is reached from outside of the mesh.
+    pub external: External,
     /// Without cluster IP.
     pub headless: bool,
     /// Cluster IPs with the service's ports.
@@ -106,6 +109,7 @@ impl Record for LocalService {
             affinity: wire.affinity,
             failover: wire.failover.map(Failover::check).transpose()?,
             balancing: Balancing::decode(wire.balancing)?,
+            external: External::decode(wire.external)?,
             headless: wire.headless,
             frontends: net::by_address("frontends", wire.frontends, decode_ports)?,
             backends: wire.backends.into_iter().map(LocalBackend::decode).collect::<Result<_, _>>()?,
@@ -128,6 +132,7 @@ impl Record for LocalService {
             affinity: self.affinity,
             failover: self.failover,
             balancing: self.balancing.encode(),
+            external: self.external.encode(),
             headless: self.headless,
             frontends: net::by_text(&self.frontends, encode_ports),
             backends: self.backends.iter().map(LocalBackend::encode).collect(),
@@ -186,6 +191,8 @@ struct Wire {
     failover: Option<Failover>,
     #[serde(default, skip_serializing_if = "WireBalancing::is_default")]
     balancing: WireBalancing,
+    #[serde(default, skip_serializing_if = "WireExternal::is_default")]
+    external: WireExternal,
     #[serde(default)]
     headless: bool,
     #[serde(default, deserialize_with = "null_is_empty")]

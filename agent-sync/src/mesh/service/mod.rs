@@ -8,15 +8,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterName, NamespacedName};
-use clustermesh_kvstore::record::{LocalService, Nearness};
-use ebpf_global_svc::abi::ServiceKey;
+use clustermesh_kvstore::record::{LocalService, Nearness, Protocol};
+use ebpf_global_svc::abi::{ServiceKey, scope};
 use ipnet::IpNet;
 
 use super::records::Records;
 use crate::desired::ServicePlan;
 use crate::wire_key;
 use places::Places;
-use plan::{Inputs, Planned, Remote, plan};
+use plan::{Inputs, Planned, Remote, nearness, plan};
 
 pub use plan::LeftOut;
 pub(super) use plan::{Contested, Here, Standing};
@@ -25,6 +25,8 @@ pub(super) use plan::{Contested, Here, Standing};
 #[derive(Debug)]
 pub(super) struct Services {
     own: u16,
+    /// The node's own addresses, for ports of nodes; none: nobody is let in from outside.
+    outside: Option<Vec<IpAddr>>,
     /// Services that have a frontend; the first by name holds it.
     owners: HashMap<ServiceKey, BTreeSet<NamespacedName>>,
     /// Last computed, or restored.
@@ -47,6 +49,7 @@ impl Services {
             plans.into_iter().partition(|(key, _)| key.cluster == own);
         let mut services = Self {
             own,
+            outside: None,
             owners: HashMap::new(),
             plans: mine.clone(),
             restored: mine,
@@ -65,11 +68,16 @@ impl Services {
         services
     }
 
+    /// See [`super::Mesh::let_in`].
+    pub(super) fn let_in(&mut self, addresses: Vec<IpAddr>) {
+        self.outside = Some(addresses);
+    }
+
     /// The own cluster's service changed.
     pub(super) fn local_changed(&mut self, before: Option<&LocalService>, after: Option<&LocalService>) {
         for (service, added) in [(before, false), (after, true)] {
             let Some(service) = service else { continue };
-            for key in frontends(self.own, service) {
+            for key in self.frontends_of(service) {
                 self.dirty.insert(key);
                 if added {
                     self.owners.entry(key).or_default().insert(service.name.clone());
@@ -86,13 +94,15 @@ impl Services {
     /// Another cluster's service of that name changed.
     pub(super) fn remote_changed(&mut self, own: Option<&LocalService>) {
         if let Some(own) = own.filter(|own| own.global) {
-            self.dirty.extend(frontends(self.own, own));
+            let keys = self.frontends_of(own);
+            self.dirty.extend(keys);
         }
     }
 
     /// The own cluster's service is to be looked at again: what it depends on besides may have changed.
     pub(super) fn again(&mut self, own: &LocalService) {
-        self.dirty.extend(frontends(self.own, own));
+        let keys = self.frontends_of(own);
+        self.dirty.extend(keys);
     }
 
     /// Everything that another cluster contributes may have changed.
@@ -175,6 +185,33 @@ impl Services {
         changes
     }
 
+    /// The keys of a service's frontends.
+    pub(super) fn frontends_of(&self, service: &LocalService) -> Vec<ServiceKey> {
+        let key = |ip, port, protocol: Protocol| wire_key::service_key(self.own, ip, port, protocol.number());
+        let inner = service
+            .frontends
+            .iter()
+            .flat_map(|(ip, ports)| ports.values().map(move |port| key(*ip, port.port, port.protocol)));
+        let mut keys: Vec<ServiceKey> = inner.collect();
+        // All of a service's addresses have the same ports.
+        let (Some(addresses), Some(ports)) = (&self.outside, service.frontends.values().next()) else {
+            return keys;
+        };
+        let at_ips = service
+            .external
+            .ips
+            .iter()
+            .flat_map(|ip| ports.values().map(move |port| key(*ip, port.port, port.protocol)));
+        let at_nodes = service.external.node_ports.iter().filter_map(|(name, number)| {
+            let protocol = ports.get(name)?.protocol;
+            Some(addresses.iter().map(move |ip| key(*ip, *number, protocol)))
+        });
+        let outer: Vec<ServiceKey> = at_ips.chain(at_nodes.flatten()).collect();
+        keys.extend(&outer);
+        keys.extend(outer.into_iter().map(|key| ServiceKey { scope: scope::OUTSIDE, ..key }));
+        keys
+    }
+
     pub(super) fn frontends(&self) -> usize {
         self.plans.len()
     }
@@ -224,7 +261,7 @@ impl Services {
         };
         let mut remotes = BTreeMap::new();
         // With such a policy a call stays on its node.
-        if own.global && own.balancing.nearness != Nearness::OnlyNode {
+        if own.global && nearness(own, key) != Nearness::OnlyNode {
             for (cluster, records) in clusters.iter().filter(|(cluster, _)| **cluster != self.own) {
                 if let Some(service) = records.services.get(&own.name) {
                     if service.shared {
@@ -283,11 +320,4 @@ impl Services {
             self.restored = HashMap::new();
         }
     }
-}
-
-/// The keys of a service's frontends.
-pub(super) fn frontends(cluster: u16, service: &LocalService) -> impl Iterator<Item = ServiceKey> + '_ {
-    service.frontends.iter().flat_map(move |(ip, ports)| {
-        ports.values().map(move |port| wire_key::service_key(cluster, *ip, port.port, port.protocol.number()))
-    })
 }

@@ -163,7 +163,7 @@ mod tests {
     fn key(n: u8) -> ServiceKey {
         let mut ip = [0; 16];
         ip[0] = n;
-        ServiceKey { cluster: OWN, port: 80, proto: 6, family: FAMILY_V4, pad: 0, ip }
+        ServiceKey { cluster: OWN, port: 80, proto: 6, family: FAMILY_V4, scope: 0, pad: 0, ip }
     }
 
     fn backends(cluster: u16, ips: &[u8]) -> Vec<BackendKey> {

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::ClusterName;
-use clustermesh_kvstore::record::{BackendState, LocalService, PortMap};
-use ebpf_global_svc::abi::{AFFINITY_UNIT_SECONDS, FAMILY_V4, MAX_GROUPS, ServiceKey};
+use clustermesh_kvstore::record::{BackendState, LocalService, Nearness, Port, PortMap};
+use ebpf_global_svc::abi::{AFFINITY_UNIT_SECONDS, FAMILY_V4, MAX_GROUPS, ServiceKey, scope};
 
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
 use crate::mesh::RemoteService;
@@ -113,6 +113,16 @@ pub(super) fn plan(
     }
 }
 
+/// Which of the own cluster's backends answer those who use a frontend. `internalTrafficPolicy` is not for the outside,
+/// which has a policy of its own.
+pub(super) fn nearness(own: &LocalService, key: &ServiceKey) -> Nearness {
+    match (key.scope, own.balancing.nearness) {
+        (scope::OUTSIDE, _) if own.external.only_node => Nearness::OnlyNode,
+        (scope::OUTSIDE, Nearness::OnlyNode) => Nearness::Any,
+        (_, nearness) => nearness,
+    }
+}
+
 /// Leaves as many clusters as a frontend can have: those of the last tiers go, of one tier those of the highest IDs.
 fn leave_out_last(groups: &mut Vec<GroupPlan>) {
     if groups.len() <= MAX_GROUPS {
@@ -153,7 +163,9 @@ impl Inputs<'_> {
             targets
         };
         let proto = key.proto;
-        let nearest = self.nearest(|backend| fits(backend.ip) && !targets(&backend.ports).is_empty());
+        let nearest = self.nearest(nearness(self.own, key), |backend| {
+            fits(backend.ip) && !targets(&backend.ports).is_empty()
+        });
         let mut own = Vec::with_capacity(self.own.backends.len());
         let mut farther = Vec::new();
         for backend in self.own.backends.iter().filter(|backend| fits(backend.ip)) {
@@ -216,13 +228,24 @@ impl Inputs<'_> {
 
     /// Port names that this frontend stands for; two names may share a port.
     fn port_names(&self, key: &ServiceKey) -> Vec<&str> {
-        let ports =
-            wire_key::address(key.family, key.ip).and_then(|address| self.own.frontends.get(&address));
-        let port = u16::from_be(key.port);
-        ports
-            .into_iter()
-            .flatten()
-            .filter(|(_, p)| p.port == port && p.protocol.number() == key.proto)
+        let Some(address) = wire_key::address(key.family, key.ip) else { return Vec::new() };
+        let (own, number) = (self.own, u16::from_be(key.port));
+        let named = match own.frontends.get(&address) {
+            Some(ports) => ports,
+            // All of a service's addresses have the same ports.
+            None => match own.frontends.values().next() {
+                Some(ports) => ports,
+                None => return Vec::new(),
+            },
+        };
+        let by_number = own.frontends.contains_key(&address) || own.external.ips.contains(&address);
+        let is_it = |name: &str, port: &Port| match by_number {
+            true => port.port == number,
+            false => own.external.node_ports.get(name) == Some(&number),
+        };
+        named
+            .iter()
+            .filter(|(name, port)| port.protocol.number() == key.proto && is_it(name, port))
             .map(|(name, _)| name.as_str())
             .collect()
     }

@@ -112,8 +112,8 @@ impl Inputs<'_> {
 
     /// Backends of the own cluster that are farther away are not called, by the service's word. `counts` tells which
     /// backends there are.
-    pub(super) fn nearest(&self, counts: impl Fn(&LocalBackend) -> bool) -> Distance {
-        let preferred = match self.own.balancing.nearness {
+    pub(super) fn nearest(&self, nearness: Nearness, counts: impl Fn(&LocalBackend) -> bool) -> Distance {
+        let preferred = match nearness {
             Nearness::Any => return Distance::Cluster,
             // In no zone nothing is near, not even what is on the same node.
             Nearness::PreferZone if self.here.zone.is_none() => return Distance::Cluster,
@@ -167,7 +167,7 @@ mod tests {
     use std::net::IpAddr;
 
     use clustermesh_kvstore::cluster::NamespacedName;
-    use clustermesh_kvstore::record::{Failover, LocalService, PortMap};
+    use clustermesh_kvstore::record::{External, Failover, LocalService, PortMap};
 
     use super::super::plan::Here;
     use super::*;
@@ -192,6 +192,7 @@ mod tests {
             affinity: Affinity::None,
             failover: None,
             balancing: Balancing::default(),
+            external: External::default(),
             headless: false,
             frontends: BTreeMap::new(),
             backends: (0..active).map(backend).collect(),
@@ -281,7 +282,7 @@ mod tests {
             let (names, remotes) = (BTreeMap::new(), BTreeMap::new());
             let here = Here { node, zone };
             let inputs = Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here };
-            let nearest = inputs.nearest(|_| true);
+            let nearest = inputs.nearest(nearness, |_| true);
             let called = own.backends.iter().filter(|backend| inputs.distance(backend) <= nearest);
             let last_byte = |ip: IpAddr| ip.to_string().rsplit('.').next().unwrap().parse().unwrap();
             called.map(|backend| last_byte(backend.ip)).collect()

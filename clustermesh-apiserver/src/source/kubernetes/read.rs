@@ -198,6 +198,8 @@ pub(super) struct Service {
     metadata: ObjectMeta,
     #[serde(default)]
     spec: Option<v1::ServiceSpec>,
+    #[serde(default)]
+    status: Option<v1::ServiceStatus>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -285,7 +287,7 @@ impl From<Pod> for v1::Pod {
 
 impl From<Service> for v1::Service {
     fn from(read: Service) -> Self {
-        Self { metadata: read.metadata, spec: read.spec, status: None }
+        Self { metadata: read.metadata, spec: read.spec, status: read.status }
     }
 }
 
