@@ -10,6 +10,7 @@ use std::time::Duration;
 use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
+use clustermesh_kvstore::record::Algorithm;
 use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, EventRing, MapSizes};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::encryption::{
 };
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
+use crate::mesh::LetIn;
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::observe::{self, Hub, Limits, PodNames};
 use crate::peers::{Directory, OwnCluster, Peers};
@@ -88,12 +90,16 @@ pub struct KernelOptions {
 }
 
 /// Services for packets that no socket hook sees.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PacketServices {
     /// Those that pods send.
     pub of_pods: bool,
     /// Those that come in at devices of these names; empty: at the one with the node's address. None: nothing is let in.
     pub from_outside: Option<Vec<String>>,
+    /// How those find a backend, if the service does not say.
+    pub algorithm: Algorithm,
+    /// Places in a table of Maglev's, for each cluster; one of [`LetIn::TABLE_SIZES`].
+    pub table_size: u32,
 }
 
 /// Why the agent cannot run.
@@ -291,10 +297,13 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     outcome
 }
 
-/// The node's addresses whose ports are services'; none: nobody is let in from outside.
-fn outside(options: &Options) -> Option<Vec<IpAddr>> {
-    options.kernel.as_ref()?.packet_services.from_outside.as_ref()?;
-    Some(options.node_ip.map(IpAddr::from).into_iter().collect())
+/// How calls from outside are let in; none: they are not.
+fn outside(options: &Options) -> Option<LetIn> {
+    let PacketServices { from_outside, algorithm, table_size, .. } =
+        &options.kernel.as_ref()?.packet_services;
+    from_outside.as_ref()?;
+    let addresses = options.node_ip.map(IpAddr::from).into_iter().collect();
+    Some(LetIn { addresses, algorithm: *algorithm, table_size: *table_size })
 }
 
 /// Only version 2 has programs; each of its cgroups says which controllers it has.

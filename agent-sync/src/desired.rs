@@ -77,6 +77,8 @@ pub struct ServicePlan {
     /// How long clients stay at their backends, in units of [`ebpf_global_svc::abi::AFFINITY_UNIT_SECONDS`]; 0: they
     /// need not.
     pub affinity_timeout: u16,
+    /// Slots of each group that are shared out so that all nodes choose alike (Maglev); 0: one for each backend.
+    pub table: u32,
     /// Own cluster first, then ascending by cluster; at most [`ebpf_global_svc::abi::MAX_GROUPS`].
     pub groups: Vec<GroupPlan>,
 }

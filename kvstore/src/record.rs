@@ -33,7 +33,7 @@ pub use backends::Backends;
 pub use balancing::{Balancing, Nearness};
 pub use cluster_config::ClusterConfig;
 pub use error::{RecordError, Text};
-pub use external::External;
+pub use external::{Algorithm, External};
 pub use identity::IdentityRecord;
 pub use ip::{IpRecord, NamedPort};
 pub use local_service::{Affinity, BackendState, Failover, LocalBackend, LocalService};

@@ -5,7 +5,7 @@
 //! step is the driver's choice and changes only how often a key is written.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
@@ -22,7 +22,7 @@ use super::members::Members;
 use crate::encryption::{EndChanges, Scope};
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
-use crate::mesh::{Conflict, Links, Mesh, RouteChanges};
+use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges};
 use crate::peers::{OwnCluster, Wish};
 use crate::reconcile::Reconciler;
 use crate::reconcile::drift::{Drift, Scan};
@@ -86,8 +86,8 @@ impl Core {
     }
 
     /// Services are reached from outside too: see [`Mesh::let_in`].
-    pub fn let_in(&mut self, addresses: Vec<IpAddr>) {
-        self.mesh.let_in(addresses);
+    pub fn let_in(&mut self, how: LetIn) {
+        self.mesh.let_in(how);
     }
 
     /// Takes in what a peer's task tells.

@@ -33,7 +33,7 @@ use tracing::warn;
 
 use crate::encryption::{Scope, TunnelBoard};
 use crate::histogram::Histogram;
-use crate::mesh::{Link, Links, Macs};
+use crate::mesh::{LetIn, Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
 use counted::CallCounts;
@@ -142,8 +142,8 @@ pub struct Setup {
     pub audit_policies: bool,
     /// Between which nodes nothing may go in clear, and to which nodes it does not by now; none: all may.
     pub strict: Option<(Scope, BTreeSet<Ipv4Addr>)>,
-    /// The node's addresses whose ports are services'; none: nobody is let in from outside.
-    pub outside: Option<Vec<IpAddr>>,
+    /// None: nobody is let in from outside.
+    pub outside: Option<LetIn>,
 }
 
 /// Channels of a running engine.
@@ -192,8 +192,8 @@ impl Engine {
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;
         let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
-        if let Some(addresses) = setup.outside {
-            core.let_in(addresses);
+        if let Some(how) = setup.outside {
+            core.let_in(how);
         }
         core.scan_tables(setup.scan_interval, started);
         core.take_census(setup.census_interval);

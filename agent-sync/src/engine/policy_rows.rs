@@ -1,11 +1,13 @@
 //! The tables of policy as they are shown.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ebpf_global_svc::DatapathError;
 use ebpf_global_svc::abi::{
-    ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, POLICY_DENY, POLICY_PORT_BITS,
-    POLICY_PROTO_BITS, PolicyKey, PolicyValue, PrefixKey, direction, identity, verdict,
+    ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, NAT_CLOSED, POLICY_DENY,
+    POLICY_PORT_BITS, POLICY_PROTO_BITS, PolicyKey, PolicyValue, PrefixKey, direction, identity, nat_kind,
+    verdict,
 };
 
 use super::query::Row;
@@ -23,10 +25,6 @@ impl Engine {
     /// `cm_ct`.
     pub(super) fn connection_rows(&self) -> Result<Vec<Row>, DatapathError> {
         let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
-        let end = |family: u8, ip: [u8; 16], port: u16| {
-            let ip: Option<IpAddr> = wire_key::address(family, ip);
-            format!("{}:{}", shown(ip), u16::from_be(port))
-        };
         let rows = datapath.flows()?.into_iter().map(|(key, value)| {
             vec![
                 ("pod", end(key.family, key.local, key.local_port)),
@@ -35,6 +33,30 @@ impl Engine {
                 ("proto", proto(key.proto)),
                 ("direction", way(key.direction).to_owned()),
                 ("identity", value.peer.to_string()),
+            ]
+        });
+        Ok(rows.collect())
+    }
+
+    /// `cm_nat`.
+    pub(super) fn nat_rows(&self) -> Result<Vec<Row>, DatapathError> {
+        let Some(datapath) = &self.datapath else { return Ok(Vec::new()) };
+        let rows = datapath.translations()?.into_iter().map(|(key, value)| {
+            let kind = if key.kind == nat_kind::SERVED { "served" } else { "answered" };
+            let becomes = match value.node_ip {
+                [0, 0, 0, 0] => end(key.family, value.ip, value.port),
+                ip => format!("by node {}", std::net::Ipv4Addr::from(ip)),
+            };
+            let idle = ebpf_global_svc::program_time().saturating_sub(Duration::from_nanos(value.used));
+            vec![
+                ("kind", kind.to_owned()),
+                ("client", end(key.family, key.client, key.client_port)),
+                ("other", end(key.family, key.other, key.other_port)),
+                ("proto", proto(key.proto)),
+                ("becomes", becomes),
+                ("cluster", value.cluster.to_string()),
+                ("closed", (value.flags & NAT_CLOSED != 0).to_string()),
+                ("idle_seconds", idle.as_secs().to_string()),
             ]
         });
         Ok(rows.collect())
@@ -141,4 +163,9 @@ fn ports(key: &PolicyKey) -> String {
         free @ 1..16 => format!("{first}-{}", u32::from(first) + (1 << free) - 1),
         _ => "any".to_owned(),
     }
+}
+
+fn end(family: u8, ip: [u8; 16], port: u16) -> String {
+    let ip: Option<IpAddr> = wire_key::address(family, ip);
+    format!("{}:{}", shown(ip), u16::from_be(port))
 }

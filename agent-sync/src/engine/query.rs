@@ -60,7 +60,7 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 19] = [
+pub const TABLES: [&str; 20] = [
     "service",
     "slot",
     "backend",
@@ -74,6 +74,7 @@ pub const TABLES: [&str; 19] = [
     "cidr",
     "translate",
     "ct",
+    "nat",
     "verdict",
     "overlay",
     "metrics",
@@ -253,6 +254,7 @@ impl Engine {
             "cidr" => rows(&*tables.cidr, policy_rows::range)?,
             "translate" => rows(&*tables.translate, translate_row)?,
             "ct" => self.connection_rows()?,
+            "nat" => self.nat_rows()?,
             "verdict" => self.verdict_rows()?,
             "overlay" => self.overlay_rows()?,
             "metrics" => self.metric_rows()?,
@@ -317,6 +319,15 @@ fn rows<K: Ord, V, R>(table: &dyn Table<K, V>, row: impl Fn(K, V) -> R) -> Resul
     Ok(entries.into_iter().map(|(key, value)| row(key, value)).collect())
 }
 
+/// Whom a frontend answers.
+fn scope_text(scope: u8) -> String {
+    match scope {
+        abi::scope::MESH => "mesh".to_owned(),
+        abi::scope::OUTSIDE => "outside".to_owned(),
+        other => other.to_string(),
+    }
+}
+
 /// A row for each group; one without a cluster if there is none.
 pub(super) fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Vec<Row> {
     let row = |group: Option<&abi::Group>| {
@@ -326,6 +337,7 @@ pub(super) fn service_rows(key: abi::ServiceKey, value: abi::ServiceValue) -> Ve
             ("frontend", shown(wire_key::address(key.family, key.ip))),
             ("port", u16::from_be(key.port).to_string()),
             ("protocol", wire_key::protocol_name(key.proto)),
+            ("scope", scope_text(key.scope)),
             ("cluster", text(|group| group.cluster.into())),
             ("weight", text(|group| group.weight.into())),
             ("tier", text(|group| group.tier().into())),

@@ -49,7 +49,7 @@ pub use lookup::InUse;
 pub use moves::Work;
 pub use placement::PlacementRules;
 pub use routes::{RouteChanges, Routes};
-pub use service::LeftOut;
+pub use service::{LeftOut, LetIn};
 pub use topology::Conflict;
 
 /// Merged state of all clusters.
@@ -394,9 +394,9 @@ impl Mesh {
         }
     }
 
-    /// Services are reached from outside too, on ports of these addresses of the node. Before anything is known.
-    pub fn let_in(&mut self, addresses: Vec<IpAddr>) {
-        self.services.let_in(addresses);
+    /// Services are reached from outside too. Before anything is known.
+    pub fn let_in(&mut self, how: LetIn) {
+        self.services.let_in(how);
     }
 
     /// Takes the cluster out of load-balancing, or back in. Everything else of it stays as it is.

@@ -16,6 +16,8 @@ mod policy;
 mod services;
 mod write;
 
+pub use services::maglev::SIZES as TABLE_SIZES;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 

@@ -55,6 +55,8 @@ enum TableName {
     Translate,
     /// Connections that policies let through
     Ct,
+    /// Connections to services that are translated packet by packet
+    Nat,
     /// How often each rule of a policy has decided
     Verdict,
     /// Packets received from other nodes, by identity.

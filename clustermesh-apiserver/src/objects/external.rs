@@ -1,11 +1,16 @@
-use clustermesh_kvstore::record::External;
+use std::collections::BTreeMap;
+
+use clustermesh_kvstore::record::{Algorithm, External};
 use k8s_openapi::api::core::v1;
 
 use super::meta::{Check, ObjectError};
 
+const ALGORITHM: &str = "service.cilium.io/lb-algorithm";
+
 /// How a service is reached from outside of the mesh, as kube-proxy understands it.
 pub(super) fn external(
     check: &Check<'_>,
+    annotations: &BTreeMap<String, String>,
     spec: &v1::ServiceSpec,
     status: Option<&v1::ServiceStatus>,
 ) -> Result<External, ObjectError> {
@@ -35,18 +40,39 @@ pub(super) fn external(
             }
         }
     }
+    if !external.is_empty() {
+        external.algorithm = annotations.get(ALGORITHM).and_then(|text| algorithm(check, text));
+    }
     external.only_node = !external.is_empty() && spec.external_traffic_policy.as_deref() == Some("Local");
     Ok(external)
 }
 
+/// A service must not go because of how it is to be balanced: what is no algorithm counts as not said.
+fn algorithm(check: &Check<'_>, text: &str) -> Option<Algorithm> {
+    match text {
+        "random" => Some(Algorithm::Random),
+        "maglev" => Some(Algorithm::Maglev),
+        other => {
+            let what = format!("{ALGORITHM} is {other:?}, not random or maglev; the agents' default counts");
+            tracing::warn!("{}", check.error("metadata.annotations", &what));
+            None
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use clustermesh_kvstore::record::External;
+    use clustermesh_kvstore::record::{Algorithm, External};
 
     use super::super::Service;
 
     fn external(text: &str) -> External {
-        let text = format!("metadata: {{name: web, namespace: shop}}\n{text}");
+        external_of("", text)
+    }
+
+    fn external_of(annotations: &str, text: &str) -> External {
+        let text =
+            format!("metadata: {{name: web, namespace: shop, annotations: {{{annotations}}}}}\n{text}");
         let object: k8s_openapi::api::core::v1::Service = serde_saphyr::from_str(&text).unwrap();
         Service::try_from(object).unwrap().external
     }
@@ -67,5 +93,10 @@ mod tests {
         assert_eq!(external(&spec), External { ips, only_node: true, ..by_port });
         assert_eq!(external(&format!("spec: {{type: NodePort, clusterIP: None, {ports}}}")), nothing);
         assert_eq!(external("spec: {type: ExternalName, externalIPs: [203.0.113.9]}"), nothing);
+        let spec = "spec: {externalIPs: [203.0.113.9]}";
+        for (text, algorithm) in [("maglev", Some(Algorithm::Maglev)), ("Random", None)] {
+            let external = external_of(&format!("service.cilium.io/lb-algorithm: {text}"), spec);
+            assert_eq!(external.algorithm, algorithm);
+        }
     }
 }

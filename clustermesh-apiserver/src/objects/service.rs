@@ -117,7 +117,7 @@ impl TryFrom<v1::Service> for Service {
             external_name: spec.type_.as_deref() == Some("ExternalName"),
             ports: ports(&check, &spec)?,
             balancing: balancing(&check, &annotations, &spec, global, affinity),
-            external: external(&check, &spec, object.status.as_ref())?,
+            external: external(&check, &annotations, &spec, object.status.as_ref())?,
             publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
             selector: spec.selector.filter(|selector| !selector.is_empty()),
             global,

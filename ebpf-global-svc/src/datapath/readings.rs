@@ -6,8 +6,8 @@ use super::{Datapath, maps};
 use crate::{
     DatapathError,
     abi::{
-        CallKey, Config, Counter, CtKey, CtValue, EventState, OverlayKey, Plain, SockRevKey, SockRevValue,
-        VerdictKey,
+        CallKey, Config, Counter, CtKey, CtValue, EventState, NatKey, NatValue, OverlayKey, Plain,
+        SockRevKey, SockRevValue, VerdictKey,
     },
     events::{EventRing, EventRules, KINDS},
     sys,
@@ -59,6 +59,15 @@ impl Datapath {
     /// [`DatapathError::Map`].
     pub fn verdicts(&self) -> Result<Vec<(VerdictKey, Counter)>, DatapathError> {
         self.per_cpu("cm_verdict")
+    }
+
+    /// Flows to services whose packets are translated one by one, each both ways.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn translations(&self) -> Result<Vec<(NatKey, NatValue)>, DatapathError> {
+        use crate::table::Table as _;
+        self.table("cm_nat")?.dump()
     }
 
     /// How often each service was called: cluster by cluster, and how often there was no backend.

@@ -16,6 +16,18 @@ pub struct External {
     pub node_ports: BTreeMap<String, u16>,
     /// Only backends of the node at which a call arrives answer it (`externalTrafficPolicy: Local`).
     pub only_node: bool,
+    /// How such a call finds a backend; none: as the node's agent was told.
+    pub algorithm: Option<Algorithm>,
+}
+
+/// How a call from outside finds one of several backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Algorithm {
+    /// Each node chooses by itself.
+    Random,
+    /// All nodes choose alike, and few clients move when backends come or go.
+    Maglev,
 }
 
 impl External {
@@ -27,11 +39,8 @@ impl External {
     pub(super) fn decode(wire: WireExternal) -> Result<Self, RecordError> {
         let ips = wire.ips.iter().map(|ip| net::address("external", ip)).collect::<Result<_, _>>()?;
         let node_ports = wire.node_ports.into_iter().map(|(name, number)| Ok((name, port::number(number)?)));
-        Ok(Self {
-            ips,
-            node_ports: node_ports.collect::<Result<_, RecordError>>()?,
-            only_node: wire.only_node,
-        })
+        let node_ports = node_ports.collect::<Result<_, RecordError>>()?;
+        Ok(Self { ips, node_ports, only_node: wire.only_node, algorithm: wire.algorithm })
     }
 
     pub(super) fn encode(&self) -> WireExternal {
@@ -39,6 +48,7 @@ impl External {
             ips: self.ips.iter().map(IpAddr::to_string).collect(),
             node_ports: self.node_ports.iter().map(|(name, port)| (name.clone(), (*port).into())).collect(),
             only_node: self.only_node,
+            algorithm: self.algorithm,
         }
     }
 }
@@ -53,6 +63,8 @@ pub(super) struct WireExternal {
     node_ports: BTreeMap<String, u64>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     only_node: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    algorithm: Option<Algorithm>,
 }
 
 impl WireExternal {

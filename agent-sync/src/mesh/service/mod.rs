@@ -1,5 +1,7 @@
 //! Frontends of the own cluster and the backends behind them.
 
+#[cfg(test)]
+mod outside_tests;
 mod places;
 mod plan;
 mod shares;
@@ -8,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterName, NamespacedName};
-use clustermesh_kvstore::record::{LocalService, Nearness, Protocol};
+use clustermesh_kvstore::record::{Algorithm, LocalService, Nearness, Protocol};
 use ebpf_global_svc::abi::{ServiceKey, scope};
 use ipnet::IpNet;
 
@@ -21,12 +23,28 @@ use plan::{Inputs, Planned, Remote, nearness, plan};
 pub use plan::LeftOut;
 pub(super) use plan::{Contested, Here, Standing};
 
+/// How calls from outside of the mesh are let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LetIn {
+    /// The node's own addresses, whose ports can be services'.
+    pub addresses: Vec<IpAddr>,
+    /// How backends are chosen, if the service does not say.
+    pub algorithm: Algorithm,
+    /// Places in a table of [`Algorithm::Maglev`], for each cluster; one of [`LetIn::TABLE_SIZES`].
+    pub table_size: u32,
+}
+
+impl LetIn {
+    /// What [`LetIn::table_size`] can be.
+    pub const TABLE_SIZES: [u32; 10] = crate::reconcile::TABLE_SIZES;
+}
+
 /// Plans of all frontends; recomputes those whose inputs changed.
 #[derive(Debug)]
 pub(super) struct Services {
     own: u16,
-    /// The node's own addresses, for ports of nodes; none: nobody is let in from outside.
-    outside: Option<Vec<IpAddr>>,
+    /// None: nobody is let in from outside.
+    outside: Option<LetIn>,
     /// Services that have a frontend; the first by name holds it.
     owners: HashMap<ServiceKey, BTreeSet<NamespacedName>>,
     /// Last computed, or restored.
@@ -69,8 +87,8 @@ impl Services {
     }
 
     /// See [`super::Mesh::let_in`].
-    pub(super) fn let_in(&mut self, addresses: Vec<IpAddr>) {
-        self.outside = Some(addresses);
+    pub(super) fn let_in(&mut self, how: LetIn) {
+        self.outside = Some(how);
     }
 
     /// The own cluster's service changed.
@@ -194,7 +212,8 @@ impl Services {
             .flat_map(|(ip, ports)| ports.values().map(move |port| key(*ip, port.port, port.protocol)));
         let mut keys: Vec<ServiceKey> = inner.collect();
         // All of a service's addresses have the same ports.
-        let (Some(addresses), Some(ports)) = (&self.outside, service.frontends.values().next()) else {
+        let (Some(LetIn { addresses, .. }), Some(ports)) = (&self.outside, service.frontends.values().next())
+        else {
             return keys;
         };
         let at_ips = service
@@ -276,7 +295,15 @@ impl Services {
                 }
             }
         }
-        let inputs = Inputs { own_cluster: self.own, own, remotes, before: self.plans.get(key), names, here };
+        let inputs = Inputs {
+            own_cluster: self.own,
+            own,
+            remotes,
+            before: self.plans.get(key),
+            names,
+            here,
+            lets_in: self.outside.as_ref(),
+        };
         plan(key, &inputs, standing)
     }
 

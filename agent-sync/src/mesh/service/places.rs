@@ -184,7 +184,7 @@ mod tests {
             tier: 0,
             backends: backends(*cluster, ips),
         };
-        ServicePlan { affinity_timeout: 0, groups: groups.iter().map(group).collect() }
+        ServicePlan { affinity_timeout: 0, table: 0, groups: groups.iter().map(group).collect() }
     }
 
     fn at(places: &Places, net: &str) -> Vec<u8> {

@@ -7,11 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::ClusterName;
-use clustermesh_kvstore::record::{BackendState, LocalService, Nearness, Port, PortMap};
+use clustermesh_kvstore::record::{Algorithm, BackendState, LocalService, Nearness, Port, PortMap};
 use ebpf_global_svc::abi::{AFFINITY_UNIT_SECONDS, FAMILY_V4, MAX_GROUPS, ServiceKey, scope};
 
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
-use crate::mesh::RemoteService;
+use crate::mesh::{LetIn, RemoteService};
 use crate::wire_key;
 
 /// What a frontend is computed from.
@@ -25,6 +25,8 @@ pub(super) struct Inputs<'a> {
     /// Names of the other clusters, as far as they are known.
     pub(super) names: &'a BTreeMap<u16, ClusterName>,
     pub(super) here: Here<'a>,
+    /// Whether, and how, calls come in from outside.
+    pub(super) lets_in: Option<&'a LetIn>,
 }
 
 /// Where this node is.
@@ -106,7 +108,11 @@ pub(super) fn plan(
     let session = inputs.own.balancing.session.unwrap_or(0).div_ceil(AFFINITY_UNIT_SECONDS);
     Planned {
         // 43,200 at most: records with more are refused.
-        plan: Some(ServicePlan { affinity_timeout: u16::try_from(session).unwrap_or(u16::MAX), groups }),
+        plan: Some(ServicePlan {
+            affinity_timeout: u16::try_from(session).unwrap_or(u16::MAX),
+            table: inputs.table(key),
+            groups,
+        }),
         left_out,
         contested: contested.into_iter().take(NAMED).collect(),
         elsewhere,
@@ -224,6 +230,15 @@ impl Inputs<'_> {
             all.push(Candidates { cluster, backends, farther: 0 });
         }
         all
+    }
+
+    /// How many slots a group has that is shared out by Maglev; 0: it is not.
+    fn table(&self, key: &ServiceKey) -> u32 {
+        let Some(lets_in) = self.lets_in.filter(|_| key.scope == scope::OUTSIDE) else { return 0 };
+        match self.own.external.algorithm.unwrap_or(lets_in.algorithm) {
+            Algorithm::Maglev => lets_in.table_size,
+            Algorithm::Random => 0,
+        }
     }
 
     /// Port names that this frontend stands for; two names may share a port.

@@ -216,7 +216,8 @@ mod tests {
         let own = LocalService { affinity: Affinity::Local, failover: Some(failover), ..service(active) };
         let (names, remotes) = (BTreeMap::new(), BTreeMap::new());
         let here = Here { node: "n1", zone: None };
-        let inputs = Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here };
+        let inputs =
+            Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here, lets_in: None };
         let groups = inputs.groups(vec![candidates(1, active), candidates(2, 1), candidates(3, 3)]);
         let all: u32 = groups.iter().map(|group| u32::from(group.weight)).sum();
         let share = |cluster| {
@@ -234,7 +235,8 @@ mod tests {
         let here = Here { node: "n1", zone: None };
         let before = GroupPlan { cluster: 4, weight: 9, tier: 7, backends: candidates(4, 1).backends };
         let remotes = BTreeMap::from([(4, Remote::Restored(&before))]);
-        let inputs = Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here };
+        let inputs =
+            Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here, lets_in: None };
         let all = vec![candidates(1, 2), candidates(2, 1), candidates(3, 3), candidates(4, 1)];
         inputs.groups(all).iter().map(|group| (group.tier, group.weight)).collect()
     }
@@ -281,7 +283,15 @@ mod tests {
             let own = LocalService { balancing, backends: all.clone(), ..service(0) };
             let (names, remotes) = (BTreeMap::new(), BTreeMap::new());
             let here = Here { node, zone };
-            let inputs = Inputs { own_cluster: 1, own: &own, remotes, before: None, names: &names, here };
+            let inputs = Inputs {
+                own_cluster: 1,
+                own: &own,
+                remotes,
+                before: None,
+                names: &names,
+                here,
+                lets_in: None,
+            };
             let nearest = inputs.nearest(nearness, |_| true);
             let called = own.backends.iter().filter(|backend| inputs.distance(backend) <= nearest);
             let last_byte = |ip: IpAddr| ip.to_string().rsplit('.').next().unwrap().parse().unwrap();

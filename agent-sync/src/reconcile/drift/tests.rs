@@ -143,7 +143,8 @@ impl World {
             (!backends.is_empty()).then_some(GroupPlan { cluster, weight: 1, tier: 0, backends })
         };
         let groups = [group(1), group(2)].into_iter().flatten().collect();
-        ServicePlan { affinity_timeout: if self.rng.random_bool(0.5) { 30 } else { 0 }, groups }
+        let table = if self.rng.random_bool(0.3) { 251 } else { 0 };
+        ServicePlan { affinity_timeout: if self.rng.random_bool(0.5) { 30 } else { 0 }, table, groups }
     }
 
     fn step(&mut self) {
@@ -185,7 +186,7 @@ impl World {
             2 => spoil(rng, &mut *t.node, |_| node_key(strange), |v| v.cluster += 1),
             3 => spoil(rng, &mut *t.endpoint, |_| ip_key(1, strange), |v| v.ifindex += 1),
             4 => spoil(rng, &mut *t.service, |_| service_key(1, strange, 1, TCP), |v| v.id += 1),
-            5 => spoil(rng, &mut *t.slot, |key| SlotKey { slot: 99, ..key }, |v| *v += 1),
+            5 => spoil(rng, &mut *t.slot, |key| SlotKey { slot: 9_999, ..key }, |v| *v += 1),
             6 => spoil(rng, &mut *t.backend, |_| 999_999, |v| v.port ^= 1),
             7 => spoil(rng, &mut *t.policy, |key| PolicyKey { peer: 99, ..key }, |v| v.flags ^= 1),
             8 => spoil(rng, &mut *t.cidr, |_| prefix_key(strange.into()), |v| *v += 1),

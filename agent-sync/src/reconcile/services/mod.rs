@@ -16,6 +16,7 @@
 mod backends;
 mod garbage;
 mod layout;
+pub(in crate::reconcile) mod maglev;
 mod restore;
 mod wanted;
 
@@ -187,7 +188,10 @@ impl Services {
         for draft in drafts.iter_mut() {
             let owner = draft.owner;
             let installed = self.installed.get(&draft.key).filter(|known| known.settled_for == owner);
-            for group in &draft.plan.groups {
+            for group in &mut draft.plan.groups {
+                if draft.plan.table != 0 {
+                    group.backends = maglev::members(&group.backends);
+                }
                 let settled = installed.and_then(|installed| installed.settled.get(&group.cluster));
                 let backends = &mut self.backends;
                 let mut allocate = |key: BackendKey| {
@@ -220,10 +224,22 @@ impl Services {
 
     fn write_slots(&mut self, drafts: &mut [Draft], tables: &mut Tables, round: &mut Round) {
         let mut writes: Vec<(usize, SlotKey, u32)> = Vec::new();
-        for (index, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| !draft.blocked) {
+        for (number, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| !draft.blocked) {
             let Some(installed) = self.installed.get(&draft.key) else { continue };
             for (group, members) in draft.plan.groups.iter().zip(&draft.members) {
                 let current = installed.slots.get(&group.cluster).map_or(&[][..], Vec::as_slice);
+                if draft.plan.table != 0 {
+                    let table = maglev::table(&group.backends, draft.plan.table);
+                    for (slot, index) in (0_u32..).zip(table) {
+                        let backend = members.ids[index];
+                        if current.get(slot as usize) != Some(&backend) {
+                            let key = SlotKey { service: installed.id, slot, cluster: group.cluster, pad: 0 };
+                            writes.push((number, key, backend));
+                        }
+                    }
+                    draft.groups.push(Group::new(group.cluster, group.weight, group.tier, draft.plan.table));
+                    continue;
+                }
                 let known = members.difference.as_ref().filter(|known| known.before <= current.len());
                 let moves = match known {
                     Some(Difference { before, removed, added }) => {
@@ -233,7 +249,7 @@ impl Services {
                 };
                 for (slot, backend) in moves {
                     let key = SlotKey { service: installed.id, slot, cluster: group.cluster, pad: 0 };
-                    writes.push((index, key, backend));
+                    writes.push((number, key, backend));
                 }
                 // There are no more than a group can have: the table of slots has no room for so many.
                 let count = u32::try_from(members.ids.len()).unwrap_or(u32::MAX);
@@ -339,7 +355,8 @@ impl Installed {
     fn settle(&mut self, draft: &mut Draft) {
         self.settled.clear();
         self.settled_for = draft.owner;
-        if !draft.blocked {
+        // A table has each backend many times.
+        if !draft.blocked && draft.plan.table == 0 {
             let groups = draft.plan.groups.iter().zip(std::mem::take(&mut draft.members));
             self.settled = groups
                 .map(|(group, members)| {

@@ -9,7 +9,7 @@ use ebpf_global_svc::abi::{
 use ebpf_global_svc::{DatapathError, Tables};
 
 use super::backends::Backends;
-use super::{ANYONE, Installed, NO_BACKEND, Services, Shown, next_id};
+use super::{ANYONE, Installed, NO_BACKEND, Services, Shown, maglev, next_id};
 use crate::desired::{BackendKey, GroupPlan, ServicePlan};
 
 /// Slots by service ID, cluster and number.
@@ -86,7 +86,11 @@ impl Services {
             let mut backends: Vec<BackendKey> = known.map(|backend| backend.key).collect();
             backends.sort_unstable();
             backends.dedup();
-            damaged |= backends.len() != count;
+            if maglev::is_table(group.count(), backends.len()) && visible.len() == count {
+                plan.table = group.count();
+            } else {
+                damaged |= backends.len() != count;
+            }
             if !backends.is_empty() {
                 plan.groups.push(GroupPlan { cluster, weight, tier: group.tier(), backends });
             }
