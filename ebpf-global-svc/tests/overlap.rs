@@ -334,6 +334,28 @@ fn only_the_destination_and_checksums_change() {
     }
 }
 
+/// There is no source port to run out of: one pod has more flows to one address than a translator of sources has ports,
+/// each keeps its own, and nothing is remembered of any.
+#[test]
+fn more_flows_than_ports_are_translated_without_state() {
+    let sender = Sender::new();
+    for family in [4, 6] {
+        // Every source port to one port, and one more to another.
+        for (source, to) in (0..=u16::MAX).map(|port| (port, 80)).chain([(0, 81)]) {
+            let mut frame = Vec::new();
+            ip_headers(family).udp(source, to).write(&mut frame, b"hello").unwrap();
+            let packet = sender.sends(&frame);
+            assert_eq!(checked(&packet), (pod(1, family), pod(1, family)));
+            let sliced = SlicedPacket::from_ethernet(&packet).unwrap();
+            let Some(TransportSlice::Udp(udp)) = sliced.transport else { panic!() };
+            assert_eq!((udp.source_port(), udp.destination_port()), (source, to));
+        }
+    }
+    assert_eq!(metric(&sender.datapath, reason::ENCAPSULATED), 2 * 65_537);
+    assert_eq!(sender.datapath.flows().unwrap(), []);
+    assert_eq!(sender.datapath.sock_rev().unwrap(), []);
+}
+
 #[test]
 fn an_error_holds_the_packet_as_it_was_sent() {
     let sender = Sender::new();

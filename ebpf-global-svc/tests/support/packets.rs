@@ -48,11 +48,11 @@ pub fn widen(socket: &UdpSocket) {
 
 /// Sends datagrams through one socket per target while `change` runs; at least `least` to each before and after it.
 /// Every target echoes them.
-pub fn count_packets<T: Send>(
+pub fn count_packets<T>(
     netns: &Netns,
     targets: &[SocketAddr],
     least: u64,
-    change: impl FnOnce() -> T + Send,
+    change: impl FnOnce() -> T,
 ) -> (T, Vec<Counted>) {
     let stop = AtomicBool::new(false);
     let sent: Vec<AtomicU64> = targets.iter().map(|_| AtomicU64::new(0)).collect();
