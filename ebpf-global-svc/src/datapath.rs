@@ -102,15 +102,31 @@ impl Datapath {
         let specs = maps::specs(&options.sizes);
         maps::check(&pins, options.cluster)?;
         let mut migration = Migration::plan(&pins, &specs)?;
-        let mut programs = load_maps(&pins, &specs, &migration)?;
+        let mut programs = load_maps(&pins, &specs, &migration, None)?;
         migration.copy_tables()?;
         let config = configure(&migration.pin(&pins, "cm_config"), options)?;
         load_programs(&mut programs)?;
+        let between = match migration.flows_before() {
+            // Where there are no links, programs on interfaces are the agent's to replace.
+            Some(before) if links::has_tcx() => {
+                let mut programs = load_maps(&pins, &specs, &migration, Some(before))?;
+                load_programs(&mut programs)?;
+                Some(programs)
+            }
+            _ => None,
+        };
         migration.commit()?;
         let mut datapath = Self { programs, pins, specs, config, migrated: Vec::new() };
-        datapath.replace_interface_programs()?;
-        datapath.attach_sockets(options.cgroup.as_deref())?;
-        datapath.migrated = migration.finish()?;
+        if let Some(between) = between {
+            let last = std::mem::replace(&mut datapath.programs, between);
+            datapath.replace_programs(options)?;
+            datapath.migrated = migration.finish()?;
+            datapath.programs = last;
+            datapath.replace_programs(options)?;
+        } else {
+            datapath.replace_programs(options)?;
+            datapath.migrated = migration.finish()?;
+        }
         Ok(datapath)
     }
 
@@ -270,6 +286,12 @@ impl Datapath {
                 })
             })
             .collect()
+    }
+
+    /// Puts our programs on all hooks that have some already, and on the cgroup.
+    fn replace_programs(&mut self, options: &DatapathOptions) -> Result<(), DatapathError> {
+        self.replace_interface_programs()?;
+        self.attach_sockets(options.cgroup.as_deref())
     }
 
     fn attach_sockets(&mut self, cgroup: Option<&Path>) -> Result<(), DatapathError> {

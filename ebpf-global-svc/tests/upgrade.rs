@@ -148,8 +148,8 @@ fn other_sizes_lose_no_packet_and_no_entry() {
     assert!(names.iter().all(|name| !name.ends_with("-next")), "{names:?}");
 }
 
-/// A flow that begins between two programs' replacement is in the old map only, until that is looked at once more: the
-/// answer to its first packet may be lost then, and TCP sends that again.
+/// Programs that know the old and the new map of flows come in between. Before Linux 6.6 there are none on interfaces: a
+/// flow that begins in that moment may lose its first answer, and TCP sends it again.
 #[test]
 fn connections_that_begin_during_a_change_of_sizes_are_established() {
     let mut nodes = guarded_pair();
@@ -181,7 +181,8 @@ fn connections_that_begin_during_a_change_of_sizes_are_established() {
         let (connections, slow) = caller.join().unwrap();
         println!("{connections} connections, {slow} of them after a retransmission");
         // One caller: no more than one connection is at its beginning when a node's programs are replaced.
-        assert!(slow <= 8, "{slow} of {connections} connections needed a retransmission");
+        let bound = if support::has_links() { 0 } else { 8 };
+        assert!(slow <= bound, "{slow} of {connections} connections needed a retransmission");
     });
 }
 

@@ -16,16 +16,21 @@ use crate::{
     abi::{Config, SCHEMA_VERSION},
 };
 
-/// Creates the maps that are not pinned yet; opens the others.
+/// Creates the maps that are not pinned yet; opens the others. With `flows_before`, for programs that also know that map
+/// of flows.
 pub(super) fn load_maps(
     pins: &Pins,
     specs: &[MapSpec],
     migration: &Migration,
+    flows_before: Option<&Path>,
 ) -> Result<Ebpf, DatapathError> {
     let mut loader = EbpfLoader::new();
     for spec in specs {
         let pin = migration.pin(pins, spec.name);
         loader.map_max_entries(spec.name, spec.max_entries).map_pin_path(spec.name, pin);
+    }
+    if let Some(before) = flows_before {
+        loader.override_global("CT_CHANGES", &1_u32, true).map_pin_path("cm_ct_before", before);
     }
     loader.load(OBJECT).map_err(open_failed)
 }

@@ -4,10 +4,17 @@
 //! those that use it. The old programs go on with the old map until then, and it ends with the last of them. Whatever
 //! fails before the names change leaves everything as it was; whatever dies afterwards, the next start completes.
 //!
+//! Flows may begin while programs are replaced one by one. So programs that know both maps of flows come in between, if
+//! the layout is the same: no program ever meets a flow that another one has put where it does not look.
+//!
 //! Layouts grow at their end, and zero in a new field means what versions without it meant: so a value is carried over
 //! by its bytes, cut off or filled up with zeros. A change that cannot keep this rule is another `SCHEMA_VERSION`.
 
-use std::{collections::HashSet, io, path::PathBuf};
+use std::{
+    collections::HashSet,
+    io,
+    path::{Path, PathBuf},
+};
 
 use aya::maps::MapType;
 
@@ -93,6 +100,14 @@ impl Migration {
         }
     }
 
+    /// Where the old map of flows is until [`Self::commit`], if its layout is ours: programs can use it and the new one
+    /// at once.
+    pub(super) fn flows_before(&self) -> Option<&Path> {
+        let moved = self.moves.iter().find(|moved| moved.spec.name == "cm_ct")?;
+        let same = Shape { max_entries: moved.found.max_entries, ..moved.spec.shape() };
+        (same == moved.found).then_some(&*moved.pin)
+    }
+
     /// Fills the maps that the agent writes, which nobody does now.
     pub(super) fn copy_tables(&mut self) -> Result<(), DatapathError> {
         self.moves.iter_mut().filter(|moved| !moved.is_written_by_programs()).try_for_each(Move::copy)
@@ -110,7 +125,7 @@ impl Migration {
     }
 
     /// Carries over what the old programs have begun since [`Self::commit`], once they are off their hooks.
-    pub(super) fn finish(mut self) -> Result<Vec<Migrated>, DatapathError> {
+    pub(super) fn finish(&mut self) -> Result<Vec<Migrated>, DatapathError> {
         self.moves
             .iter_mut()
             .filter(|moved| moved.is_written_by_programs())
