@@ -11,7 +11,7 @@ use clustermesh_kvstore::config_dir::{self, ConfigChange, ConfigDirError};
 use clustermesh_kvstore::etcd::{EtcdConfig, EtcdConfigError};
 use clustermesh_kvstore::import_policy::{self, PolicyFileError, PolicySource};
 use clustermesh_kvstore::record::Algorithm;
-use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, EventRing, MapSizes};
+use ebpf_global_svc::{Datapath, DatapathError, DatapathOptions, EventRing, MapSizes, Migrated};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -351,6 +351,9 @@ impl Node {
             strict: kernel.encryption.as_ref().is_some_and(|encryption| encryption.strict),
             ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
         })?;
+        for Migrated { map, capacity, value_size, entries } in datapath.migrated() {
+            info!(map, ?capacity, ?value_size, entries, "a map of another size or version was replaced");
+        }
         let spec = OverlaySpec { name: kernel.tunnel_device.clone(), port: kernel.tunnel_port, mtu };
         let overlay = netlink.ensure_overlay(&spec).await?;
         datapath.attach_overlay(overlay)?;

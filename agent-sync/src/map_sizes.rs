@@ -4,7 +4,7 @@ use clap::Args;
 use clap::builder::RangedI64ValueParser;
 use ebpf_global_svc::MapSizes;
 
-/// Other sizes than those of the pinned maps are refused at the start, until `clustermesh-agent cleanup`.
+/// Maps of another size are replaced at the start, with what is in them; one that does not hold what is there is refused.
 #[derive(Debug, Args)]
 pub(crate) struct MapSizeFlags {
     /// Pods and nodes of the whole mesh that fit (cm_ipcache)

@@ -7,7 +7,9 @@
 //! What may be touched by others: nothing under the folder while a `Datapath` is open (it is locked).
 
 mod links;
+mod load;
 mod maps;
+mod migration;
 mod pins;
 mod readings;
 mod remains;
@@ -20,20 +22,24 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
-    maps::MapError,
-    programs::{CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType},
-    sys::SyscallError,
+    Ebpf,
+    programs::{CgroupSockAddr, SchedClassifier, TcAttachType},
 };
 
-use self::{maps::MapSpec, pins::Pins};
+use self::{
+    load::{configure, load_failed, load_maps, load_programs},
+    maps::MapSpec,
+    migration::Migration,
+    pins::Pins,
+};
 pub use self::{
+    migration::Migrated,
     remains::Remains,
     trial::{Arrival, Trial},
 };
 use crate::{
     DatapathError, DatapathOptions, Tables,
-    abi::{CONFIG_PACKET_SERVICES, CONFIG_STRICT, ClusterState, Config, Plain, SCHEMA_VERSION},
+    abi::{CONFIG_PACKET_SERVICES, CONFIG_STRICT, ClusterState, Config, Plain},
     sys::LinkTarget,
     table::KernelTable,
 };
@@ -74,6 +80,7 @@ pub struct Datapath {
     pins: Pins,
     specs: [MapSpec; maps::MAPS],
     config: Config,
+    migrated: Vec<Migrated>,
 }
 
 /// One loaded program, as the kernel sees it.
@@ -95,14 +102,41 @@ impl Datapath {
     pub fn open(options: &DatapathOptions) -> Result<Self, DatapathError> {
         let pins = Pins::open(&options.bpf_root)?;
         let specs = maps::specs(&options.sizes);
-        maps::check(&pins, &specs, options.cluster)?;
-        let mut programs = load_maps(&pins, &specs)?;
-        let config = configure(&pins, options)?;
+        maps::check(&pins, options.cluster)?;
+        let mut migration = Migration::plan(&pins, &specs)?;
+        let mut programs = load_maps(&pins, &specs, &migration, None)?;
+        migration.copy_tables()?;
+        let config = configure(&migration.pin(&pins, "cm_config"), options)?;
         load_programs(&mut programs)?;
-        let mut datapath = Self { programs, pins, specs, config };
-        datapath.replace_interface_programs()?;
-        datapath.attach_sockets(options.cgroup.as_deref())?;
+        let between = match migration.flows_before() {
+            // Where there are no links, programs on interfaces are the agent's to replace.
+            Some(before) if links::has_tcx() => {
+                let mut programs = load_maps(&pins, &specs, &migration, Some(before))?;
+                load_programs(&mut programs)?;
+                Some(programs)
+            }
+            _ => None,
+        };
+        migration.commit()?;
+        let mut datapath = Self { programs, pins, specs, config, migrated: Vec::new() };
+        if let Some(between) = between {
+            let last = std::mem::replace(&mut datapath.programs, between);
+            datapath.replace_programs(options)?;
+            datapath.migrated = migration.finish()?;
+            datapath.programs = last;
+            datapath.replace_programs(options)?;
+        } else {
+            datapath.replace_programs(options)?;
+            datapath.migrated = migration.finish()?;
+        }
         Ok(datapath)
+    }
+
+    /// Maps that were replaced when this datapath was opened, because those that were pinned had another size or
+    /// layout.
+    #[must_use]
+    pub fn migrated(&self) -> &[Migrated] {
+        &self.migrated
     }
 
     /// Removes a datapath: programs, then maps. Nothing there is fine.
@@ -299,6 +333,12 @@ impl Datapath {
             .collect()
     }
 
+    /// Puts our programs on all hooks that have some already, and on the cgroup.
+    fn replace_programs(&mut self, options: &DatapathOptions) -> Result<(), DatapathError> {
+        self.replace_interface_programs()?;
+        self.attach_sockets(options.cgroup.as_deref())
+    }
+
     fn attach_sockets(&mut self, cgroup: Option<&Path>) -> Result<(), DatapathError> {
         for name in SOCKET_PROGRAMS {
             let pin = self.pins.link(name);
@@ -355,70 +395,6 @@ impl Datapath {
     }
 }
 
-/// Creates the maps that are not pinned yet; opens the others.
-fn load_maps(pins: &Pins, specs: &[MapSpec]) -> Result<Ebpf, DatapathError> {
-    let mut loader = EbpfLoader::new();
-    for spec in specs {
-        loader.map_max_entries(spec.name, spec.max_entries).map_pin_path(spec.name, pins.map(spec.name));
-    }
-    loader.load(OBJECT).map_err(open_failed)
-}
-
-/// Writes what this node is. What this life does not know yet stays as an earlier one left it: packets
-/// flow through the overlay while the agent restarts.
-fn configure(pins: &Pins, options: &DatapathOptions) -> Result<Config, DatapathError> {
-    let path = pins.map("cm_config");
-    let before = maps::read_config(&path)?;
-    let node_ip = options.node_ip.map_or(before.node_ip, |ip| ip.octets());
-    let config = Config {
-        schema: SCHEMA_VERSION,
-        cluster: options.cluster,
-        identity_shift: options.identity_shift,
-        overlay_ifindex: before.overlay_ifindex,
-        node_ip,
-        overlay_port: options.overlay_port,
-        flags: if options.strict { before.flags } else { before.flags & !CONFIG_STRICT },
-        events: before.events,
-        reserved: [0; 2],
-    };
-    maps::write_config(&path, &config)?;
-    Ok(config)
-}
-
-fn load_programs(programs: &mut Ebpf) -> Result<(), DatapathError> {
-    for name in SOCKET_PROGRAMS {
-        let program = socket_program(programs, name)?;
-        uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
-    }
-    for name in INTERFACE_PROGRAMS {
-        let program = classifier(programs, name)?;
-        uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
-    }
-    Ok(())
-}
-
-/// The verifier gives up when its thread gets a signal: on a busy machine that happens. libbpf tries as often.
-fn uninterrupted<E>(
-    mut load: impl FnMut() -> Result<(), E>,
-    is_interrupted: impl Fn(&E) -> bool,
-) -> Result<(), E> {
-    const ATTEMPTS: u32 = 5;
-    for _ in 1..ATTEMPTS {
-        match load() {
-            Err(error) if is_interrupted(&error) => {}
-            done => return done,
-        }
-    }
-    load()
-}
-
-fn is_interrupted(error: &ProgramError) -> bool {
-    match error {
-        ProgramError::LoadError { io_error, .. } => io_error.raw_os_error() == Some(libc::EAGAIN),
-        _ => false,
-    }
-}
-
 fn socket_program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, DatapathError> {
     program(programs, name)?.try_into().map_err(|error| load_failed(name, error))
 }
@@ -440,56 +416,4 @@ fn numbered_link(program: &str, ifindex: u32) -> String {
 
 fn interface_of_link(program: &str, name: &str) -> Option<u32> {
     name.strip_prefix(program)?.strip_prefix('-')?.parse().ok()
-}
-
-fn load_failed(program: &str, error: ProgramError) -> DatapathError {
-    match error {
-        ProgramError::LoadError { io_error, .. }
-        | ProgramError::SyscallError(SyscallError { io_error, .. })
-            if is_permission(&io_error) && io_error.raw_os_error() == Some(libc::EPERM) =>
-        {
-            DatapathError::NotPermitted { action: format!("load program {program}") }
-        }
-        ProgramError::LoadError { io_error, verifier_log } => DatapathError::Verifier {
-            program: program.to_owned(),
-            log: format!("{io_error}\n{verifier_log}"),
-        },
-        error => DatapathError::Verifier { program: program.to_owned(), log: links::describe(&error) },
-    }
-}
-
-fn open_failed(error: EbpfError) -> DatapathError {
-    match &error {
-        EbpfError::MapError(MapError::CreateError { io_error, .. }) if is_permission(io_error) => {
-            DatapathError::NotPermitted { action: "create maps".to_owned() }
-        }
-        EbpfError::MapError(MapError::CreateError { io_error, .. })
-            if io_error.raw_os_error() == Some(libc::ENOSYS) =>
-        {
-            DatapathError::NoBpf { reason: "it has no bpf system call".to_owned() }
-        }
-        _ => DatapathError::NoBpf { reason: links::describe(&error) },
-    }
-}
-
-fn is_permission(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_interrupted_verifier_is_asked_again_but_not_for_ever() {
-        for (interrupts, failures, attempts) in [(true, 0, 1), (true, 4, 5), (true, 9, 5), (false, 9, 1)] {
-            let mut asked = 0;
-            let load = || {
-                asked += 1;
-                if asked > failures { Ok(()) } else { Err(interrupts) }
-            };
-            let done = uninterrupted(load, |interrupts| *interrupts);
-            assert_eq!((asked, done.is_ok()), (attempts, attempts > failures));
-        }
-    }
 }

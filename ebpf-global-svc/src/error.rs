@@ -40,8 +40,8 @@ pub enum DatapathError {
 
     /// The operator's limit is reached; entries that did not fit are not installed.
     #[error(
-        "map {map} is full at {capacity} entries: raise --{flag}-max-entries of the agent, which takes effect \
-         after `clustermesh-agent cleanup`",
+        "map {map} is full at {capacity} entries: raise --{flag}-max-entries of the agent and start it \
+         again, which interrupts nothing",
         flag = map.trim_start_matches("cm_")
     )]
     MapFull {
@@ -51,9 +51,21 @@ pub enum DatapathError {
         capacity: u64,
     },
 
-    /// A pinned map of another version or size is in the way.
+    /// The operator's limit is below what is installed; nothing was changed.
     #[error(
-        "pinned map {path} does not fit: {reason}; start with the same sizes and version as before, \
+        "map {map} holds more entries than the {capacity} that it is to have: raise --{flag}-max-entries of the agent",
+        flag = map.trim_start_matches("cm_")
+    )]
+    TooSmall {
+        /// Map name.
+        map: String,
+        /// The new limit.
+        capacity: u64,
+    },
+
+    /// A pinned map of another version is in the way.
+    #[error(
+        "pinned map {path} does not fit: {reason}; start with the same version as before, \
          or remove the datapath with `clustermesh-agent cleanup --bpf-root {root}` first (this interrupts mesh \
          traffic until the agent has synced again)",
         root = path.ancestors().nth(2).unwrap_or(path).display()

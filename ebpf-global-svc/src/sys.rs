@@ -3,6 +3,8 @@
 //! All `unsafe` code of this crate is here.
 #![allow(unsafe_code)]
 
+mod raw;
+
 use std::{
     ffi::CString,
     fs::File,
@@ -15,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use self::raw::{Elements, Existing, RawMap};
 use crate::abi::Plain;
 
 /// `bpf(2)` commands, from `linux/bpf.h`.

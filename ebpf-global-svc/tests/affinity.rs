@@ -17,7 +17,7 @@ use ebpf_global_svc::abi::{
 use ebpf_global_svc::program_time;
 use support::{
     Backend, Service, TCP, UDP, metric,
-    sockets::{LOCAL, Node, PATIENCE, PORT, REMOTE, VIP4, server4},
+    sockets::{LOCAL, Node, PATIENCE, PORT, REMOTE, VIP4, VIP6, server4, server6},
 };
 
 /// In units of two seconds.
@@ -172,6 +172,30 @@ fn clients_leave_a_cluster_that_dies_and_stay_where_they_went() {
     node.set_cluster(REMOTE, cluster_state::DEAD);
     node.set_cluster(LOCAL, cluster_state::DEAD);
     assert!(node.connect(VIP4).is_err());
+}
+
+#[test]
+fn a_session_moves_once_when_its_cluster_dies() {
+    let mut node = Node::new();
+    let servers = [(VIP4, server4(1), server4(2)), (VIP6, server6(1), server6(2))];
+    for (id, (frontend, local, remote)) in (1..).zip(servers) {
+        let backends = [(10 * id, local, "local"), (10 * id + 1, remote, "remote")]
+            .map(|(id, ip, name)| (id, ip, node.serve_tcp(ip, name)));
+        let groups: &[(u16, u16, &[Backend])] = &[(LOCAL, 1, &backends[..1]), (REMOTE, 0, &backends[1..])];
+        node.sticky(&Service { id, frontend: (frontend, PORT), proto: TCP, groups }, MINUTE);
+    }
+    for (state, answers) in [
+        (cluster_state::HEALTHY, "local"),
+        (cluster_state::DEAD, "remote"),
+        (cluster_state::HEALTHY, "remote"),
+    ] {
+        node.set_cluster(LOCAL, state);
+        for (frontend, ..) in servers {
+            for _ in 0..16 {
+                assert_eq!(node.connect(frontend).unwrap().0, answers, "{frontend}, cluster {state}");
+            }
+        }
+    }
 }
 
 #[test]

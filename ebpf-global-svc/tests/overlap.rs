@@ -209,9 +209,15 @@ impl Sender {
     /// The packet as it goes into the tunnel.
     #[track_caller]
     fn sends(&self, frame: &[u8]) -> Vec<u8> {
+        self.netns.run(|| self.sends_here(frame))
+    }
+
+    /// The same, by a thread that is in the node's namespace.
+    #[track_caller]
+    fn sends_here(&self, frame: &[u8]) -> Vec<u8> {
         const REDIRECTED: i32 = 7;
         let arrival = Arrival { ifindex: self.ifindex, ..Arrival::default() };
-        let trial = self.netns.run(|| self.datapath.trial("cm_from_pod", frame, arrival, 1).unwrap());
+        let trial = self.datapath.trial("cm_from_pod", frame, arrival, 1).unwrap();
         assert_eq!(trial.verdict, REDIRECTED);
         trial.packet
     }
@@ -332,6 +338,31 @@ fn only_the_destination_and_checksums_change() {
             }
         }
     }
+}
+
+/// There is no source port to run out of: one pod has more flows to one address than a translator of sources has ports,
+/// each keeps its own, and nothing is remembered of any.
+#[test]
+fn more_flows_than_ports_are_translated_without_state() {
+    let sender = Sender::new();
+    sender.netns.run(|| {
+        // Every source port to one port, and one more to another.
+        let flows = || (0..=u16::MAX).map(|port| (port, 80)).chain([(0, 81)]);
+        for (family, (source, to)) in
+            [4, 6].into_iter().flat_map(|family| flows().map(move |flow| (family, flow)))
+        {
+            let mut frame = Vec::new();
+            ip_headers(family).udp(source, to).write(&mut frame, b"hello").unwrap();
+            let packet = sender.sends_here(&frame);
+            assert_eq!(checked(&packet), (pod(1, family), pod(1, family)));
+            let sliced = SlicedPacket::from_ethernet(&packet).unwrap();
+            let Some(TransportSlice::Udp(udp)) = sliced.transport else { panic!() };
+            assert_eq!((udp.source_port(), udp.destination_port()), (source, to));
+        }
+    });
+    assert_eq!(metric(&sender.datapath, reason::ENCAPSULATED), 2 * 65_537);
+    assert_eq!(sender.datapath.flows().unwrap(), []);
+    assert_eq!(sender.datapath.sock_rev().unwrap(), []);
 }
 
 #[test]

@@ -13,34 +13,17 @@ use aya::programs::{SchedClassifier, TcAttachType, tc};
 use ebpf_global_svc::{
     Datapath,
     abi::{
-        ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, ENDPOINT_VIA_STACK, EndpointValue,
-        POLICY_PEER_BITS, POLICY_PORT_BITS, PolicyKey, PolicyValue, direction, identity, reason,
+        ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, ENDPOINT_VIA_STACK, POLICY_PORT_BITS, PolicyKey,
+        PolicyValue, direction, identity, reason,
     },
 };
 use support::{
-    Netns, UDP, assert_attached, endpoint, has_links, ip_key, metric,
+    Netns, UDP, assert_attached, has_links, metric,
     pair::{ECHO, Node, PATIENCE, call, pod, pod_identity, send, underlay},
     prefix_key, wait_until,
 };
 
 const BOTH: u32 = ENDPOINT_ENFORCE_INGRESS | ENDPOINT_ENFORCE_EGRESS;
-
-/// Gives the pod of a node flags.
-fn flag(node: &mut Node, flags: u32) {
-    let veth = node.netns.ifindex("lxc0");
-    for family in [4, 6] {
-        let value = EndpointValue { flags, ..endpoint(veth, pod_identity(node.cluster)) };
-        node.tables.endpoint.upsert(&[(ip_key(node.cluster, pod(node.cluster, family)), value)]).unwrap();
-    }
-}
-
-/// Lets the pod of a node talk with a peer.
-fn allow(node: &mut Node, peer: u32, direction: u8) -> PolicyKey {
-    let subject = pod_identity(node.cluster);
-    let key = PolicyKey { prefixlen: POLICY_PEER_BITS, subject, peer, direction, proto: 0, port: 0 };
-    node.tables.policy.upsert(&[(key, PolicyValue { flags: 0, rule: 1 })]).unwrap();
-    key
-}
 
 /// Sends to the pod of node 1, which drops it for `reason`, in both families.
 #[track_caller]
@@ -81,15 +64,15 @@ fn streams(nodes: &[Node; 2], from: &Netns, to: IpAddr) {
 #[test]
 fn a_remote_pod_is_let_in_by_its_identity() {
     let mut nodes = Node::pair();
-    flag(&mut nodes[0], ENDPOINT_ENFORCE_INGRESS);
+    nodes[0].flag(ENDPOINT_ENFORCE_INGRESS);
     refused(&nodes, &nodes[1].pod, reason::POLICY);
     refused(&nodes, &nodes[1].netns, reason::POLICY);
-    let key = allow(&mut nodes[0], pod_identity(2), direction::INGRESS);
+    let key = nodes[0].allow(pod_identity(2), direction::INGRESS);
     for family in [4, 6] {
         answered(&nodes[1].pod, pod(1, family));
     }
     refused(&nodes, &nodes[1].netns, reason::POLICY);
-    allow(&mut nodes[0], identity::REMOTE_NODE, direction::INGRESS);
+    nodes[0].allow(identity::REMOTE_NODE, direction::INGRESS);
     answered(&nodes[1].netns, pod(1, 4));
     // Its answers came by a record, and so do those to what it sends itself.
     nodes[0].tables.policy.remove(&[key]).unwrap();
@@ -101,10 +84,10 @@ fn a_remote_pod_is_let_in_by_its_identity() {
 fn streams_pass_when_both_ends_have_policies() {
     let mut nodes = Node::pair();
     for node in &mut nodes {
-        flag(node, BOTH);
+        node.flag(BOTH);
     }
-    allow(&mut nodes[0], pod_identity(2), direction::EGRESS);
-    allow(&mut nodes[1], pod_identity(1), direction::INGRESS);
+    nodes[0].allow(pod_identity(2), direction::EGRESS);
+    nodes[1].allow(pod_identity(1), direction::INGRESS);
     for family in [4, 6] {
         streams(&nodes, &nodes[0].pod, pod(2, family));
     }
@@ -115,7 +98,7 @@ fn streams_pass_when_both_ends_have_policies() {
 fn a_large_datagram_passes_in_fragments() {
     let mut nodes = Node::pair();
     for node in &mut nodes {
-        flag(node, BOTH);
+        node.flag(BOTH);
     }
     let port = |subject, peer, direction| {
         let port = ECHO.to_be();
@@ -140,17 +123,17 @@ fn a_large_datagram_passes_in_fragments() {
 #[test]
 fn the_host_is_let_in_by_a_rule_of_its_own() {
     let mut nodes = Node::pair();
-    flag(&mut nodes[0], ENDPOINT_ENFORCE_INGRESS);
+    nodes[0].flag(ENDPOINT_ENFORCE_INGRESS);
     // No rule for others helps.
-    allow(&mut nodes[0], identity::WORLD, direction::INGRESS);
-    allow(&mut nodes[0], identity::REMOTE_NODE, direction::INGRESS);
+    nodes[0].allow(identity::WORLD, direction::INGRESS);
+    nodes[0].allow(identity::REMOTE_NODE, direction::INGRESS);
     refused(&nodes, &nodes[0].netns, reason::POLICY);
-    allow(&mut nodes[0], identity::HOST, direction::INGRESS);
+    nodes[0].allow(identity::HOST, direction::INGRESS);
     for family in [4, 6] {
         answered(&nodes[0].netns, pod(1, family));
         streams_to_pod(&nodes[0], family);
     }
-    flag(&mut nodes[0], 0);
+    nodes[0].flag(0);
     nodes[0].tables.policy.remove(&policies(&nodes[0])).unwrap();
     answered(&nodes[0].netns, pod(1, 4));
 }
@@ -175,11 +158,11 @@ fn policies(node: &Node) -> Vec<PolicyKey> {
 #[test]
 fn what_the_stack_routes_to_a_pod_is_known_by_address() {
     let mut nodes = Node::pair();
-    flag(&mut nodes[0], ENDPOINT_ENFORCE_INGRESS);
+    nodes[0].flag(ENDPOINT_ENFORCE_INGRESS);
     // Node 2 reaches pod a past the overlay, as a stranger on the underlay would.
     nodes[1].netns.ip(&format!("route replace {} via {}", pod(1, 4), underlay(1)));
     let node = &mut nodes[0];
-    allow(node, identity::WORLD, direction::INGRESS);
+    node.allow(identity::WORLD, direction::INGRESS);
     let call_from_two = |nodes: &[Node; 2]| {
         let from = &nodes[1].netns;
         from.run(|| {
@@ -190,7 +173,7 @@ fn what_the_stack_routes_to_a_pod_is_known_by_address() {
     let before = metric(nodes[0].datapath(), reason::POLICY);
     call_from_two(&nodes);
     wait_until("the drop is counted", || metric(nodes[0].datapath(), reason::POLICY) == before + 1);
-    allow(&mut nodes[0], identity::REMOTE_NODE, direction::INGRESS);
+    nodes[0].allow(identity::REMOTE_NODE, direction::INGRESS);
     nodes[1].netns.run(|| {
         let socket = UdpSocket::bind((underlay(2), 0)).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -210,9 +193,9 @@ fn what_the_stack_routes_to_a_pod_is_known_by_address() {
 #[test]
 fn an_identity_reaches_a_pod_behind_the_stack() {
     let mut nodes = Node::pair();
-    flag(&mut nodes[0], ENDPOINT_VIA_STACK | ENDPOINT_ENFORCE_INGRESS);
+    nodes[0].flag(ENDPOINT_VIA_STACK | ENDPOINT_ENFORCE_INGRESS);
     refused(&nodes, &nodes[1].pod, reason::POLICY);
-    allow(&mut nodes[0], pod_identity(2), direction::INGRESS);
+    nodes[0].allow(pod_identity(2), direction::INGRESS);
     for family in [4, 6] {
         answered(&nodes[1].pod, pod(1, family));
     }
@@ -224,7 +207,7 @@ fn an_identity_reaches_a_pod_behind_the_stack() {
 fn a_pod_of_an_older_version_gets_what_it_lacks() {
     let mut nodes = Node::pair();
     let veth = nodes[0].netns.ifindex("lxc0");
-    flag(&mut nodes[0], ENDPOINT_ENFORCE_INGRESS);
+    nodes[0].flag(ENDPOINT_ENFORCE_INGRESS);
     drop(nodes[0].datapath.take());
     without_to_pod(&nodes[0], veth);
     answered(&nodes[0].netns, pod(1, 4));

@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod functional;
 mod fuzz;
 mod setup;
 mod shell;

@@ -24,11 +24,22 @@ pub(crate) fn is_noise(line: &str) -> bool {
     (line.starts_with("test ") && line.ends_with("... ok")) || line.is_empty()
 }
 
+/// A test, and what was said of it.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Named {
+    /// Name of the test program.
+    pub(crate) program: String,
+    pub(crate) test: String,
+    /// `ok`, `FAILED`, or `ignored` and why.
+    pub(crate) result: String,
+}
+
 /// Counts what test programs print, one after the other.
 #[derive(Default)]
 pub(crate) struct Tally {
     current: String,
     pub(crate) suites: Vec<Suite>,
+    pub(crate) tests: Vec<Named>,
 }
 
 impl Tally {
@@ -39,6 +50,11 @@ impl Tally {
             self.current = program(rest);
         } else if let Some(name) = trimmed.strip_prefix("Doc-tests ") {
             self.current = format!("{name} (documentation)");
+        } else if let Some((test, result)) =
+            trimmed.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+        {
+            let program = self.current.split(' ').next().unwrap_or_default().to_owned();
+            self.tests.push(Named { program, test: test.to_owned(), result: result.to_owned() });
         } else if let Some(rest) = trimmed.strip_prefix("test result: ") {
             let count = |what: &str| {
                 rest.split([';', '.'])
@@ -80,6 +96,8 @@ mod tests {
             "     Running unittests src/lib.rs (target/debug/deps/clustermesh_kvstore-0c8beae3d5)",
             "test result: ok. 41 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.10s",
             "     Running tests/wire.rs (target/debug/deps/wire-0c8beae3d5)",
+            "test keys::two_are_one ... FAILED",
+            "test slow has been running for over 60 seconds",
             "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s",
             "   Doc-tests xtask",
             "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
@@ -92,5 +110,7 @@ mod tests {
             tally.suites,
             [suite("clustermesh_kvstore src/lib.rs", 41, 0, 2), suite("wire tests/wire.rs", 3, 1, 0)]
         );
+        let test = "keys::two_are_one".to_owned();
+        assert_eq!(tally.tests, [Named { program: "wire".into(), test, result: "FAILED".into() }]);
     }
 }

@@ -1,5 +1,7 @@
 //! All tests, one summary line per suite, and a last line that says `N passed, N failed`.
 
+use crate::demo::Outcome;
+use crate::functional::{self, Ran};
 use crate::tally::{Suite, Tally, is_noise};
 use crate::workspace;
 use crate::{demo, fuzz, setup, shell, vm};
@@ -27,22 +29,30 @@ pub(crate) struct TestArgs {
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     setup::run()?;
     let mut skipped = Vec::new();
-    let mut suites = crate_tests()?;
+    let Tally { mut suites, tests, .. } = crate_tests()?;
     beside_each_other(args, &mut suites, &mut skipped)?;
     let is_root = workspace::is_root();
     if !is_root {
         skipped.push("tests of the kernel datapath: they need root".to_owned());
     }
-    if args.no_scenarios {
-        skipped.push("scenarios: --no-scenarios was given".to_owned());
-    } else if !is_root {
-        skipped.push("scenarios: a lab needs root (network namespaces, eBPF)".to_owned());
+    let no_scenarios = match args.no_scenarios {
+        true => Some("--no-scenarios was given"),
+        false if !is_root => Some("a lab needs root (network namespaces, eBPF)"),
+        false => None,
+    };
+    let mut outcomes = Vec::new();
+    if let Some(reason) = no_scenarios {
+        skipped.push(format!("scenarios: {reason}"));
     } else {
-        suites.push(scenarios(&mut skipped)?);
+        let binaries = workspace::build_beside_tests()?;
+        outcomes = demo::run_scenarios(&binaries, &[])?;
+        suites.push(scenarios(&outcomes, &mut skipped));
         if let Some(minutes) = args.chaos_minutes {
             suites.push(chaos(minutes)?);
         }
     }
+    let ran = Ran { tests: &tests, scenarios: &outcomes, no_scenarios };
+    suites.push(functional::report(&ran, &mut skipped)?);
 
     println!("\nsummary");
     for suite in &suites {
@@ -95,7 +105,7 @@ fn beside_each_other(
 }
 
 /// `cargo test` of the workspace, one suite per test program.
-fn crate_tests() -> anyhow::Result<Vec<Suite>> {
+fn crate_tests() -> anyhow::Result<Tally> {
     let mut command = workspace::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
     println!("$ {}", shell::describe(&command));
@@ -114,12 +124,11 @@ fn crate_tests() -> anyhow::Result<Vec<Suite>> {
         tally.line(&line);
     }
     let status = child.wait()?;
-    let mut suites = tally.suites;
-    if !status.success() && suites.iter().all(|suite| suite.failed == 0) {
+    if !status.success() && tally.suites.iter().all(|suite| suite.failed == 0) {
         // It did not compile, or a test program died before it could say anything.
-        suites.push(Suite { name: "cargo test".into(), failed: 1, ..Suite::default() });
+        tally.suites.push(Suite { name: "cargo test".into(), failed: 1, ..Suite::default() });
     }
-    Ok(suites)
+    Ok(tally)
 }
 
 /// The fuzzer, each target as one test.
@@ -131,19 +140,19 @@ fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
 }
 
 /// The scenarios, as one suite.
-fn scenarios(skipped: &mut Vec<String>) -> anyhow::Result<Suite> {
-    let binaries = workspace::build_beside_tests()?;
-    let mut outcomes = demo::run_scenarios(&binaries, &[])?;
-    outcomes.retain(|outcome| {
-        let reason = outcome.skipped.as_ref();
-        skipped.extend(reason.map(|reason| format!("scenario {}: {reason}", outcome.name)));
-        reason.is_none()
-    });
-    for outcome in outcomes.iter().filter(|outcome| !outcome.passed) {
-        println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
+fn scenarios(outcomes: &[Outcome], skipped: &mut Vec<String>) -> Suite {
+    let mut suite = Suite { name: "scenarios on the lab".into(), ..Suite::default() };
+    for outcome in outcomes {
+        match &outcome.skipped {
+            Some(reason) => skipped.push(format!("scenario {}: {reason}", outcome.name)),
+            None if outcome.passed => suite.passed += 1,
+            None => {
+                println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
+                suite.failed += 1;
+            }
+        }
     }
-    let passed = outcomes.iter().filter(|outcome| outcome.passed).count();
-    Ok(Suite { name: "scenarios on the lab".into(), passed, failed: outcomes.len() - passed, ignored: 0 })
+    suite
 }
 
 /// A long run of random faults, from a seed that it prints.

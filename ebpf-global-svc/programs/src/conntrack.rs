@@ -7,6 +7,9 @@
 //!
 //! Entries are changed in place. Another CPU may do so at the same time, and the kernel may have given the
 //! element to another flow just then: what can be lost is a FIN, or the time at which an entry ends.
+//!
+//! While `cm_ct` is replaced by one of another size, programs are on their hooks that know both (`CT_CHANGES`): they look
+//! into the new one first, and write into both, so that programs that know only one of them find all flows.
 
 use core::mem::MaybeUninit;
 
@@ -15,7 +18,7 @@ use ebpf_global_svc_abi::{CT_CLOSING, CT_FIN, CT_FIN_ANSWERED, CtKey, CtValue, I
 
 use crate::{
     flow::{Flow, TCP, bytes, read_flow, traits},
-    maps::{CT, prefix_of},
+    maps::{CT, CT_BEFORE, ct_changes, prefix_of},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -32,7 +35,7 @@ pub fn is_answer(flow: &Flow, toward: u8) -> bool {
     if flow.is(traits::BEGINS | traits::ALONE) {
         return false;
     }
-    let Some(entry) = CT.get_ptr_mut(&*Key::new(flow, toward, toward ^ 1)) else { return false };
+    let Some(entry) = entry(&Key::new(flow, toward, toward ^ 1)) else { return false };
     // SAFETY: the element stays readable until the program ends; see the module on who else writes it.
     unsafe {
         let now = bpf_ktime_get_ns();
@@ -57,7 +60,7 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) -> bool {
     let now = unsafe { bpf_ktime_get_ns() };
     let key = Key::new(flow, toward, toward);
     if !flow.is(traits::BEGINS) || flow.proto != TCP {
-        if let Some(entry) = CT.get_ptr_mut(&*key) {
+        if let Some(entry) = entry(&key) {
             // SAFETY: as above.
             if unsafe { refresh(entry, flow, now) } {
                 return false;
@@ -70,6 +73,9 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) -> bool {
     let value = CtValue { expires: now + lifetime(flow, 0), flags: 0, peer };
     // A failure costs the answers, where a policy selects, until the next packet.
     let _ = CT.insert(&*key, value, 0);
+    if ct_changes() {
+        let _ = CT_BEFORE.insert(&*key, value, 0);
+    }
     true
 }
 
@@ -77,7 +83,11 @@ pub fn remember(flow: &Flow, toward: u8, peer: u32) -> bool {
 #[inline(always)]
 pub fn forget(flow: &Flow, toward: u8) {
     if !flow.is(traits::ANSWERS | traits::ALONE) {
-        let _ = CT.remove(&*Key::new(flow, toward, toward));
+        let key = Key::new(flow, toward, toward);
+        let _ = CT.remove(&*key);
+        if ct_changes() {
+            let _ = CT_BEFORE.remove(&*key);
+        }
     }
 }
 
@@ -123,11 +133,19 @@ fn is_known(about: &Flow, sent: u8) -> bool {
 
 #[inline(always)]
 fn is_alive(key: &CtKey) -> bool {
-    // SAFETY: the element is only read.
-    match unsafe { CT.get(key) } {
-        // SAFETY: no preconditions.
-        Some(entry) => entry.expires > unsafe { bpf_ktime_get_ns() },
+    match entry(key) {
+        // SAFETY: the element stays readable until the program ends; no preconditions.
+        Some(entry) => unsafe { (*entry).expires > bpf_ktime_get_ns() },
         None => false,
+    }
+}
+
+/// The entry of a flow.
+#[inline(always)]
+fn entry(key: &CtKey) -> Option<*mut CtValue> {
+    match CT.get_ptr_mut(key) {
+        None if ct_changes() => CT_BEFORE.get_ptr_mut(key),
+        entry => entry,
     }
 }
 

@@ -20,6 +20,8 @@ use crate::{counters::count, events::drop_packet, maps::node, nat, zero::zero};
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
 const TUNNEL_TTL: u8 = 64;
+/// A VNI has 24 bits.
+const MAX_VNI: u32 = (1 << 24) - 1;
 
 /// The packet ends here. `hook`: see `event_hook`; `sender`: its identity, 0 if it is not known.
 #[inline(always)]
@@ -89,6 +91,10 @@ pub fn to_outside(ifindex: u32) -> i32 {
 pub fn to_node(ctx: &TcContext, config: &Config, hook: u8, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
         return drop(ctx, hook, reason::NO_TUNNEL_ENDPOINT, identity);
+    }
+    if identity > MAX_VNI {
+        // What the VNI would hold of it is somebody else's.
+        return drop(ctx, hook, reason::INVALID_IDENTITY, identity);
     }
     if !may_go(config, node_ip) {
         return drop(ctx, hook, reason::UNENCRYPTED, identity);

@@ -72,6 +72,22 @@ static TRANSLATE: LpmTrie<TranslateBytes, TranslateValue, 1> = LpmTrie::new();
 #[btf_map(name = "cm_ct")]
 pub static CT: LruHashMap<CtKey, CtValue, 1> = LruHashMap::new();
 
+/// The one that `cm_ct` takes the place of; of no use, and one entry, but while [`ct_changes`].
+#[btf_map(name = "cm_ct_before")]
+pub static CT_BEFORE: LruHashMap<CtKey, CtValue, 1> = LruHashMap::new();
+
+/// Not zero: these programs are on their hooks only while `cm_ct` is replaced. The loader sets it, so the verifier knows
+/// it, and takes away what is never reached.
+#[unsafe(no_mangle)]
+static CT_CHANGES: u32 = 0;
+
+/// Whether there are two maps of flows.
+#[inline(always)]
+pub fn ct_changes() -> bool {
+    // SAFETY: a constant of the program; the compiler must not take its value for known.
+    unsafe { core::ptr::read_volatile(&raw const CT_CHANGES) != 0 }
+}
+
 #[btf_map(name = "cm_verdict")]
 pub static VERDICT: LruPerCpuHashMap<VerdictKey, Counter, 1> = LruPerCpuHashMap::new();
 

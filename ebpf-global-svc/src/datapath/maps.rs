@@ -83,52 +83,85 @@ fn spec<K: Plain, V: Plain>(name: &'static str, kind: MapType, max_entries: u32)
     MapSpec { name, kind, key_size: size_of::<K>(), value_size: size_of::<V>(), max_entries }
 }
 
-/// Checks what is pinned before anything is created or changed. Missing maps are fine.
-pub(super) fn check(pins: &Pins, specs: &[MapSpec], cluster: u16) -> Result<(), DatapathError> {
-    for spec in specs {
-        let path = pins.map(spec.name);
-        if path.exists() {
-            check_shape(&path, spec)?;
-        }
-    }
+/// Checks whose the pinned maps are, and whether their fields mean what ours do. Missing maps are fine.
+pub(super) fn check(pins: &Pins, cluster: u16) -> Result<(), DatapathError> {
     let path = pins.map("cm_config");
     if !path.exists() {
         return Ok(());
     }
     let mismatch =
         |reason| DatapathError::PinMismatch { map: "cm_config".to_owned(), path: path.clone(), reason };
-    let config = read_config(&path)?;
-    match config {
+    match stated(&path)? {
         // Created, but the agent died before it configured anything.
-        Config { schema: 0, .. } => Ok(()),
-        Config { schema, .. } if schema != SCHEMA_VERSION => {
+        (0, _) => Ok(()),
+        (schema, _) if schema != SCHEMA_VERSION => {
             Err(mismatch(format!("its layouts are of schema {schema}, ours of schema {SCHEMA_VERSION}")))
         }
-        Config { cluster: other, .. } if other != cluster => {
+        (_, other) if other != cluster => {
             Err(mismatch(format!("it belongs to cluster {other}, this is cluster {cluster}")))
         }
         _ => Ok(()),
     }
 }
 
-fn check_shape(path: &Path, spec: &MapSpec) -> Result<(), DatapathError> {
+/// Schema and cluster of a pinned configuration, which may be of another length than ours.
+fn stated(path: &Path) -> Result<(u32, u16), DatapathError> {
+    let elements = raw(path, "cm_config", &shape(path, "cm_config")?)?
+        .batch(None, 1)
+        .map_err(|source| map_failed("cm_config", "read", source))?;
+    // The first two fields; they stay where they are in all versions.
+    let [a, b, c, d, e, f, ..] = elements.values[..] else { return Ok((0, 0)) };
+    Ok((u32::from_ne_bytes([a, b, c, d]), u16::from_ne_bytes([e, f])))
+}
+
+/// What a pinned map is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Shape {
+    pub(super) kind: MapType,
+    pub(super) key_size: usize,
+    pub(super) value_size: usize,
+    pub(super) max_entries: u32,
+}
+
+impl MapSpec {
+    /// What a map of it is.
+    pub(super) fn shape(&self) -> Shape {
+        let Self { kind, key_size, value_size, max_entries, .. } = *self;
+        Shape { kind, key_size, value_size, max_entries }
+    }
+}
+
+/// What the map that is pinned at `path` is.
+pub(super) fn shape(path: &Path, name: &str) -> Result<Shape, DatapathError> {
     let failed = |error: aya::maps::MapError| DatapathError::PinMismatch {
-        map: spec.name.to_owned(),
+        map: name.to_owned(),
         path: path.to_owned(),
         reason: error.to_string(),
     };
     let info = MapInfo::from_pin(path).map_err(failed)?;
-    let kind = info.map_type().map_err(failed)?;
-    let is = (kind, info.key_size() as usize, info.value_size() as usize, info.max_entries());
-    let wanted = (spec.kind, spec.key_size, spec.value_size, spec.max_entries);
-    if is == wanted {
-        return Ok(());
-    }
-    Err(DatapathError::PinMismatch {
-        map: spec.name.to_owned(),
-        path: path.to_owned(),
-        reason: format!("type, key size, value size, entries are {is:?}, wanted {wanted:?}"),
+    Ok(Shape {
+        kind: info.map_type().map_err(failed)?,
+        key_size: info.key_size() as usize,
+        value_size: info.value_size() as usize,
+        max_entries: info.max_entries(),
     })
+}
+
+/// The bytes of a pinned map of that shape.
+pub(super) fn raw(path: &Path, name: &'static str, shape: &Shape) -> Result<sys::RawMap, DatapathError> {
+    let value_size = match is_per_cpu(shape.kind) {
+        true => shape.value_size.next_multiple_of(PER_CPU_ALIGNMENT) * possible_cpus()?,
+        false => shape.value_size,
+    };
+    Ok(sys::RawMap::new(open(path, name)?, shape.key_size, value_size))
+}
+
+/// Values of per-CPU maps lie this far apart, or a multiple of it.
+pub(super) const PER_CPU_ALIGNMENT: usize = 8;
+
+/// Whether there is a value for each CPU.
+pub(super) fn is_per_cpu(kind: MapType) -> bool {
+    matches!(kind, MapType::PerCpuArray | MapType::PerCpuHash | MapType::LruPerCpuHash)
 }
 
 /// What the node was configured as.

@@ -38,6 +38,11 @@ impl Pins {
         self.root.join("links").join(name)
     }
 
+    /// Where a map waits that is to take the place of [`Self::map`].
+    pub(super) fn next_map(&self, name: &str) -> PathBuf {
+        self.root.join("maps").join(format!("{name}-next"))
+    }
+
     /// Names of all pinned links.
     pub(super) fn links(&self) -> Result<Vec<String>, DatapathError> {
         let folder = self.root.join("links");
@@ -76,11 +81,16 @@ pub(super) fn detach(path: &Path) -> Result<(), DatapathError> {
 }
 
 /// Removes a pin. One that is gone is fine.
-fn remove(path: &Path) -> Result<(), DatapathError> {
+pub(super) fn remove(path: &Path) -> Result<(), DatapathError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, source)),
         _ => Ok(()),
     }
+}
+
+/// Gives a pin another name, in place of what has that name. What was pinned there lives on where it is in use.
+pub(super) fn replace(from: &Path, to: &Path) -> Result<(), DatapathError> {
+    fs::rename(from, to).map_err(|source| failed("rename", from, source))
 }
 
 /// Removes the whole folder: links first, so that no program runs on maps that are half gone.

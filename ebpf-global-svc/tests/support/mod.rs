@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its part")]
 
 pub mod events;
+pub mod old_maps;
+pub mod packets;
 pub mod pair;
 pub mod sockets;
 
@@ -158,17 +160,29 @@ fn cgroup2_mount() -> PathBuf {
 }
 
 /// A named network namespace with its loopback up.
-pub struct Netns(String);
+pub struct Netns(String, Owner);
+
+/// Who removes a namespace.
+#[derive(PartialEq, Eq)]
+enum Owner {
+    Us,
+    Somebody,
+}
 
 impl Netns {
     pub fn new(name: &str) -> Self {
         require_root();
-        let netns = Self(format!("cmt-{}-{name}", unique()));
+        let netns = Self(format!("cmt-{}-{name}", unique()), Owner::Us);
         run("ip", &["netns", "add", &netns.0]);
         netns.ip("link set lo up");
         netns.sysctl("net/ipv6/conf/all/accept_dad", "0");
         netns.sysctl("net/ipv6/conf/default/accept_dad", "0");
         netns
+    }
+
+    /// The same once more, for who must not borrow it. It ends with the first one.
+    pub fn again(&self) -> Self {
+        Self(self.0.clone(), Owner::Somebody)
     }
 
     pub fn name(&self) -> &str {
@@ -233,7 +247,9 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
+        if self.1 == Owner::Us {
+            let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
+        }
     }
 }
 

@@ -14,7 +14,10 @@ use std::{
 
 use ebpf_global_svc::{
     Datapath, DatapathOptions, Tables,
-    abi::{EndpointValue, NODE_VIRTUAL, NodeValue, OverlayKey, PREFIX_VIRTUAL, PrefixValue},
+    abi::{
+        EndpointValue, NODE_VIRTUAL, NodeValue, OverlayKey, POLICY_PEER_BITS, PREFIX_VIRTUAL, PolicyKey,
+        PolicyValue, PrefixValue,
+    },
 };
 
 use super::{Netns, Root, endpoint, ip_key, ip_value, node, prefix_key, prefix_value, translation};
@@ -183,6 +186,26 @@ impl Node {
     }
 }
 
+/// Policies.
+impl Node {
+    /// Gives the pod flags.
+    pub fn flag(&mut self, flags: u32) {
+        let veth = self.netns.ifindex("lxc0");
+        for family in [4, 6] {
+            let value = EndpointValue { flags, ..endpoint(veth, pod_identity(self.cluster)) };
+            self.tables.endpoint.upsert(&[(ip_key(self.cluster, pod(self.net, family)), value)]).unwrap();
+        }
+    }
+
+    /// Lets the pod talk with a peer.
+    pub fn allow(&mut self, peer: u32, direction: u8) -> PolicyKey {
+        let subject = pod_identity(self.cluster);
+        let key = PolicyKey { prefixlen: POLICY_PEER_BITS, subject, peer, direction, proto: 0, port: 0 };
+        self.tables.policy.upsert(&[(key, PolicyValue { flags: 0, rule: 1 })]).unwrap();
+        key
+    }
+}
+
 pub fn mac(bytes: [u8; 6]) -> String {
     bytes.map(|byte| format!("{byte:02x}")).join(":")
 }
@@ -191,6 +214,7 @@ pub fn mac(bytes: [u8; 6]) -> String {
 pub fn echo(netns: &Netns, ip: IpAddr) {
     netns.run(|| {
         let socket = UdpSocket::bind((ip, ECHO)).unwrap();
+        super::packets::widen(&socket);
         thread::spawn(move || {
             let mut buffer = [0; 2048];
             while let Ok((length, client)) = socket.recv_from(&mut buffer) {

@@ -9,6 +9,7 @@
 //! Ctrl-C.
 
 mod control_plane;
+mod datapath;
 mod exec;
 mod interrupt;
 mod kernel_path;
@@ -58,11 +59,13 @@ pub(crate) struct BenchArgs {
     output: Output,
 }
 
-/// Something else than the datapath.
+/// Something else than one number of services.
 #[derive(Debug, clap::Subcommand)]
 enum What {
     /// Measure the control plane beside a bare etcd client.
     ControlPlane(control_plane::ControlPlaneArgs),
+    /// Measure the datapath against its targets, from one service to ten thousand.
+    Datapath(datapath::DatapathArgs),
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -75,10 +78,27 @@ enum Output {
 
 /// Builds, measures, prints.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    if let Some(What::ControlPlane(args)) = &args.what {
-        return control_plane::run(args);
+    match &args.what {
+        Some(What::ControlPlane(args)) => return control_plane::run(args),
+        Some(What::Datapath(args)) => return datapath::run(args),
+        None => {}
     }
-    ensure!(args.seconds > 0.0 && args.seconds <= 600.0, "--seconds must be more than 0 and at most 600");
+    let machine = look(args.seconds)?;
+    let executables = workspace::build_programs(Profile::Release)?;
+    interrupt::watch()?;
+    // Ctrl-C also reaches the programs that measure; that they failed is then not the news.
+    let asked = Paths { rounds: args.rounds, seconds: args.seconds, services: args.services };
+    let report = measure(asked, machine, &executables).or_else(|error| interrupt::check().and(Err(error)))?;
+    match args.output {
+        Output::Text => print!("{}", report.text()),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(())
+}
+
+/// Checks that it can be measured here.
+fn look(seconds: f64) -> anyhow::Result<Machine> {
+    ensure!(seconds > 0.0 && seconds <= 600.0, "--seconds must be more than 0 and at most 600");
     ensure!(
         workspace::is_root(),
         "the bench makes network namespaces and loads eBPF programs: run it as root"
@@ -88,18 +108,18 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if machine.is_busy() {
         eprintln!("this machine is busy (load {:.2}): expect noise", machine.load_before);
     }
-    let executables = workspace::build_programs(Profile::Release)?;
-    interrupt::watch()?;
-    // Ctrl-C also reaches the programs that measure; that they failed is then not the news.
-    let report = measure(args, machine, &executables).or_else(|error| interrupt::check().and(Err(error)))?;
-    match args.output {
-        Output::Text => print!("{}", report.text()),
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
-    }
-    Ok(())
+    Ok(machine)
 }
 
-fn measure(args: &BenchArgs, machine: Machine, executables: &Path) -> anyhow::Result<Report> {
+/// How the ways from the client to the server are to be measured.
+#[derive(Clone, Copy)]
+struct Paths {
+    rounds: u32,
+    seconds: f64,
+    services: u16,
+}
+
+fn measure(args: Paths, machine: Machine, executables: &Path) -> anyhow::Result<Report> {
     let probe = executables.join("mesh-probe");
     eprintln!("bringing up two clusters with {} services", args.services);
     // The order matters: what is declared later is removed earlier, the lab last.

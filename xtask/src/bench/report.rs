@@ -19,7 +19,7 @@ pub(super) struct Collected {
 /// What a table is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Metric {
+pub(super) enum Metric {
     ConnectUs,
     ConnectionsPerSecond,
     TcpRoundTripUs,
@@ -117,6 +117,17 @@ impl Collected {
 }
 
 impl Report {
+    /// With how many services it was measured.
+    pub(super) fn services(&self) -> u16 {
+        self.settings.services
+    }
+
+    /// Median of one way.
+    pub(super) fn median(&self, metric: Metric, variant: Variant) -> Option<f64> {
+        let row = self.results.iter().find(|row| row.metric == metric && row.variant == variant)?;
+        Some(row.summary.median)
+    }
+
     /// Tables for people.
     pub(super) fn text(&self) -> String {
         let mut text = format!("{}\n", self.machine);

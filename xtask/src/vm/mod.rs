@@ -33,6 +33,7 @@ const QUICK: &[(&str, &[&str])] = &[
     ("tables", &[]),
     ("sockets", &["tcp_reaches", "a_datagram_socket", "opening_again"]),
     ("policy_traffic", &["streams_pass", "an_identity_reaches", "a_pod_of_an_older_version"]),
+    ("upgrade", &["other_sizes", "sockets_and_sessions"]),
 ];
 /// What a guest may take for the kernel tests, in seconds; ten times what it does.
 const TESTS_LIMIT: u64 = 600;
