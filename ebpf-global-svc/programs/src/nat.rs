@@ -7,7 +7,7 @@
 //! backend. If the backend is on another node, that one notes by which node the packet came, and sends answers back
 //! there.
 //!
-//! `cm_scratch` holds one packet's flow, entry and rewrite: they do not fit on the stack. Nothing else runs on this CPU
+//! `cm_scratch` holds one packet's flow, frontend, entry and rewrite: they do not fit on the stack. Nothing else runs on this CPU
 //! between a look-up here and what is done with it.
 
 use core::{mem::MaybeUninit, ptr::addr_of_mut};
@@ -72,6 +72,7 @@ struct Scratch {
     flow: Flow,
     about: Flow,
     rewrite: Rewrite,
+    frontend: ServiceKey,
 }
 
 const _: () = assert!(size_of::<Scratch>() <= SCRATCH_WORDS * 8);
@@ -281,7 +282,7 @@ extern "C" fn choose(skb: *mut __sk_buff, whose: u32) -> u32 {
     // SAFETY: callers pass the program's own context.
     let ifindex = if whose as u8 == scope::OUTSIDE { unsafe { (*skb).ifindex } } else { 0 };
     let flow = &scratch.flow;
-    let frontend = ServiceKey {
+    scratch.frontend = ServiceKey {
         cluster: (whose >> 8) as u16,
         port: flow.destination_port,
         proto: flow.proto,
@@ -296,7 +297,7 @@ extern "C" fn choose(skb: *mut __sk_buff, whose: u32) -> u32 {
     let seed = source ^ mix(ports);
     // Apart from the network namespaces of pods.
     let client = || 1 << 63 | u64::from(source) << 24 | u64::from(flow.source[0] >> 8);
-    let (backend, service) = match select(&frontend, seed, client) {
+    let (backend, service) = match select(&scratch.frontend, seed, client) {
         Selection::NotAService => return IS_NOT,
         Selection::NoBackend => return IS_REFUSED,
         Selection::Backend { backend, service, .. } => (backend, service),
