@@ -8,7 +8,7 @@
 //! there.
 //!
 //! `cm_scratch` holds one packet's flow, frontend, entry and rewrite: they do not fit on the stack. Nothing else runs on this CPU
-//! between a look-up here and what is done with it.
+//! between a look-up here and what is done with it; policy, which may be asked meanwhile, does not use it.
 
 use core::{mem::MaybeUninit, ptr::addr_of_mut};
 

@@ -75,16 +75,10 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             count(reason::FORWARDED, ctx.len());
             to_pod(&ctx, HOOK, pod, sender.identity)
         }
-        To::Outside(ifindex) => {
-            // What policy has read is what `nat` has read, too.
-            let nat::Answer::Outside(_) = nat::answer(&ctx, config.cluster) else {
-                return drop(&ctx, HOOK, reason::INVALID_PACKET, sender.identity);
-            };
-            match as_frontend(&ctx) {
-                Ok(()) => to_outside(ifindex),
-                Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
-            }
-        }
+        To::Outside(ifindex) => match as_frontend(&ctx) {
+            Ok(()) => to_outside(ifindex),
+            Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
+        },
         To::Node(ip) => {
             if way.is_virtual
                 && let Err(reason) = translate::leave(&ctx, way.cluster)
