@@ -45,18 +45,17 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
         _ if on_link => return to_stack(&ctx),
         _ => return drop(&ctx, HOOK, reason::INVALID_SOURCE_IP, 0),
     };
-    let way = match way(&ctx, config, sender, addresses) {
+    let mut way = match way(&ctx, config, sender, addresses) {
         Ok(way) => way,
         Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
     };
-    let way = match way.to {
-        // Perhaps a frontend, or a client of one.
-        To::Stack if way.cluster == 0 => match elsewhere(&ctx, config, sender, addresses, way) {
-            Ok(way) => way,
-            Err(reason) => return drop(&ctx, HOOK, reason, sender.identity),
-        },
-        _ => way,
-    };
+    // Perhaps a frontend, or a client of one.
+    if way.cluster == 0
+        && let To::Stack = way.to
+        && let Err(reason) = elsewhere(&ctx, config, sender, addresses, &mut way)
+    {
+        return drop(&ctx, HOOK, reason, sender.identity);
+    }
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
         return drop_untold(&ctx, reason);
     }
@@ -196,27 +195,33 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
     Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster, is_virtual })
 }
 
-/// The way of a packet whose destination is in no pod CIDR, which has one to the stack so far.
+/// The way of a packet whose destination is in no pod CIDR, and that would go to the stack.
 #[inline(always)]
 fn elsewhere(
     ctx: &TcContext,
     config: &Config,
     sender: &EndpointValue,
     addresses: &mut Addresses,
-    outside: Way,
-) -> Result<Way, u8> {
+    found: &mut Way,
+) -> Result<(), u8> {
     if nat::is_used() {
         match nat::answer(ctx, config.cluster) {
-            nat::Answer::Outside(ifindex) => return Ok(Way { to: To::Outside(ifindex), ..outside }),
-            nat::Answer::ByNode(ip) => return Ok(Way { to: To::Node(ip), ..outside }),
+            nat::Answer::Outside(ifindex) => {
+                found.to = To::Outside(ifindex);
+                return Ok(());
+            }
+            nat::Answer::ByNode(ip) => {
+                found.to = To::Node(ip);
+                return Ok(());
+            }
             nat::Answer::ToPod | nat::Answer::Not => {}
         }
     }
     if config.flags & CONFIG_PACKET_SERVICES == 0 {
-        return Ok(outside);
+        return Ok(());
     }
     match nat::serve(ctx, config.cluster, scope::MESH) {
-        nat::Served::Not => return Ok(outside),
+        nat::Served::Not => return Ok(()),
         nat::Served::Yes => count(reason::SERVED, ctx.len()),
         nat::Served::Refused => return Err(reason::NO_BACKEND),
         nat::Served::Broken => return Err(reason::INVALID_PACKET),
@@ -224,7 +229,8 @@ fn elsewhere(
     if !addresses.again(ctx) {
         return Err(reason::INVALID_PACKET);
     }
-    way(ctx, config, sender, addresses)
+    *found = way(ctx, config, sender, addresses)?;
+    Ok(())
 }
 
 /// What the policies of the sender, and of a receiver on this node, say of a packet.
