@@ -44,12 +44,6 @@ fn lane(key: WireguardKey) -> Lane {
     Lane::of(&self::key(11), &key)
 }
 
-/// Without the opening and closing of devices.
-fn carry_out_steps(core: &mut Core) -> Vec<Step> {
-    let steps = carry_out(core).into_iter();
-    steps.filter(|step| !matches!(step, Step::Open(_) | Step::Close(_))).collect()
-}
-
 /// The kernel is read again.
 fn wait(core: &mut Core, span: Duration) {
     core.observe(core.installed().clone(), core.now + span);
