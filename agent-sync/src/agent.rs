@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::encryption::announce::Announcer;
 use crate::encryption::{
-    self, EncryptionOptions, Keeper, KeyError, OVERHEAD, PrivateKey, Report, TunnelBoard,
+    self, EncryptionOptions, Keeper, KeyError, Keys, Lines, OVERHEAD, Report, TunnelBoard,
 };
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
@@ -81,7 +81,7 @@ pub struct KernelOptions {
     pub tunnel_device: String,
     /// Its UDP port.
     pub tunnel_port: u16,
-    /// Name of the WireGuard device, which also one without encryption has to know: it removes it.
+    /// Name of the WireGuard devices, which also one without encryption has to know: it removes them.
     pub wireguard_device: String,
     /// Encryption between nodes; none: all goes in clear.
     pub encryption: Option<EncryptionOptions>,
@@ -180,13 +180,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         check_cgroup(cgroup)?;
     }
     let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
-    let key = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
-    let key = key.map(|encryption| PrivateKey::load_or_create(&encryption.state_dir)).transpose()?;
+    let keys = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
+    let keys = keys.map(|encryption| Keys::load_or_create(&encryption.state_dir)).transpose()?;
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
     let board = Board::default();
     let (encryption_report, reported) = watch::channel(Report::default());
-    let encryption_view = serve::EncryptionView::new(&options, key.as_ref(), reported);
+    let (rotate, rotations) = mpsc::channel(1);
+    let encryption_view = serve::EncryptionView::new(&options, rotate, reported);
     let hub = Hub::new(options.observe);
     let observe = options.kernel.as_ref().map(|_| ObserveDesk {
         hub: hub.clone(),
@@ -218,7 +219,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
 
     let routes = RouteBoard::default();
     let node = match &options.kernel {
-        Some(kernel) => Some(Node::open(&options, kernel, key, routes.clone()).await?),
+        Some(kernel) => Some(Node::open(&options, kernel, keys, routes.clone()).await?),
         None => None,
     };
     let (mut datapath, mut pod_links, mut keeper) = (None, None, None);
@@ -271,7 +272,13 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     match keeper {
         Some(keeper) => {
             tokio::spawn(announcer.keep(keeper.public_key()));
-            tokio::spawn(keeper.run(tunnels, inputs.clone(), encryption_report));
+            let lines = Lines {
+                board: tunnels,
+                engine: inputs.clone(),
+                report: encryption_report,
+                rotate: rotations,
+            };
+            tokio::spawn(keeper.run(lines));
         }
         None if options.kernel.is_some() => drop(tokio::spawn(announcer.withdraw())),
         // Tables in memory say nothing about their node.
@@ -327,17 +334,17 @@ impl Node {
     async fn open(
         options: &Options,
         kernel: &KernelOptions,
-        key: Option<PrivateKey>,
+        keys: Option<Keys>,
         routes: RouteBoard,
     ) -> Result<Self, AgentError> {
         let netlink = Netlink::open()?;
         let (underlay, mtu) = mtus(&netlink, options.node_ip, kernel.encryption.is_some()).await?;
         // First: without it nothing is to be touched.
-        let keeper = match (&kernel.encryption, key) {
-            (Some(encryption), Some(key)) => {
+        let keeper = match (&kernel.encryption, keys) {
+            (Some(encryption), Some(keys)) => {
                 let here = (options.own.id.get(), options.node_name.as_str());
                 let (encryption, port) = (encryption.clone(), kernel.tunnel_port);
-                Some(Keeper::open(netlink.clone(), encryption, key, here, port, underlay - OVERHEAD).await?)
+                Some(Keeper::open(netlink.clone(), encryption, keys, here, port, underlay - OVERHEAD).await?)
             }
             _ => None,
         };
@@ -358,7 +365,11 @@ impl Node {
         let overlay = netlink.ensure_overlay(&spec).await?;
         datapath.attach_overlay(overlay)?;
         match &keeper {
-            Some(keeper) => datapath.attach_wireguard(keeper.ifindex())?,
+            Some(keeper) => {
+                for link in keeper.links() {
+                    datapath.attach_wireguard(*link)?;
+                }
+            }
             None => {
                 let device = kernel.wireguard_device.clone();
                 tokio::spawn(encryption::leave_quietly(netlink.clone(), device));

@@ -10,7 +10,7 @@ use ebpf_global_svc::{Datapath, DatapathError, Remains};
 use ipnet::IpNet;
 use tokio::net::UnixStream;
 
-use crate::encryption::{self, KeyError};
+use crate::encryption::{self, KeyError, Lane, device_name};
 use crate::netlink::{Netlink, NetlinkError, ROUTE_PROTOCOL, TABLE};
 
 /// Routes that are named.
@@ -27,7 +27,7 @@ pub struct Place {
     pub tunnel_device: String,
     /// Its UDP port.
     pub tunnel_port: u16,
-    /// Name of the WireGuard device.
+    /// Name of the WireGuard devices, without their number.
     pub wireguard_device: String,
     /// Where this node's private key is.
     pub state_dir: PathBuf,
@@ -58,7 +58,7 @@ pub struct Leftovers {
     netlink: Netlink,
     device: Option<(String, u32)>,
     routes: Vec<IpNet>,
-    wireguard: Option<(String, u32)>,
+    wireguard: Vec<(String, u32)>,
     /// Rules and routes that lead tunnel packets to WireGuard.
     steering: (usize, usize),
     key: Option<PathBuf>,
@@ -83,14 +83,18 @@ impl Leftovers {
         }
         let remains = Datapath::remains(&place.bpf_root)?;
         let netlink = Netlink::open()?;
-        let wireguard = netlink.find_wireguard(&place.wireguard_device).await?;
+        let mut wireguard = Vec::new();
+        for lane in Lane::all() {
+            let name = device_name(&place.wireguard_device, lane);
+            wireguard.extend(netlink.find_wireguard(&name).await?.map(|index| (name, index)));
+        }
         let index = netlink.find_overlay(&place.tunnel_device, place.tunnel_port).await?;
         Ok(Self {
             root: place.bpf_root.clone(),
             remains,
             device: index.map(|index| (place.tunnel_device.clone(), index)),
             routes: netlink.owned_routes().await?,
-            wireguard: wireguard.map(|index| (place.wireguard_device.clone(), index)),
+            wireguard,
             steering: netlink.count_steering().await?,
             key: Some(encryption::key_file(&place.state_dir)).filter(|file| file.exists()),
             state_dir: place.state_dir.clone(),
@@ -112,7 +116,7 @@ impl Leftovers {
         }
         self.netlink.remove_rules().await?;
         self.netlink.remove_all_steering().await?;
-        if let Some((_, index)) = self.wireguard {
+        for (_, index) in self.wireguard {
             self.netlink.remove_link(index).await?;
         }
         encryption::forget_key(&self.state_dir)?;
@@ -122,7 +126,7 @@ impl Leftovers {
     /// Nothing is left.
     pub fn is_empty(&self) -> bool {
         let networked = self.device.is_some() || !self.routes.is_empty();
-        let encrypts = self.wireguard.is_some() || self.steering != (0, 0) || self.key.is_some();
+        let encrypts = !self.wireguard.is_empty() || self.steering != (0, 0) || self.key.is_some();
         self.remains.is_none() && !networked && !encrypts
     }
 
@@ -155,7 +159,7 @@ impl fmt::Display for Leftovers {
             let (rules, routes) = self.steering;
             writeln!(f, "routing rules: {rules}, routes of table {TABLE}: {routes}")?;
         }
-        if let Some((name, _)) = &self.wireguard {
+        for (name, _) in &self.wireguard {
             writeln!(f, "WireGuard device {name}")?;
         }
         if let Some(file) = &self.key {

@@ -29,8 +29,9 @@ pub(crate) struct CleanupFlags {
     /// Its UDP port
     #[arg(long, default_value_t = crate::TUNNEL_PORT)]
     tunnel_port: u16,
-    /// The agent's WireGuard device
-    #[arg(long, default_value = crate::encryption_flags::WIREGUARD_DEVICE)]
+    /// The agent's WireGuard devices, without their number
+    #[arg(long, default_value = crate::encryption_flags::WIREGUARD_DEVICE,
+        value_parser = crate::encryption_flags::device_prefix)]
     wireguard_device: String,
     /// Directory of this node's private key
     #[arg(long, default_value = crate::encryption_flags::STATE_DIR)]

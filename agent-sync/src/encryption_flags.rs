@@ -1,12 +1,13 @@
 //! Flags about encryption between nodes.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use agent_sync::encryption::{EncryptionOptions, Scope};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 
-pub(crate) const WIREGUARD_DEVICE: &str = "cm_wg0";
+pub(crate) const WIREGUARD_DEVICE: &str = "cm_wg";
 pub(crate) const STATE_DIR: &str = "/var/lib/clustermesh";
 /// Cilium's.
 const WIREGUARD_PORT: u16 = 51_871;
@@ -22,13 +23,17 @@ pub(crate) struct EncryptionFlags {
     /// Drop what should be encrypted and cannot be, and what comes in clear
     #[arg(long, requires = "enable_wireguard")]
     encryption_strict: bool,
-    /// UDP port of WireGuard, the same in the whole mesh
+    /// Lowest of the four UDP ports of WireGuard, the same in the whole mesh
     #[arg(long, value_name = "PORT", default_value_t = WIREGUARD_PORT,
-        value_parser = RangedU64ValueParser::<u16>::new().range(1..))]
+        value_parser = RangedU64ValueParser::<u16>::new().range(1..=65_532))]
     wireguard_port: u16,
-    /// WireGuard device, made if it is missing
-    #[arg(long, value_name = "NAME", default_value = WIREGUARD_DEVICE)]
+    /// WireGuard devices, made if they are missing: their names without the number (0 to 3) at the end
+    #[arg(long, value_name = "NAME", default_value = WIREGUARD_DEVICE, value_parser = device_prefix)]
     wireguard_device: String,
+    /// Replace this node's key when it is so many hours old; 0: only when `clustermesh encrypt rotate` asks for it
+    #[arg(long, value_name = "HOURS", default_value_t = 0,
+        value_parser = RangedU64ValueParser::<u64>::new().range(0..=87_600))]
+    key_rotation_interval: u64,
     /// Directory of this node's private key
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
@@ -58,6 +63,15 @@ impl EncryptionFlags {
             port: self.wireguard_port,
             device: self.wireguard_device,
             state_dir: self.state_dir,
+            rotation: (self.key_rotation_interval > 0)
+                .then_some(Duration::from_secs(self.key_rotation_interval * 3600)),
         })
     }
+}
+
+/// Names of devices have up to 15 bytes, of which the number takes one.
+pub(crate) fn device_prefix(name: &str) -> Result<String, String> {
+    let fits = (1..15).contains(&name.len());
+    let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
+    (fits && plain).then(|| name.to_owned()).ok_or_else(|| "1 to 14 letters, digits, _, - and .".to_owned())
 }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
+use agent_sync::encryption::Lane;
 use agent_sync::netlink::{Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE};
 
 /// A namespace that goes away with the test, also when it panics.
@@ -181,7 +182,11 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         ns.ip(&format!("link set {device} up"));
     }
     ns.ip("rule add priority 50 to 203.0.113.0/24 lookup main");
-    let device = ns.ip("-o link show wg0").split(':').next().unwrap().parse().unwrap();
+    let device: u32 = ns.ip("-o link show wg0").split(':').next().unwrap().parse().unwrap();
+    // Of the four lanes, one is this device.
+    let devices = [device + 100, device + 101, device, device + 102];
+    let lane = Lane::all().nth(2).unwrap();
+    let sealed = Steering::Encrypted(lane);
     let [encrypted, blocked, plain] =
         ["172.31.2.1", "172.31.2.2", "172.31.2.3"].map(|ip| ip.parse().unwrap());
     let way = |node: std::net::Ipv4Addr, port| {
@@ -192,19 +197,23 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         let netlink = Netlink::open().unwrap();
         let source = Some("172.31.1.1".parse().unwrap());
         // Twice: what is there already is fine, and so is another kind of route.
-        for steering in [Steering::Blocked, Steering::Encrypted, Steering::Encrypted] {
-            netlink.steer(device, encrypted, Some(steering), source).await.unwrap();
+        for steering in [Steering::Blocked, sealed, sealed] {
+            netlink.steer(&devices, encrypted, Some(steering), source).await.unwrap();
         }
-        for steering in [Steering::Encrypted, Steering::Blocked] {
-            netlink.steer(device, blocked, Some(steering), source).await.unwrap();
+        for steering in [sealed, Steering::Blocked] {
+            netlink.steer(&devices, blocked, Some(steering), source).await.unwrap();
         }
         netlink.ensure_rule(9999).await.unwrap();
         for _ in 0..2 {
             netlink.ensure_rule(8472).await.unwrap();
         }
-        let installed = [(encrypted, Steering::Encrypted), (blocked, Steering::Blocked)];
-        assert_eq!(netlink.steered(device).await.unwrap(), BTreeMap::from(installed));
-        assert_eq!(netlink.steered(device + 1).await.unwrap().len(), 1, "over another device: not ours");
+        let installed = [(encrypted, sealed), (blocked, Steering::Blocked)];
+        assert_eq!(netlink.steered(&devices).await.unwrap(), BTreeMap::from(installed));
+        assert_eq!(
+            netlink.steered(&[device + 1; 4]).await.unwrap().len(),
+            1,
+            "over another device: not ours"
+        );
         assert_eq!(netlink.count_steering().await.unwrap(), (1, 2));
         assert!(netlink.owned_routes().await.unwrap().is_empty(), "routes of the overlay are others");
 
@@ -215,8 +224,8 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         assert!(way(blocked, 51871).contains("dev under0"));
         assert!(way(plain, 8472).contains("dev under0"));
 
-        netlink.steer(device, blocked, None, source).await.unwrap();
-        netlink.steer(device, blocked, None, source).await.unwrap();
+        netlink.steer(&devices, blocked, None, source).await.unwrap();
+        netlink.steer(&devices, blocked, None, source).await.unwrap();
         assert!(way(blocked, 8472).contains("dev under0"));
         netlink.remove_rules().await.unwrap();
         assert!(way(encrypted, 8472).contains("dev under0"));

@@ -7,7 +7,8 @@ use clustermesh_kvstore::etcd::{Session, SessionError, WriteOp};
 use clustermesh_kvstore::key::announcement_prefix;
 use clustermesh_kvstore::record::{NodeAnnouncement, WireguardKey};
 use clustermesh_kvstore::reflector::Connection;
-use tokio::time::{sleep, timeout};
+use tokio::sync::watch;
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::peers::Directory;
@@ -32,19 +33,24 @@ pub struct Announcer {
 
 impl Announcer {
     /// Keeps the announcement at `wireguard`, for good.
-    pub async fn keep(self, wireguard: WireguardKey) {
+    pub async fn keep(self, mut wireguard: watch::Receiver<WireguardKey>) {
         let etcd = self.etcd().await;
         let mut told = String::new();
         loop {
+            let key = *wireguard.borrow_and_update();
             let session = etcd.session().await;
-            match self.write(&session, Some(wireguard)).await {
+            match self.write(&session, Some(key)).await {
                 Ok(written) => {
                     if written {
-                        info!(key = %wireguard, "announced this node's WireGuard key");
+                        info!(key = %key, "announced this node's WireGuard key");
                     }
                     told.clear();
-                    // Ends early with the session.
-                    let _ = timeout(CHECK, session.ended()).await;
+                    tokio::select! {
+                        // Whose sender ends with the agent.
+                        Ok(()) = wireguard.changed() => {}
+                        _ = session.ended() => {}
+                        () = sleep(CHECK) => {}
+                    }
                 }
                 Err(error) => {
                     let error = explain(&error);

@@ -55,11 +55,11 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    /// Decides over the ends in scope. `installed` tells whether a key's peer has an address by now.
+    /// Decides over the ends in scope; `own_keys` are nobody else's. `installed` tells whether a key's peer has an address by now.
     pub(super) fn decide<'a>(
         ends: impl Iterator<Item = (Ipv4Addr, &'a TunnelEnd)>,
         own_cluster: u16,
-        own_key: &WireguardKey,
+        own_keys: &[WireguardKey],
         installed: impl Fn(&WireguardKey, Ipv4Addr) -> bool,
     ) -> Self {
         let mut claimants: BTreeMap<WireguardKey, BTreeMap<NodeName, Holder>> = BTreeMap::new();
@@ -73,7 +73,7 @@ impl Claims {
         }
         let mut claims = Self::default();
         for (key, claimants) in claimants {
-            if key == *own_key {
+            if own_keys.contains(&key) {
                 claims.refused.extend(claimants.into_keys().map(|node| (node, Refused::OwnKey)));
                 continue;
             }

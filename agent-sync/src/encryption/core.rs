@@ -3,15 +3,28 @@
 //! The order of steps loses nothing. A peer is there before packets are steered to it, and they are steered to it
 //! once a handshake has shown that the other end knows this one; from then on they never go in clear again while
 //! the node has a key. What goes, goes in the other order.
+//!
+//! A new key, of either end, has another lane: another device, and so another peer, for the same address. Packets go
+//! on in the old lane until the new one has answered. The old peer stays for what the other end still sends, and
+//! goes when nothing has come from it for a while.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::time::Duration;
 
 use clustermesh_kvstore::record::WireguardKey;
 
 use super::claims::{Claims, NodeName};
-use super::{EndChanges, Refused, Scope, TunnelEnd};
+use super::{EndChanges, Lane, Refused, Scope, Slot, TunnelEnd};
 use crate::netlink::{PeerChange, Steering, WireguardState};
+
+/// An old peer goes when nothing has come from it for so long: the other end has moved, too.
+const QUIET: Duration = Duration::from_secs(30);
+/// And after so long in any case. Until then a node that does not hear of a new key is spoken to by the old one.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// A peer of a device.
+pub type PeerId = (Lane, WireguardKey);
 
 /// Who we are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,15 +33,19 @@ pub struct Own {
     pub cluster: u16,
     /// Our node's name.
     pub node: String,
-    /// Our public key.
+    /// Our public key, as it is announced.
     pub key: WireguardKey,
+    /// The one before it, if it is still in use; it is in the other slot.
+    pub previous: Option<WireguardKey>,
 }
 
 /// What the kernel has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Installed {
-    /// The device's peers.
-    pub peers: BTreeMap<WireguardKey, WireguardState>,
+    /// Devices that are up.
+    pub open: BTreeSet<Lane>,
+    /// Their peers.
+    pub peers: BTreeMap<PeerId, WireguardState>,
     /// The table.
     pub steering: BTreeMap<Ipv4Addr, Steering>,
 }
@@ -36,10 +53,14 @@ pub struct Installed {
 /// Something to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// At the device.
-    Peers(Vec<PeerChange>),
+    /// A device gets its key and comes up.
+    Open(Lane),
+    /// At a device.
+    Peers(Lane, Vec<PeerChange>),
     /// In the table: what becomes of tunnel packets to an address; none: they go as they are.
     Steer(Ipv4Addr, Option<Steering>),
+    /// A device without peers goes down.
+    Close(Lane),
 }
 
 /// See the module.
@@ -52,6 +73,18 @@ pub struct Core {
     ends: BTreeMap<Ipv4Addr, TunnelEnd>,
     installed: Installed,
     claims: Claims,
+    old: BTreeMap<PeerId, Old>,
+    now: Duration,
+}
+
+/// A peer whose own or other key is not the present one any more.
+#[derive(Clone, Copy, Debug)]
+struct Old {
+    since: Duration,
+    /// When it was in use last: we spoke by it, or something came.
+    used: Duration,
+    /// Bytes that have come in all.
+    received: u64,
 }
 
 /// A peer as it is to be.
@@ -63,9 +96,19 @@ struct Wanted {
 }
 
 impl Core {
-    /// Knows no ends yet. `port` is that of WireGuard on all nodes.
+    /// Knows no ends yet. `port` is the lowest of the four of WireGuard on all nodes.
     pub fn new(own: Own, scope: Scope, strict: bool, port: u16, installed: Installed) -> Self {
-        Self { own, scope, strict, port, ends: BTreeMap::new(), installed, claims: Claims::default() }
+        Self {
+            own,
+            scope,
+            strict,
+            port,
+            ends: BTreeMap::new(),
+            installed,
+            claims: Claims::default(),
+            old: BTreeMap::new(),
+            now: Duration::ZERO,
+        }
     }
 
     /// The mesh has changed.
@@ -79,57 +122,104 @@ impl Core {
         self.decide();
     }
 
-    /// The kernel was read.
-    pub fn observe(&mut self, installed: Installed) {
-        self.installed = installed;
+    /// The kernel was read, `now` after the start.
+    pub fn observe(&mut self, installed: Installed, now: Duration) {
+        (self.installed, self.now) = (installed, now);
+        self.decide();
+    }
+
+    /// This node has a new key; the one that it had is the previous one.
+    pub fn rotate(&mut self, key: WireguardKey) {
+        self.own.previous = Some(std::mem::replace(&mut self.own.key, key));
+        self.decide();
+    }
+
+    /// Nobody uses the previous key any more.
+    pub fn retire(&mut self) {
+        self.own.previous = None;
         self.decide();
     }
 
     /// A step was done.
     pub fn done(&mut self, step: &Step) {
         match step {
+            Step::Open(lane) => drop(self.installed.open.insert(*lane)),
+            Step::Close(lane) => drop(self.installed.open.remove(lane)),
             Step::Steer(ip, Some(steering)) => drop(self.installed.steering.insert(*ip, *steering)),
             Step::Steer(ip, None) => drop(self.installed.steering.remove(ip)),
-            Step::Peers(changes) => changes.iter().for_each(|change| self.changed(change)),
+            Step::Peers(lane, changes) => {
+                changes.iter().for_each(|change| self.changed(*lane, change));
+                self.note_old();
+            }
         }
     }
 
     /// What to do next; nothing: all is as it should be, as far as it is known.
     pub fn plan(&self) -> Vec<Step> {
         let wanted = self.wanted_peers();
-        let (mut set, mut greet) = (Vec::new(), Vec::new());
-        for (key, peer) in &wanted {
-            let state = self.installed.peers.get(key);
-            if let Some(change) = self.difference(key, peer, state) {
-                set.push(change);
-            }
+        let mut changes: BTreeMap<Lane, [Vec<PeerChange>; 3]> = BTreeMap::new();
+        for (id, peer) in &wanted {
+            let state = self.installed.peers.get(id);
+            let [set, _, greet] = changes.entry(id.0).or_default();
+            set.extend(self.difference(id, peer, state));
             if state.is_none() {
-                greet.push(PeerChange::Greet(*key));
+                greet.push(PeerChange::Greet(id.1));
             }
         }
-        let gone = self.installed.peers.keys().filter(|key| !wanted.contains_key(*key));
-        let remove: Vec<_> = gone.map(|key| PeerChange::Remove(*key)).collect();
-        let steer = self.steer();
-        let peers = |changes: Vec<_>| (!changes.is_empty()).then_some(Step::Peers(changes));
-        let mut steps = Vec::new();
-        steps.extend(peers(set));
-        steps.extend(steer);
-        steps.extend(peers(remove));
+        for (lane, key) in self.installed.peers.keys().filter(|id| !wanted.contains_key(*id)) {
+            changes.entry(*lane).or_default()[1].push(PeerChange::Remove(*key));
+        }
+        let lanes: BTreeSet<Lane> = wanted.keys().map(|(lane, _)| *lane).collect();
+        let [mut set, mut remove, mut greet] = [const { Vec::new() }; 3];
+        for (lane, [sets, removes, greets]) in changes {
+            for (steps, changes) in [(&mut set, sets), (&mut remove, removes), (&mut greet, greets)] {
+                steps.extend((!changes.is_empty()).then_some(Step::Peers(lane, changes)));
+            }
+        }
+        let mut steps: Vec<_> =
+            lanes.difference(&self.installed.open).map(|lane| Step::Open(*lane)).collect();
+        steps.extend(set);
+        steps.extend(self.steer(&wanted));
+        steps.extend(remove);
+        steps.extend(self.installed.open.difference(&lanes).map(|lane| Step::Close(*lane)));
         // Last: answers to it come while nothing else is to be done.
-        steps.extend(peers(greet));
+        steps.extend(greet);
         steps
     }
 
     /// Peers that have never answered.
-    pub fn waiting(&self) -> impl Iterator<Item = WireguardKey> {
+    pub fn waiting(&self) -> impl Iterator<Item = PeerId> {
         let peers = self.installed.peers.iter().filter(|(_, state)| state.handshake == 0);
-        peers.map(|(key, _)| *key).filter(|key| self.claims.holders.contains_key(key))
+        peers.map(|(id, _)| *id).filter(|id| self.is_present(id) && self.claims.holders.contains_key(&id.1))
+    }
+
+    /// Whether something is left of keys that are not the present ones, of this node or of others.
+    pub fn has_old(&self) -> bool {
+        !self.old.is_empty()
+    }
+
+    /// The own previous key, and whether it can go: nothing is sent or expected by it.
+    pub fn previous(&self) -> Option<(WireguardKey, bool)> {
+        let previous = self.own.previous?;
+        let used = self.installed.peers.keys().any(|(lane, _)| lane.own() == Slot::of(&previous));
+        Some((previous, !used))
+    }
+
+    /// Addresses that are still spoken to by the own previous key.
+    pub fn behind(&self) -> BTreeSet<Ipv4Addr> {
+        let Some(previous) = self.own.previous else { return BTreeSet::new() };
+        let by_it = |steering: &Steering| match steering {
+            Steering::Encrypted(lane) => lane.own() == Slot::of(&previous),
+            Steering::Blocked => false,
+        };
+        let steering = self.installed.steering.iter();
+        steering.filter(|(_, steering)| by_it(steering)).map(|(ip, _)| *ip).collect()
     }
 
     /// Addresses to which tunnel packets are encrypted.
     pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
         let steering = self.installed.steering.iter();
-        steering.filter(|(_, steering)| **steering == Steering::Encrypted).map(|(ip, _)| *ip).collect()
+        steering.filter(|(_, steering)| **steering != Steering::Blocked).map(|(ip, _)| *ip).collect()
     }
 
     /// Where this node's own tunnels end, and so begin.
@@ -166,25 +256,86 @@ impl Core {
 
     fn decide(&mut self) {
         let peers = &self.installed.peers;
-        let installed =
-            |key: &WireguardKey, ip| peers.get(key).is_some_and(|peer| peer.allowed.contains(&ip));
-        self.claims = Claims::decide(self.ends(), self.own.cluster, &self.own.key, installed);
+        let installed = |key: &WireguardKey, ip| {
+            let mut states = Lane::all().filter_map(|lane| peers.get(&(lane, *key)));
+            states.any(|peer| peer.allowed.contains(&ip))
+        };
+        let own_keys: Vec<_> = [Some(self.own.key), self.own.previous].into_iter().flatten().collect();
+        self.claims = Claims::decide(self.ends(), self.own.cluster, &own_keys, installed);
+        self.note_old();
     }
 
-    fn wanted_peers(&self) -> BTreeMap<WireguardKey, Wanted> {
-        let mut wanted: BTreeMap<WireguardKey, Wanted> = BTreeMap::new();
+    /// Keeps account of peers that are there though they are not the present ones.
+    fn note_old(&mut self) {
+        let now = self.now;
+        let mut noted = BTreeMap::new();
+        for (id, state) in &self.installed.peers {
+            if self.is_present(id) && self.claims.holders.contains_key(&id.1) {
+                continue;
+            }
+            let known = self.old.get(id).copied();
+            let mut old = known.unwrap_or(Old { since: now, used: now, received: state.received });
+            if old.received != state.received || state.allowed.iter().any(|ip| self.speaks_by(id.0, *ip)) {
+                (old.used, old.received) = (now, state.received);
+            }
+            noted.insert(*id, old);
+        }
+        self.old = noted;
+    }
+
+    /// Whether the peer is in the lane of its key and the own present one.
+    fn is_present(&self, (lane, key): &PeerId) -> bool {
+        *lane == Lane::of(&self.own.key, key)
+    }
+
+    /// The present peer of the node at `ip`, if its key counts.
+    fn present(&self, ip: Ipv4Addr) -> Option<PeerId> {
+        let key = self.ends.get(&ip).filter(|end| self.is_in_scope(end))?.node.as_ref()?.key?;
+        let holder = self.claims.holders.get(&key).filter(|holder| holder.ips.contains(&ip));
+        holder.map(|_| (Lane::of(&self.own.key, &key), key))
+    }
+
+    fn wanted_peers(&self) -> BTreeMap<PeerId, Wanted> {
+        let mut wanted: BTreeMap<PeerId, Wanted> = BTreeMap::new();
         for (key, holder) in &self.claims.holders {
             let tunnel_ip = holder.tunnel_ip.filter(|ip| holder.ips.contains(ip));
             let endpoint = tunnel_ip.or_else(|| holder.ips.first().copied());
-            wanted.insert(*key, Wanted { endpoint, allowed: holder.ips.clone() });
+            let peer = Wanted { endpoint, allowed: holder.ips.clone() };
+            wanted.insert((Lane::of(&self.own.key, key), *key), peer);
         }
-        // What an earlier life knew stays until its cluster's nodes are told.
-        for (key, peer) in &self.installed.peers {
-            for ip in peer.allowed.iter().filter(|ip| self.is_unconfirmed(**ip)) {
-                wanted.entry(*key).or_default().allowed.insert(*ip);
+        for (id, peer) in &self.installed.peers {
+            // What an earlier life knew stays until its cluster's nodes are told; what is old while it is used.
+            let stays = |ip: &Ipv4Addr| self.is_unconfirmed(*ip) || self.is_used_at(id, *ip);
+            for ip in peer.allowed.iter().filter(|ip| self.has_key_for(id.0) && stays(ip)) {
+                wanted.entry(*id).or_default().allowed.insert(*ip);
             }
         }
         wanted
+    }
+
+    /// Whether an old peer is still to be there for an address.
+    fn is_used_at(&self, id: &PeerId, ip: Ipv4Addr) -> bool {
+        let (Some(old), Some(present)) = (self.old.get(id), self.present(ip)) else { return false };
+        // Of two keys in one lane, the new one has the address.
+        if id.0 == present.0 || self.now >= old.since + PATIENCE {
+            return false;
+        }
+        self.now < old.used + QUIET
+    }
+
+    /// Whether this node still speaks in an old lane, or would have to.
+    fn speaks_by(&self, lane: Lane, ip: Ipv4Addr) -> bool {
+        let steered = self.installed.steering.get(&ip) == Some(&Steering::Encrypted(lane));
+        steered || !self.present(ip).is_some_and(|present| self.has_answered(&present))
+    }
+
+    fn has_answered(&self, id: &PeerId) -> bool {
+        self.installed.peers.get(id).is_some_and(|state| state.handshake != 0)
+    }
+
+    fn has_key_for(&self, lane: Lane) -> bool {
+        let keys = [Some(self.own.key), self.own.previous];
+        keys.into_iter().flatten().any(|key| Slot::of(&key) == lane.own())
     }
 
     fn is_unconfirmed(&self, ip: Ipv4Addr) -> bool {
@@ -194,13 +345,15 @@ impl Core {
     /// How a peer is to be changed. One that roams among its own addresses may do so.
     fn difference(
         &self,
-        key: &WireguardKey,
+        (lane, key): &PeerId,
         wanted: &Wanted,
         state: Option<&WireguardState>,
     ) -> Option<PeerChange> {
+        // The device at which the peer expects us.
+        let port = self.port + u16::from(lane.reversed().number());
         let at_home = |state: &WireguardState| {
             state.endpoint.is_some_and(|at| match at.ip() {
-                IpAddr::V4(ip) => at.port() == self.port && wanted.allowed.contains(&ip),
+                IpAddr::V4(ip) => at.port() == port && wanted.allowed.contains(&ip),
                 IpAddr::V6(_) => false,
             })
         };
@@ -208,16 +361,18 @@ impl Core {
         let same = state.is_some_and(|state| state.allowed == wanted.allowed) && endpoint.is_none();
         (!same).then(|| PeerChange::Set {
             key: *key,
-            endpoint: endpoint.map(|ip| SocketAddrV4::new(ip, self.port)),
+            endpoint: endpoint.map(|ip| SocketAddrV4::new(ip, port)),
             allowed: wanted.allowed.clone(),
         })
     }
 
-    fn steer(&self) -> Vec<Step> {
+    fn steer(&self, peers: &BTreeMap<PeerId, Wanted>) -> Vec<Step> {
         let mut steps = Vec::new();
         let mut wanted = BTreeMap::new();
+        let held = peers.iter().flat_map(|((lane, _), peer)| peer.allowed.iter().map(|ip| (*lane, *ip)));
+        let held: BTreeSet<_> = held.collect();
         for (ip, end) in self.ends() {
-            if let Some(steering) = self.steering_of(ip, end) {
+            if let Some(steering) = self.steering_of(ip, end, &held) {
                 wanted.insert(ip, steering);
             }
         }
@@ -231,32 +386,43 @@ impl Core {
         steps
     }
 
-    fn steering_of(&self, ip: Ipv4Addr, end: &TunnelEnd) -> Option<Steering> {
-        let present = self.installed.steering.get(&ip).copied();
+    fn steering_of(
+        &self,
+        ip: Ipv4Addr,
+        end: &TunnelEnd,
+        held: &BTreeSet<(Lane, Ipv4Addr)>,
+    ) -> Option<Steering> {
+        let before = self.installed.steering.get(&ip).copied();
         let otherwise = self.strict.then_some(Steering::Blocked);
-        let Some(node) = &end.node else { return present.or(otherwise) };
-        let holder = node.key.and_then(|key| Some((key, self.claims.holders.get(&key)?)));
-        let Some((key, _)) = holder.filter(|(_, holder)| holder.ips.contains(&ip)) else { return otherwise };
-        let answered = self.installed.peers.get(&key).is_some_and(|state| state.handshake != 0);
-        match answered || present == Some(Steering::Encrypted) {
-            true => Some(Steering::Encrypted),
-            false => otherwise,
+        if end.node.is_none() {
+            return before.or(otherwise);
+        }
+        let Some(present) = self.present(ip) else { return otherwise };
+        if self.has_answered(&present) {
+            return Some(Steering::Encrypted(present.0));
+        }
+        match before {
+            // By the old key until the new one has answered; never back into clear text.
+            Some(Steering::Encrypted(lane)) => {
+                Some(Steering::Encrypted(if held.contains(&(lane, ip)) { lane } else { present.0 }))
+            }
+            Some(Steering::Blocked) | None => otherwise,
         }
     }
 
-    fn changed(&mut self, change: &PeerChange) {
+    fn changed(&mut self, lane: Lane, change: &PeerChange) {
         let peers = &mut self.installed.peers;
         match change {
             PeerChange::Set { key, endpoint, allowed } => {
                 // Who had the addresses before is changed in the same plan.
-                let state = peers.entry(*key).or_default();
+                let state = peers.entry((lane, *key)).or_default();
                 state.allowed.clone_from(allowed);
                 if let Some(endpoint) = endpoint {
                     state.endpoint = Some((*endpoint).into());
                 }
             }
             PeerChange::Greet(_) => {}
-            PeerChange::Remove(key) => drop(peers.remove(key)),
+            PeerChange::Remove(key) => drop(peers.remove(&(lane, *key))),
         }
     }
 }

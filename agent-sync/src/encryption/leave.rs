@@ -5,11 +5,12 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
+use super::{Lane, device_name};
 use crate::netlink::{Netlink, NetlinkError, Wireguard};
 
 /// Between two looks at what arrives.
 const LOOK: Duration = Duration::from_secs(5);
-/// The device goes when nothing has come through it in so many looks.
+/// The devices go when nothing has come through them in so many looks.
 const QUIET: u32 = 6;
 
 /// Stops to encrypt what this node sends, at once; goes on to decrypt until the others have stopped, too. Ends
@@ -17,29 +18,40 @@ const QUIET: u32 = 6;
 ///
 /// # Errors
 /// The kernel refused; what is left does no harm, and the next start tries again.
-pub async fn leave(netlink: &Netlink, device: &str) -> Result<(), NetlinkError> {
+pub async fn leave(netlink: &Netlink, prefix: &str) -> Result<(), NetlinkError> {
     netlink.remove_rules().await?;
-    let Some(index) = netlink.find_wireguard(device).await? else {
+    let mut devices = Vec::new();
+    for lane in Lane::all() {
+        let name = device_name(prefix, lane);
+        if let Some(index) = netlink.find_wireguard(&name).await? {
+            devices.push((index, Wireguard::open(&name)?));
+        }
+    }
+    if devices.is_empty() {
         return netlink.remove_all_steering().await;
-    };
-    info!(device, "encryption is off; packets that still come encrypted are taken in");
-    let wireguard = Wireguard::open(device)?;
+    }
+    info!(devices = prefix, "encryption is off; packets that still come encrypted are taken in");
     let (mut quiet, mut before) = (0, None);
     while quiet < QUIET {
         sleep(LOOK).await;
-        let received: u64 = wireguard.read().await?.peers.values().map(|peer| peer.received).sum();
+        let mut received = 0_u64;
+        for (_, wireguard) in &devices {
+            received += wireguard.read().await?.peers.values().map(|peer| peer.received).sum::<u64>();
+        }
         quiet = if before == Some(received) { quiet + 1 } else { 0 };
         before = Some(received);
     }
     netlink.remove_all_steering().await?;
-    netlink.remove_link(index).await?;
-    info!(device, "nothing comes encrypted any more; removed the device");
+    for (index, _) in devices {
+        netlink.remove_link(index).await?;
+    }
+    info!(devices = prefix, "nothing comes encrypted any more; removed the devices");
     Ok(())
 }
 
 /// [`leave`] in the background.
-pub(crate) async fn leave_quietly(netlink: Netlink, device: String) {
-    if let Err(error) = leave(&netlink, &device).await {
+pub(crate) async fn leave_quietly(netlink: Netlink, prefix: String) {
+    if let Err(error) = leave(&netlink, &prefix).await {
         warn!(%error, "cannot remove all that encryption has left");
     }
 }

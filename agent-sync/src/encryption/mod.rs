@@ -7,7 +7,8 @@
 //! [`Core`] is plain: it knows the ends of tunnels and what is installed, and says what to do next. [`keep`] reads
 //! and writes the kernel. The key is this node's own ([`PrivateKey`]); its public part goes by [`announce`] into
 //! the own etcd, from where the exporter puts it into the node's record. Sessions, keys and routes survive the
-//! agent: what is installed is taken over, and a peer is changed in place.
+//! agent: what is installed is taken over, and a peer is changed in place. Keys are replaced without loss, each in a
+//! [`Lane`] of its own.
 //!
 //! The kernel looks up no more than a rule and a route per packet. WireGuard itself proves the outer source of what
 //! arrives: a peer may only speak from the underlay addresses of its node.
@@ -16,22 +17,31 @@ pub mod announce;
 mod board;
 mod claims;
 mod core;
+mod devices;
 mod keep;
+mod lane;
 mod leave;
 mod private_key;
+mod report;
+mod rotate;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clustermesh_kvstore::record::WireguardKey;
 
-pub use self::core::{Core, Installed, Own, Step};
+pub use self::core::{Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;
 pub use claims::Refused;
-pub use keep::{Keeper, Report, ReportedPeer, Standing};
+pub(crate) use devices::device_name;
+pub use keep::{Keeper, Lines};
+pub use lane::{Lane, Slot};
 pub use leave::leave;
 pub(crate) use leave::leave_quietly;
-pub use private_key::{KeyError, PrivateKey, file as key_file, forget as forget_key};
+pub use private_key::{KeyError, Keys, PrivateKey, file as key_file, forget as forget_key};
+pub use report::{Report, ReportedKey, ReportedPeer, Standing};
+pub use rotate::{Rotate, RotateDesk, RotateError};
 
 /// WireGuard over IPv4 adds a header of 20 bytes, UDP's 8, its own 16, and a tag of 16.
 pub const OVERHEAD: u32 = 60;
@@ -52,12 +62,14 @@ pub struct EncryptionOptions {
     pub scope: Scope,
     /// What should be encrypted is never sent or taken in clear text.
     pub strict: bool,
-    /// UDP port of WireGuard, the same in the whole mesh.
+    /// Lowest of four UDP ports of WireGuard, the same in the whole mesh.
     pub port: u16,
-    /// Name of the WireGuard device.
+    /// Name of the WireGuard devices, without their number.
     pub device: String,
     /// Where the private key is.
     pub state_dir: PathBuf,
+    /// The age at which a key is replaced; none: when somebody asks for it.
+    pub rotation: Option<Duration>,
 }
 
 /// The node at an underlay address.

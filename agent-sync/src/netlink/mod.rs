@@ -19,7 +19,7 @@ pub use overlay::OverlaySpec;
 pub use pods::{PodLink, PodLinks};
 pub use routes::{ROUTE_PROTOCOL, RouteVia};
 pub use steering::{RULE_PRIORITY, Steering, TABLE};
-pub use wireguard::{PeerChange, Wireguard, WireguardDevice, WireguardSpec, WireguardState};
+pub use wireguard::{PeerChange, Wireguard, WireguardDevice, WireguardLinks, WireguardSpec, WireguardState};
 
 use std::io;
 use std::sync::Arc;

@@ -13,7 +13,8 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePor
 use netlink_packet_route::{AddressFamily, IpProtocol};
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 
-use super::{Netlink, NetlinkError, ROUTE_PROTOCOL, errno, libc_errno, request};
+use super::{Netlink, NetlinkError, ROUTE_PROTOCOL, WireguardLinks, errno, libc_errno, request};
+use crate::encryption::Lane;
 
 /// The table (`ip route show table 51871`).
 pub const TABLE: u32 = 51_871;
@@ -23,18 +24,21 @@ pub const RULE_PRIORITY: u32 = 197;
 /// What becomes of tunnel packets to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steering {
-    /// WireGuard encrypts them.
-    Encrypted,
+    /// The WireGuard device of this lane encrypts them.
+    Encrypted(Lane),
     /// They are dropped: no key, or no session, and clear text is not allowed.
     Blocked,
 }
 
 impl Netlink {
-    /// Reads the table. Routes of others in it, and those over another device than `wireguard`, are not ours.
+    /// Reads the table. Routes of others in it, and those over other devices than `wireguard`, are not ours.
     ///
     /// # Errors
     /// A dump that the kernel refused.
-    pub async fn steered(&self, wireguard: u32) -> Result<BTreeMap<Ipv4Addr, Steering>, NetlinkError> {
+    pub async fn steered(
+        &self,
+        wireguard: &WireguardLinks,
+    ) -> Result<BTreeMap<Ipv4Addr, Steering>, NetlinkError> {
         let routes = self.steering_routes().await?;
         Ok(routes.iter().filter_map(|route| parse(route, wireguard)).collect())
     }
@@ -46,7 +50,7 @@ impl Netlink {
     /// The kernel refused.
     pub async fn steer(
         &self,
-        wireguard: u32,
+        wireguard: &WireguardLinks,
         node: Ipv4Addr,
         steering: Option<Steering>,
         source: Option<Ipv4Addr>,
@@ -58,8 +62,8 @@ impl Netlink {
         };
         let mut route = destination(node);
         route = match steering {
-            Steering::Encrypted => {
-                route = route.output_interface(wireguard).scope(RouteScope::Link);
+            Steering::Encrypted(lane) => {
+                route = route.output_interface(wireguard[usize::from(lane.number())]).scope(RouteScope::Link);
                 source.into_iter().fold(route, |route, source| route.pref_source(source))
             }
             Steering::Blocked => route.kind(RouteType::Unreachable),
@@ -171,7 +175,7 @@ fn destination(node: Ipv4Addr) -> RouteMessageBuilder<Ipv4Addr> {
         .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
 }
 
-fn parse(route: &RouteMessage, wireguard: u32) -> Option<(Ipv4Addr, Steering)> {
+fn parse(route: &RouteMessage, wireguard: &WireguardLinks) -> Option<(Ipv4Addr, Steering)> {
     let (mut node, mut oif) = (None, None);
     for attribute in &route.attributes {
         match attribute {
@@ -182,7 +186,10 @@ fn parse(route: &RouteMessage, wireguard: u32) -> Option<(Ipv4Addr, Steering)> {
     }
     let steering = match route.header.kind {
         RouteType::Unreachable => Steering::Blocked,
-        RouteType::Unicast if oif == Some(wireguard) => Steering::Encrypted,
+        RouteType::Unicast => {
+            let mut lanes = Lane::all().zip(wireguard);
+            Steering::Encrypted(lanes.find(|(_, index)| oif == Some(**index))?.0)
+        }
         _ => return None,
     };
     node.filter(|_| route.header.destination_prefix_length == 32).map(|node| (node, steering))

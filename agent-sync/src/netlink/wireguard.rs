@@ -6,12 +6,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use clustermesh_kvstore::record::WireguardKey;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use genetlink::{GenetlinkError, GenetlinkHandle};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_route::address::AddressScope;
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAttribute, WireguardCmd,
     WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
@@ -19,19 +19,21 @@ use netlink_packet_wireguard::{
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkWireguard};
 
 use super::{Netlink, NetlinkError, errno, libc_errno, request};
+use crate::encryption::Lane;
 
 /// Of the device, on every node: nobody speaks to it.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 197, 1);
 /// Peers in one message: far below what a netlink socket takes.
 const BATCH: usize = 64;
 
+/// Indices of the devices, by their lanes' numbers.
+pub type WireguardLinks = [u32; Lane::COUNT as usize];
+
 /// The device that a node wants.
 #[derive(Clone)]
 pub struct WireguardSpec {
     /// Device name, at most 15 bytes.
     pub name: String,
-    /// UDP port on which the node's own packets arrive.
-    pub port: u16,
     /// MTU of the device: the underlay's less 60 bytes of WireGuard over IPv4.
     pub mtu: u32,
 }
@@ -81,7 +83,7 @@ pub enum PeerChange {
 }
 
 impl Netlink {
-    /// Creates the device if it is missing, sets its MTU, brings it up, and returns its ifindex.
+    /// Creates the device if it is missing, sets its MTU, and returns its ifindex. A new one is down.
     ///
     /// # Errors
     /// [`NetlinkError::NoWireguard`] if the kernel has none, [`NetlinkError::ForeignWireguard`] if the name is taken
@@ -104,10 +106,31 @@ impl Netlink {
             }
         };
         self.give_address(index).await?;
-        let message = LinkUnspec::new_with_index(index).mtu(spec.mtu).up().build();
+        let message = LinkUnspec::new_with_index(index).mtu(spec.mtu).build();
         let set = self.handle.link().set(message).execute().await;
-        set.map_err(request(format!("cannot bring up {}", spec.name)))?;
+        set.map_err(request(format!("cannot set the MTU of {}", spec.name)))?;
         Ok(index)
+    }
+
+    /// Brings a device up, or takes it down: WireGuard listens only while it is up.
+    ///
+    /// # Errors
+    /// What the kernel refused, say because the port is in use.
+    pub async fn set_up(&self, index: u32, up: bool) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(index);
+        let message = if up { message.up() } else { message.down() }.build();
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(request("cannot bring a WireGuard device up or down"))
+    }
+
+    /// Whether a device is up.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn is_up(&self, index: u32) -> Result<bool, NetlinkError> {
+        let mut links = self.handle.link().get().match_index(index).execute();
+        let link = links.try_next().await.map_err(request("cannot look up a WireGuard device"))?;
+        Ok(link.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
     }
 
     /// Any address at all: the kernel's reverse path check, also a loose one, takes nothing in from a device without.
@@ -158,6 +181,11 @@ impl Wireguard {
         let (connection, handle, _) = genetlink::new_connection().map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
         Ok(Self { handle, device: device.to_owned() })
+    }
+
+    /// Name of the device.
+    pub fn device(&self) -> &str {
+        &self.device
     }
 
     /// Reads the device with all of its peers.

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use clustermesh_agent_api::v1;
-use clustermesh_kvstore::record::WireguardKey;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
+use tonic::Status;
 
 use super::Source;
 use crate::agent::Options;
-use crate::encryption::{PrivateKey, Report, ReportedPeer, Scope};
+use crate::encryption::{Report, ReportedPeer, RotateDesk, RotateError, Scope};
 use crate::engine::Overview;
 
 /// What is asked for, and how far it is.
@@ -20,27 +20,26 @@ pub struct EncryptionView {
     /// Of the overlay; 0: not known yet.
     mtu: Arc<AtomicU32>,
     report: watch::Receiver<Report>,
+    rotate: RotateDesk,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Asked {
     scope: Option<Scope>,
     strict: bool,
-    key: Option<WireguardKey>,
 }
 
 impl EncryptionView {
     /// Of an agent with these options.
-    pub fn new(options: &Options, key: Option<&PrivateKey>, report: watch::Receiver<Report>) -> Self {
+    pub fn new(options: &Options, rotate: RotateDesk, report: watch::Receiver<Report>) -> Self {
         let asked = options.kernel.as_ref().map(|kernel| {
             let encryption = kernel.encryption.as_ref();
             encryption.map_or_else(Asked::default, |encryption| Asked {
                 scope: Some(encryption.scope),
                 strict: encryption.strict,
-                key: key.map(PrivateKey::public),
             })
         });
-        Self { asked, mtu: Arc::default(), report }
+        Self { asked, mtu: Arc::default(), report, rotate }
     }
 
     /// The overlay's MTU.
@@ -59,14 +58,35 @@ impl Source {
             Some(Scope::Clusters) => "clusters",
             Some(Scope::Nodes) => "nodes",
         };
+        let keys = report.keys.iter();
+        let keys: Vec<_> = keys
+            .map(|key| v1::EncryptionKey { public_key: key.public.to_string(), made: key.made })
+            .collect();
         Some(v1::Encryption {
             mode: mode.into(),
             strict: asked.strict,
-            public_key: asked.key.map(|key| key.to_string()).unwrap_or_default(),
+            public_key: keys.first().map(|key| key.public_key.clone()).unwrap_or_default(),
+            keys,
             mtu: view.mtu.load(Ordering::Relaxed),
             nodes: report.peers.iter().map(|peer| self.encrypted_node(peer, overview)).collect(),
             error: report.error.clone().unwrap_or_default(),
         })
+    }
+
+    /// Has this node's key replaced.
+    pub(super) async fn rotate_key(&self) -> Result<v1::RotateKeyResponse, Status> {
+        let encrypts = self.encryption.asked.as_ref().is_some_and(|asked| asked.scope.is_some());
+        if !encrypts {
+            return Err(Status::failed_precondition("this node does not encrypt, it has no key"));
+        }
+        let (reply, answer) = oneshot::channel();
+        let gone = || Status::unavailable("the agent is shutting down");
+        self.encryption.rotate.send(reply).await.map_err(|_| gone())?;
+        match answer.await.map_err(|_| gone())? {
+            Ok(key) => Ok(v1::RotateKeyResponse { public_key: key.to_string() }),
+            Err(error @ RotateError::UnderWay(_)) => Err(Status::failed_precondition(error.to_string())),
+            Err(error @ RotateError::Key(_)) => Err(Status::internal(error.to_string())),
+        }
     }
 
     fn encrypted_node(&self, peer: &ReportedPeer, overview: &Overview) -> v1::EncryptedNode {
@@ -79,6 +99,7 @@ impl Source {
             last_handshake: peer.handshake,
             received_bytes: peer.received,
             sent_bytes: peer.sent,
+            by_previous_key: peer.by_previous,
         }
     }
 }

@@ -104,6 +104,13 @@ impl Agent for Service {
         Ok(Response::new(self.source.observe(request.into_inner())?))
     }
 
+    async fn rotate_key(
+        &self,
+        _: Request<v1::RotateKeyRequest>,
+    ) -> Result<Response<v1::RotateKeyResponse>, Status> {
+        Ok(Response::new(self.source.rotate_key().await?))
+    }
+
     async fn probe_peer(
         &self,
         request: Request<v1::ProbePeerRequest>,

@@ -6,7 +6,8 @@ use std::time::Duration;
 use clustermesh_agent_api::Client;
 use clustermesh_agent_api::v1::{
     CheckPolicyRequest, CheckPolicyResponse, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse,
-    ObserveRequest, ObserveResponse, ProbePeerRequest, ProbePeerResponse, StatusRequest, StatusResponse,
+    ObserveRequest, ObserveResponse, ProbePeerRequest, ProbePeerResponse, RotateKeyRequest, StatusRequest,
+    StatusResponse,
 };
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
@@ -104,6 +105,12 @@ pub(crate) async fn observe(
 ) -> Result<tonic::Streaming<ObserveResponse>, String> {
     let mut client = client(agent).await?;
     within(ANSWER, client.observe(request)).await
+}
+
+/// Has the key of `agent`'s node replaced, and returns the new one's public part.
+pub(crate) async fn rotate_key(agent: &Agent) -> Result<String, String> {
+    let mut client = client(agent).await?;
+    Ok(within(PROBE, client.rotate_key(RotateKeyRequest {})).await?.public_key)
 }
 
 /// What an agent says when it cannot do something.

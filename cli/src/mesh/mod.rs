@@ -14,6 +14,7 @@ mod agents;
 mod bpf;
 mod connect;
 mod disconnect;
+mod encrypt;
 pub(crate) mod entry;
 mod explain;
 mod mirror;
@@ -36,6 +37,7 @@ pub(crate) enum Command {
     Policy(policy::PolicyArgs),
     Observe(Box<observe::ObserveArgs>),
     Bpf(bpf::BpfArgs),
+    Encrypt(encrypt::EncryptArgs),
 }
 
 impl Command {
@@ -52,6 +54,7 @@ impl Command {
             Self::Policy(args) => args.run().await,
             Self::Observe(args) => args.run().await,
             Self::Bpf(args) => args.run().await,
+            Self::Encrypt(args) => args.run().await,
         }
     }
 }

@@ -11,7 +11,8 @@ use clustermesh_agent_api::v1::{
     CheckPolicyRequest, CheckPolicyResponse, CheckedChange, CheckedCluster, CheckedKind, CheckedRecord,
     Column, DumpTableRequest, DumpTableRow, ExplainRequest, ExplainResponse, ExplainedAddress, ExplainedPart,
     Flow, KindStatus, LocalCounts, LostFlows, ObserveRequest, ObserveResponse, Peer, ProbePeerRequest,
-    ProbePeerResponse, RefusedKey, StatusRequest, StatusResponse, TableFill,
+    ProbePeerResponse, RefusedKey, RotateKeyRequest, RotateKeyResponse, StatusRequest, StatusResponse,
+    TableFill,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -331,6 +332,10 @@ impl Agent for FakeAgent {
         let mut answer = vec![beta, gamma];
         answer.retain(|cluster| clusters.is_empty() || clusters.contains(&cluster.cluster));
         Ok(Response::new(CheckPolicyResponse { clusters: answer }))
+    }
+
+    async fn rotate_key(&self, _: Request<RotateKeyRequest>) -> Result<Response<RotateKeyResponse>, Status> {
+        Err(Status::failed_precondition("this node does not encrypt, it has no key"))
     }
 
     async fn probe_peer(

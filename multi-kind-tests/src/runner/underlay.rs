@@ -1,6 +1,7 @@
 //! What somebody on the wire sees: packets of the lab's fabric, which are all between nodes.
 
 use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,7 +13,8 @@ use crate::scenario::{Clear, Underlay};
 use crate::{pace, process};
 
 const TUNNEL: u16 = 8472;
-const WIREGUARD: u16 = 51_871;
+/// One port for each combination of an old and a new key.
+const WIREGUARD: RangeInclusive<u16> = 51_871..=51_874;
 
 /// As `mesh-probe capture` prints them.
 #[derive(Deserialize)]
@@ -68,7 +70,7 @@ fn sum(flows: &[Flow]) -> Seen {
         match (flow.port, same) {
             (TUNNEL, true) => seen.within += flow.packets,
             (TUNNEL, false) => seen.across += flow.packets,
-            (WIREGUARD, _) => seen.encrypted += flow.packets,
+            (port, _) if WIREGUARD.contains(&port) => seen.encrypted += flow.packets,
             _ => {}
         }
     }
@@ -109,6 +111,8 @@ fn differences(seen: &Seen, clear: Clear) -> Vec<&'static str> {
 mod tests {
     use super::*;
 
+    const SEALED: u16 = *WIREGUARD.end();
+
     #[test]
     fn a_leak_is_seen() {
         let flow = |c: u8, port, marked| Flow {
@@ -119,12 +123,12 @@ mod tests {
             marked,
         };
         let wrong = |flows: &[Flow], clear| differences(&sum(flows), clear).len();
-        let fine = [flow(2, WIREGUARD, 0), flow(1, WIREGUARD, 0)];
+        let fine = [flow(2, SEALED, 0), flow(1, SEALED, 0)];
         assert_eq!(wrong(&fine, Clear::None), 0);
         assert_eq!(wrong(&fine, Clear::All), 2);
-        assert_eq!(wrong(&[flow(2, WIREGUARD, 0), flow(2, TUNNEL, 0)], Clear::None), 1);
-        assert_eq!(wrong(&[flow(2, WIREGUARD, 1)], Clear::None), 1, "the marker counts wherever it is");
-        assert_eq!(wrong(&[flow(2, WIREGUARD, 0), flow(1, TUNNEL, 1)], Clear::Within), 0);
+        assert_eq!(wrong(&[flow(2, SEALED, 0), flow(2, TUNNEL, 0)], Clear::None), 1);
+        assert_eq!(wrong(&[flow(2, SEALED, 1)], Clear::None), 1, "the marker counts wherever it is");
+        assert_eq!(wrong(&[flow(2, SEALED, 0), flow(1, TUNNEL, 1)], Clear::Within), 0);
         assert_eq!(wrong(&[flow(2, TUNNEL, 1), flow(1, TUNNEL, 1)], Clear::Within), 2);
         assert_eq!(wrong(&[flow(2, TUNNEL, 1)], Clear::All), 0);
         assert_eq!(wrong(&[], Clear::None), 1);

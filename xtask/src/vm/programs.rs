@@ -131,7 +131,7 @@ pub(super) fn encryption(image: &mut Image, folder: &Path) -> anyhow::Result<Sui
     }
     image.program(&wg, "usr/bin", "wg")?;
     image.script("opt/clustermesh/bin/try-encryption", include_str!("encryption.sh"))?;
-    Ok(Suite { name: "encryption".into(), kind: Kind::Scenarios, command: "try-encryption".into() })
+    Ok(Suite { name: "tunnels".into(), kind: Kind::Scenarios, command: "try-encryption".into() })
 }
 
 /// `6.18.44-x` is `6.18`.
