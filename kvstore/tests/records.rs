@@ -9,7 +9,7 @@ use clustermesh_kvstore::cluster::{ClusterName, Identity, NamespacedName};
 use clustermesh_kvstore::key::{Kind, Layout, cluster_config_key, data_prefix};
 use clustermesh_kvstore::labels::{Label, Labels};
 use clustermesh_kvstore::record::{
-    Affinity, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, External, Failover,
+    Affinity, Algorithm, BackendState, Balancing, ClusterConfig, ExportPort, ExportType, External, Failover,
     IdentityRecord, IpRecord, LocalBackend, LocalService, MAX_VALUE, NamedPort, Nearness, Node, NodeAddress,
     NodeAddressKind, Port, PortMap, Protocol, Record, RecordError, Service, ServiceExport, WireguardKey,
     Zone,
@@ -347,8 +347,9 @@ fn local_service() -> impl Strategy<Value = LocalService> {
     });
     let affinity = prop_oneof![Just(Affinity::None), Just(Affinity::Local), Just(Affinity::Remote)];
     let flags = any::<(u32, bool, bool, bool, bool)>();
-    (name(), namespaced(), flags, affinity, balancing(), addresses(), vec(backend, 0..4)).prop_map(
-        |(cluster, name, flags, affinity, balancing, frontends, backends)| {
+    let spread = (balancing(), external());
+    (name(), namespaced(), flags, affinity, spread, addresses(), vec(backend, 0..4)).prop_map(
+        |(cluster, name, flags, affinity, (balancing, external), frontends, backends)| {
             let (cluster_id, global, shared, private, headless) = flags;
             LocalService {
                 cluster,
@@ -361,10 +362,24 @@ fn local_service() -> impl Strategy<Value = LocalService> {
                 failover: (cluster_id % 2 == 0)
                     .then_some(Failover { threshold: (cluster_id % 100) as u8 + 1, expected: cluster_id }),
                 balancing,
+                external,
                 headless,
                 frontends,
                 backends,
             }
+        },
+    )
+}
+
+fn external() -> impl Strategy<Value = External> {
+    let algorithm = option::of(prop_oneof![Just(Algorithm::Random), Just(Algorithm::Maglev)]);
+    let ips = btree_map(any::<std::net::IpAddr>(), Just(()), 0..3);
+    (ips, btree_map("[a-z]{0,4}", 1..=u16::MAX, 0..3), any::<bool>(), algorithm).prop_map(
+        |(ips, node_ports, only_node, algorithm)| External {
+            ips: ips.into_keys().collect(),
+            node_ports,
+            only_node,
+            algorithm,
         },
     )
 }

@@ -51,7 +51,7 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     };
     // Perhaps a frontend, or a client of one.
     if way.cluster == 0
-        && let To::Stack = way.to
+        && matches!(way.to, To::Stack)
         && let Err(reason) = elsewhere(&ctx, config, sender, addresses, &mut way)
     {
         return drop(&ctx, HOOK, reason, sender.identity);
@@ -64,7 +64,8 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     }
     match way.to {
         To::Stack => to_stack(&ctx),
-        To::Pod(pod) => {
+        To::Pod => {
+            let Some(pod) = way.pod else { return to_stack(&ctx) };
             if nat::is_used()
                 && let nat::Answer::ToPod = nat::answer(&ctx, config.cluster)
                 && let Err(reason) = as_frontend(&ctx)
@@ -74,17 +75,17 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             count(reason::FORWARDED, ctx.len());
             to_pod(&ctx, HOOK, pod, sender.identity)
         }
-        To::Outside(ifindex) => match as_frontend(&ctx) {
-            Ok(()) => to_outside(ifindex),
+        To::Outside => match as_frontend(&ctx) {
+            Ok(()) => to_outside(way.ifindex),
             Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
         },
-        To::Node(ip) => {
+        To::Node => {
             if way.is_virtual
                 && let Err(reason) = translate::leave(&ctx, way.cluster)
             {
                 return drop(&ctx, HOOK, reason, sender.identity);
             }
-            to_node(&ctx, config, HOOK, sender.identity, ip)
+            to_node(&ctx, config, HOOK, sender.identity, way.node_ip)
         }
     }
 }
@@ -118,9 +119,16 @@ pub fn cm_to_pod(ctx: TcContext) -> i32 {
     }
 }
 
-/// Where a packet goes, and who is there.
+/// Where a packet goes, and who is there. No enum with fields: of those that a variant does not have the compiler reads
+/// what nobody wrote, which kernels before 6.3 refuse.
 struct Way {
     to: To,
+    /// With [`To::Pod`].
+    pod: Option<&'static EndpointValue>,
+    /// With [`To::Node`].
+    node_ip: [u8; 4],
+    /// With [`To::Outside`].
+    ifindex: u32,
     /// See [`peer`]; not looked for if no policy selects the sender.
     peer: u32,
     /// 0: outside of the mesh.
@@ -132,7 +140,7 @@ struct Way {
 impl Way {
     #[inline(always)]
     fn outside(peer: u32) -> Self {
-        Self { to: To::Stack, peer, cluster: 0, is_virtual: false }
+        Self { to: To::Stack, pod: None, node_ip: [0; 4], ifindex: 0, peer, cluster: 0, is_virtual: false }
     }
 }
 
@@ -141,9 +149,9 @@ impl Way {
 fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
     let (reason, receiver) = match way.to {
         To::Stack => (reason::TO_STACK, way.peer),
-        To::Outside(_) => (reason::ANSWERED, way.peer),
-        To::Pod(pod) => (reason::FORWARDED, pod.identity),
-        To::Node(_) => (reason::ENCAPSULATED, way.peer),
+        To::Outside => (reason::ANSWERED, way.peer),
+        To::Pod => (reason::FORWARDED, way.pod.map_or(0, |pod| pod.identity)),
+        To::Node => (reason::ENCAPSULATED, way.peer),
     };
     let what = What::new(event_kind::TRACE, reason, event_hook::FROM_POD, EVENT_EGRESS);
     let clusters = clusters(config.cluster, way.cluster);
@@ -153,10 +161,11 @@ fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
 
 enum To {
     Stack,
-    /// An answer to a client outside of the mesh, through this interface.
-    Outside(u32),
-    Pod(&'static EndpointValue),
-    Node([u8; 4]),
+    /// An answer to a client outside of the mesh, through an interface of the node.
+    Outside,
+    /// Of this node.
+    Pod,
+    Node,
 }
 
 #[inline(always)]
@@ -175,8 +184,8 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
     if local {
         // SAFETY: as above.
         if let Some(pod) = unsafe { ENDPOINT.get(destination) } {
-            let cluster = prefix.cluster;
-            return Ok(Way { to: To::Pod(pod), peer: pod.identity, cluster, is_virtual: false });
+            let way = Way::outside(pod.identity);
+            return Ok(Way { to: To::Pod, pod: Some(pod), cluster: prefix.cluster, ..way });
         }
     }
     let mut destination = *destination;
@@ -189,10 +198,11 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
         // The node's own address in its pod CIDR, or a pod that the agent has not seen yet.
         ip if local && (ip == config.node_ip || ip == [0; 4]) => To::Stack,
         [0, 0, 0, 0] => return Err(reason::NO_TUNNEL_ENDPOINT),
-        ip => To::Node(ip),
+        _ => To::Node,
     };
     let is_virtual = prefix.flags & PREFIX_VIRTUAL != 0;
-    Ok(Way { to, peer: peer::inside(config, entry), cluster: prefix.cluster, is_virtual })
+    let way = Way::outside(peer::inside(config, entry));
+    Ok(Way { to, node_ip, cluster: prefix.cluster, is_virtual, ..way })
 }
 
 /// The way of a packet whose destination is in no pod CIDR, and that would go to the stack.
@@ -207,11 +217,11 @@ fn elsewhere(
     if nat::is_used() {
         match nat::answer(ctx, config.cluster) {
             nat::Answer::Outside(ifindex) => {
-                found.to = To::Outside(ifindex);
+                (found.to, found.ifindex) = (To::Outside, ifindex);
                 return Ok(());
             }
             nat::Answer::ByNode(ip) => {
-                found.to = To::Node(ip);
+                (found.to, found.node_ip) = (To::Node, ip);
                 return Ok(());
             }
             nat::Answer::ToPod | nat::Answer::Not => {}
@@ -243,7 +253,7 @@ fn allow(
     way: &Way,
 ) -> Result<(), u8> {
     let receiver = match way.to {
-        To::Pod(pod) if policy::selects(pod) => Some(pod),
+        To::Pod => way.pod.filter(|pod| policy::selects(pod)),
         _ => None,
     };
     if !policy::selects(sender) && receiver.is_none() {

@@ -10,8 +10,8 @@ use clustermesh_apiserver::objects::{
 };
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::record::{
-    Affinity, Balancing, LabelSelector, Nearness, Peer, PolicyKind, PolicyName, PolicyRule, PolicySection,
-    Protocol, Requirement, Traffic,
+    Affinity, Balancing, External, LabelSelector, Nearness, Peer, PolicyKind, PolicyName, PolicyRule,
+    PolicySection, Protocol, Requirement, Traffic,
 };
 use rand::Rng as _;
 use rand::rngs::SmallRng;
@@ -360,6 +360,7 @@ impl Truth {
                 weights: service.only.and_then(cluster).map(|name| (name, 100)).into_iter().collect(),
                 nearness: service.nearness,
             },
+            external: External::default(),
         }))
     }
 }
