@@ -96,11 +96,13 @@ fn observation_point(event: &Event) -> &'static str {
     match (event.kind, event.reason, event.hook) {
         (event_kind::TRACE, reason::FORWARDED | reason::DECAPSULATED, _) => "to-endpoint",
         (event_kind::TRACE, reason::ENCAPSULATED, _) => "to-overlay",
+        (event_kind::TRACE, reason::ANSWERED, _) => "to-network",
         (event_kind::TRACE, ..) => "to-stack",
         (_, _, event_hook::FROM_POD) => "from-pod",
         (_, _, event_hook::TO_POD) => "to-pod",
         (_, _, event_hook::FROM_OVERLAY) => "from-overlay",
         (_, _, event_hook::TO_OVERLAY) => "to-overlay",
+        (_, _, event_hook::FROM_NETDEV) => "from-network",
         _ => "socket",
     }
 }
