@@ -155,7 +155,7 @@ fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     drop(datapath);
 
     let remains = Datapath::remains(root.path()).unwrap().unwrap();
-    assert_eq!((remains.maps().len(), remains.links()), (23, &[][..]));
+    assert_eq!((remains.maps().len(), remains.links()), (26, &[][..]));
     assert_eq!(remains.config().unwrap().cluster, 7);
     let error = Datapath::open(&root.options(7)).unwrap_err();
     assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");
@@ -183,7 +183,7 @@ fn programs_stay_far_below_the_verifiers_limit() {
     let datapath = Datapath::open(&root.options(1)).unwrap();
     let mut programs = datapath.programs().unwrap();
     programs.sort_by(|a, b| a.name.cmp(&b.name));
-    assert_eq!(programs.len(), 13);
+    assert_eq!(programs.len(), 14);
     for program in programs {
         println!(
             "{:16} {:6} verified, {:5} long",

@@ -134,7 +134,7 @@ fn other_sizes_lose_no_packet_and_no_entry() {
             let datapath = nodes[0].datapath();
             let migrated: Vec<_> = datapath.migrated().iter().map(|one| one.map).collect();
             // All but arrays, whose sizes nobody sets.
-            assert_eq!(migrated.len(), 18, "{migrated:?}");
+            assert_eq!(migrated.len(), 19, "{migrated:?}");
             assert_eq!(written(&nodes[0]), before);
         }
     });
@@ -175,10 +175,11 @@ fn connections_that_begin_during_a_change_of_sizes_are_established() {
                 (connections, slow)
             })
         });
+        let end = support::SetAtEnd(&stop);
         for sizes in [twice(small), small, twice(small), small] {
             start_again(&mut nodes, sizes);
         }
-        stop.store(true, Ordering::Release);
+        drop(end);
         let (connections, slow) = caller.join().unwrap();
         println!("{connections} connections, {slow} of them after a retransmission");
         // One caller: no more than one connection is at its beginning when a node's programs are replaced.
@@ -254,7 +255,7 @@ fn sockets_and_sessions_outlive_other_sizes() {
             drop(node.datapath.take());
             node.options.sizes = sizes;
             let datapath = Datapath::open(&node.options).unwrap();
-            assert_eq!(datapath.migrated().len(), 18);
+            assert_eq!(datapath.migrated().len(), 19);
             node.datapath = Some(datapath);
             for (stream, to) in streams.iter().zip(frontends) {
                 assert_eq!(stream.peer_addr().unwrap(), to.into());

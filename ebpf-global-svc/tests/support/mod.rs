@@ -60,6 +60,15 @@ pub fn assert_attached(datapath: &Datapath, pods: &[u32]) {
     assert_eq!(datapath.attached_pods().unwrap(), expected);
 }
 
+/// Set when it goes, also in a panic: who waits for it ends too.
+pub struct SetAtEnd<'a>(pub &'a std::sync::atomic::AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::Release);
+    }
+}
+
 /// A folder for pins.
 pub struct Root(PathBuf);
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Netns, pair::PATIENCE};
+use super::{Netns, SetAtEnd, pair::PATIENCE};
 
 /// From one datagram to the next.
 const PACE: Duration = Duration::from_micros(250);
@@ -69,11 +69,12 @@ pub fn count_packets<T>(
             .zip(&sent)
             .map(|(target, sent)| scope.spawn(|| netns.run(|| stream(*target, sent, &stop))))
             .collect();
+        let end = SetAtEnd(&stop);
         reach(least);
         let result = change();
         let now = sent.iter().map(|sent| sent.load(Ordering::Acquire)).max();
         reach(now.unwrap_or(0) + least);
-        stop.store(true, Ordering::Release);
+        drop(end);
         (result, streams.into_iter().map(|stream| stream.join().unwrap()).collect())
     })
 }
