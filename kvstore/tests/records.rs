@@ -376,7 +376,7 @@ fn external() -> impl Strategy<Value = External> {
     let ips = btree_map(any::<std::net::IpAddr>(), Just(()), 0..3);
     (ips, btree_map("[a-z]{0,4}", 1..=u16::MAX, 0..3), any::<bool>(), algorithm).prop_map(
         |(ips, node_ports, only_node, algorithm)| External {
-            ips: ips.into_keys().collect(),
+            ips: ips.into_keys().map(|ip: std::net::IpAddr| ip.to_canonical()).collect(),
             node_ports,
             only_node,
             algorithm,

@@ -24,6 +24,8 @@ const ADMISSION: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_millis(50);
 /// Lists of all clusters' records, of which an agent reads several at a time.
 const LISTS: Duration = Duration::from_secs(120);
+/// New devices and all their peers come first.
+const ROTATION: Duration = Duration::from_secs(60);
 /// A table may have a million rows.
 const DUMP: Duration = Duration::from_secs(60);
 
@@ -110,7 +112,7 @@ pub(crate) async fn observe(
 /// Has the key of `agent`'s node replaced, and returns the new one's public part.
 pub(crate) async fn rotate_key(agent: &Agent) -> Result<String, String> {
     let mut client = client(agent).await?;
-    Ok(within(PROBE, client.rotate_key(RotateKeyRequest {})).await?.public_key)
+    Ok(within(ROTATION, client.rotate_key(RotateKeyRequest {})).await?.public_key)
 }
 
 /// What an agent says when it cannot do something.
