@@ -4,13 +4,13 @@
 //! Targets are ratios of medians of one run, so that another machine, or a slow day, moves both sides.
 
 use super::machine::Machine;
-use super::report::{Metric, Report};
+use super::report::{Metric, Report, table};
 use super::series::{Series, Summary};
 use super::variant::Variant;
 use super::{Output, Paths, exec, interrupt, measure};
 use crate::workspace::{self, Profile};
 use anyhow::Context as _;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde::Serialize;
 
 /// Package and example that measure programs and tables.
@@ -179,31 +179,19 @@ impl Findings {
     fn costs(&self) -> Table {
         let rows = self.costs.iter().map(|Cost { case, unit, summary: Summary { median, min, max } }| {
             let digits = if unit == "s" { 3 } else { 0 };
-            [case.clone(), format!("{median:.digits$} ({min:.digits$} to {max:.digits$}) {unit}")]
+            vec![case.clone(), format!("{median:.digits$} ({min:.digits$} to {max:.digits$}) {unit}")]
         });
-        table(["case", "median (smallest to largest)"], rows)
+        table(&["case", "median (smallest to largest)"], rows)
     }
 
     fn targets(&self) -> Table {
         let rows = self.targets.iter().map(|Target { what, figure, wanted, at_most, met }| {
             let sign = if *at_most { "<=" } else { ">=" };
             let met = if *met { "met" } else { "MISSED" };
-            [what.clone(), format!("{figure:.3}"), format!("{sign} {wanted}"), met.to_owned()]
+            vec![what.clone(), format!("{figure:.3}"), format!("{sign} {wanted}"), met.to_owned()]
         });
-        table(["target", "figure", "wanted", ""], rows)
+        table(&["target", "figure", "wanted", ""], rows)
     }
-}
-
-fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
-    rows.for_each(|row| {
-        table.add_row(row);
-    });
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
 }
 
 #[cfg(test)]

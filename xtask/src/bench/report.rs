@@ -174,13 +174,10 @@ impl Report {
     }
 
     fn table(&self, metric: Metric, rate: Option<(Metric, &str)>) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::ASCII_MARKDOWN);
         let unit = if metric == Metric::GbitPerSecond { "Gbit/s" } else { "µs" };
         let mut header = vec!["from client pod to", unit, "to limit", "to pod, same path"];
         header.extend(rate.map(|(_, title)| title));
-        table.set_header(&header);
-        for row in self.results.iter().filter(|row| row.metric == metric) {
+        let rows = self.results.iter().filter(|row| row.metric == metric).map(|row| {
             let Summary { median, min, max } = row.summary;
             let mut cells = vec![
                 row.variant.label().to_owned(),
@@ -193,13 +190,23 @@ impl Report {
             });
             // Of the best round: whatever disturbs a round only lowers its mean, which a rate is.
             cells.extend(rate.map(|rate| format!("{:.0}", rate.summary.max)));
-            table.add_row(cells);
-        }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        table
+            cells
+        });
+        table(&header, rows)
     }
+}
+
+/// Figures in Markdown; all columns but the first are numbers.
+pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
+    rows.for_each(|row| {
+        table.add_row(row);
+    });
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 #[cfg(test)]
