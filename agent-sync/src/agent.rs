@@ -81,6 +81,8 @@ pub struct KernelOptions {
     pub tunnel_device: String,
     /// Its UDP port.
     pub tunnel_port: u16,
+    /// Pods are told of packets that are too big for the tunnels.
+    pub pmtu_discovery: bool,
     /// Name of the WireGuard devices, which also one without encryption has to know: it removes them.
     pub wireguard_device: String,
     /// Encryption between nodes; none: all goes in clear.
@@ -364,6 +366,7 @@ impl Node {
         let spec = OverlaySpec { name: kernel.tunnel_device.clone(), port: kernel.tunnel_port, mtu };
         let overlay = netlink.ensure_overlay(&spec).await?;
         datapath.attach_overlay(overlay)?;
+        datapath.set_pmtu_discovery(kernel.pmtu_discovery)?;
         match &keeper {
             Some(keeper) => {
                 for link in keeper.links() {

@@ -104,6 +104,9 @@ struct Flags {
     /// UDP port of the tunnels, the same in the whole mesh
     #[arg(long, default_value_t = TUNNEL_PORT)]
     tunnel_port: u16,
+    /// Whether pods are told of packets that are too big for the tunnels; otherwise these are sent in fragments
+    #[arg(long, value_enum, value_name = "SWITCH", default_value_t = Switch::On)]
+    pmtu_discovery: Switch,
     /// Whether dead remote clusters are taken out of load-balancing
     #[arg(long, value_enum, default_value_t = Switch::On)]
     liveness: Switch,
@@ -260,6 +263,7 @@ impl Flags {
             cgroup_root: self.cgroup_root,
             tunnel_device: self.tunnel_device,
             tunnel_port: self.tunnel_port,
+            pmtu_discovery: self.pmtu_discovery == Switch::On,
             wireguard_device: self.encryption.device().to_owned(),
             encryption: self.encryption.options(),
             packet_services: self.outside.options(),

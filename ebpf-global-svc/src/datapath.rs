@@ -39,7 +39,7 @@ pub use self::{
 };
 use crate::{
     DatapathError, DatapathOptions, Tables,
-    abi::{CONFIG_PACKET_SERVICES, CONFIG_STRICT, ClusterState, Config, Plain},
+    abi::{CONFIG_PACKET_SERVICES, CONFIG_PMTU_DISCOVERY, CONFIG_STRICT, ClusterState, Config, Plain},
     sys::LinkTarget,
     table::KernelTable,
 };
@@ -245,6 +245,15 @@ impl Datapath {
     /// [`DatapathError::Map`].
     pub fn set_packet_services(&mut self, on: bool) -> Result<(), DatapathError> {
         self.set_flag(CONFIG_PACKET_SERVICES, on)
+    }
+
+    /// Has the programs tell pods of packets that are too big for the overlay, rather than send these in fragments; what
+    /// they do already is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_pmtu_discovery(&mut self, on: bool) -> Result<(), DatapathError> {
+        self.set_flag(CONFIG_PMTU_DISCOVERY, on)
     }
 
     /// Tells the programs this node's underlay address; the one they have already is fine.

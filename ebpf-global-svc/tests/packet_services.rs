@@ -174,6 +174,26 @@ fn fragments_arrive_and_are_answered() {
     }
 }
 
+/// "Too big" would be about an address that its sender has never heard of.
+#[test]
+fn packets_to_frontends_that_are_too_big_go_in_fragments() {
+    let mut world = World::new(Node::pair());
+    world.nodes[0].netns.ip("link set cm_vxlan mtu 1300");
+    let datapath = world.nodes[0].datapath.as_mut().unwrap();
+    datapath.set_packet_services(true).unwrap();
+    datapath.set_pmtu_discovery(true).unwrap();
+    for family in [4, 6] {
+        let ip = frontend(family);
+        world.publish(ip, ECHO, 2, pod(2, family));
+        for netns in [&world.client, &world.nodes[0].pod] {
+            let before = metric(world.nodes[0].datapath(), reason::TOO_BIG);
+            stream(netns, ip);
+            assert!(metric(world.nodes[0].datapath(), reason::TOO_BIG) > before);
+        }
+    }
+    assert_eq!(metric(world.nodes[0].datapath(), reason::FRAG_NEEDED), 0);
+}
+
 /// The error names the packet as its sender knows it, else no socket would get it.
 #[test]
 fn errors_reach_who_caused_them() {

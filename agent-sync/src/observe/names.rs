@@ -80,7 +80,7 @@ impl PodNames {
     async fn read(&self, view: &PeerView, (cluster, ip): &Place) -> Option<NamespacedName> {
         let layout = if view.state.borrow().cached { Layout::Cache } else { Layout::State };
         let kinds: &[Kind] = if *cluster == self.own { &[Kind::Ip, Kind::LocalIp] } else { &[Kind::Ip] };
-        let suffix = ip.to_string();
+        let suffix = view.virtual_cidrs.real(*ip).to_string();
         for kind in kinds {
             let session = view.etcd.session().await;
             let found = session.get(&(data_prefix(*kind, cluster, layout) + &suffix)).await.ok().flatten();

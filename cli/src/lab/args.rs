@@ -139,6 +139,14 @@ pub(crate) enum LabCommand {
   clustermesh lab encrypt alpha nodes --strict
   clustermesh lab encrypt alpha off")]
     Encrypt(EncryptArgs),
+    /// Give the agents of a cluster other flags than a lab's usual ones
+    ///
+    /// They are started again one after the other; the flags stay for later starts, until others are given, or none.
+    #[command(after_help = "Examples:
+  clustermesh lab agent-flags alpha -- --ipcache-max-entries=100000
+  clustermesh lab agent-flags alpha -- --bpf-lb-algorithm=maglev --pmtu-discovery=off
+  clustermesh lab agent-flags alpha   # none")]
+    AgentFlags(AgentFlagsArgs),
     /// Pull the cable of a node, or of a whole cluster
     #[command(after_help = "Examples:
   clustermesh lab cut beta/node1   # the node reaches nobody
@@ -230,6 +238,17 @@ pub(crate) struct EncryptArgs {
     /// Drop what should be encrypted and is not
     #[arg(long)]
     pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentFlagsArgs {
+    /// The cluster
+    pub(crate) cluster: String,
+    /// What `clustermesh-agent` understands, each with its value in one word
+    #[arg(last = true, value_name = "FLAG")]
+    pub(crate) flags: Vec<String>,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
 }

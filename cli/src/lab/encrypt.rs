@@ -1,13 +1,8 @@
-//! Encryption between the nodes of a lab: flags of a cluster's agents, kept in a file.
+//! Encryption between the nodes of a lab: flags of a cluster's agents.
 
-use anyhow::bail;
-use tokio::time::Instant;
-
+use super::agent_flags::restart_with;
 use super::args::{Between, EncryptArgs};
 use super::change::lock;
-use super::layout::Layout;
-use super::state::{ClusterState, write_atomically};
-use super::system::{Process, SystemProcess};
 use crate::error::usage;
 
 pub(crate) async fn encrypt(lab: Option<&str>, args: &EncryptArgs) -> anyhow::Result<()> {
@@ -21,29 +16,7 @@ pub(crate) async fn encrypt(lab: Option<&str>, args: &EncryptArgs) -> anyhow::Re
         Between::Nodes => Some("--encrypt=nodes"),
     };
     let strict = args.strict.then_some("--encryption-strict");
-    let flags: Vec<_> =
-        between.into_iter().flat_map(|between| ["--enable-wireguard", between]).chain(strict).collect();
-    write_atomically(&lab.layout.encryption(&name), flags.join("\n").as_bytes(), 0o644)?;
-    let state = ClusterState::load(&lab.layout, &name)?;
-    let cluster = lab.cluster(&name)?;
-    let until = Instant::now() + args.wait.wait_timeout.duration();
-    for node in &cluster.nodes {
-        let agent = SystemProcess::new(&lab.layout, cluster, Process::Agent(node.name.clone()))?;
-        agent.stop().await?;
-        agent.start(&state, until).await?;
-    }
-    Ok(())
-}
-
-/// The flags of the cluster's agents.
-///
-/// # Errors
-/// The file cannot be read.
-pub(super) fn flags(layout: &Layout, cluster: &str) -> anyhow::Result<Vec<String>> {
-    let path = layout.encryption(cluster);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => bail!("cannot read {}: {error}", path.display()),
-    }
+    let flags = between.into_iter().flat_map(|between| ["--enable-wireguard", between]).chain(strict);
+    let flags: Vec<_> = flags.map(str::to_owned).collect();
+    restart_with(&lab, &name, &lab.layout.encryption(&name), &flags, &args.wait).await
 }

@@ -116,6 +116,11 @@ impl Layout {
         self.cluster(cluster).join("encryption")
     }
 
+    /// Other flags of the cluster's agents, in the same form.
+    pub(crate) fn agent_flags(&self, cluster: &str) -> PathBuf {
+        self.cluster(cluster).join("agent-flags")
+    }
+
     /// Private key of a node.
     pub(crate) fn node_state(&self, cluster: &str, node: &str) -> PathBuf {
         self.node(cluster, node).join("state")

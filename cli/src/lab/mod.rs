@@ -10,6 +10,7 @@
 //! [`process`] and [`pki`] touch the machine, [`pods`] and [`system`] bring it in line.
 
 mod addressing;
+mod agent_flags;
 pub(crate) mod args;
 mod cgroup;
 mod change;
@@ -159,6 +160,7 @@ pub(crate) async fn run(args: &LabArgs) -> anyhow::Result<()> {
         LabCommand::Start(args) => change::start(lab, args, false).await,
         LabCommand::Restart(args) => change::start(lab, args, true).await,
         LabCommand::Encrypt(args) => encrypt::encrypt(lab, args).await,
+        LabCommand::AgentFlags(args) => agent_flags::set(lab, args).await,
         LabCommand::Cut { target } => change::set_link(lab, target, false).await,
         LabCommand::Heal { target } => change::set_link(lab, target, true).await,
         LabCommand::Enter(_) | LabCommand::Exec(_) => {

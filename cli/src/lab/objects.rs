@@ -196,8 +196,14 @@ impl Objects {
 
     /// [`Objects::read`] for text.
     fn parse(&mut self, text: &str) -> Result<Vec<String>, String> {
-        let documents: Vec<Value> =
-            serde_saphyr::from_multiple(text).map_err(|e| e.without_snippet().to_string())?;
+        let mut options = serde_saphyr::Options::default();
+        if let Some(budget) = &mut options.budget {
+            // A whole cluster may be in one file.
+            (budget.max_documents, budget.max_events) = (usize::MAX, usize::MAX);
+            (budget.max_nodes, budget.max_total_scalar_bytes) = (usize::MAX, usize::MAX);
+        }
+        let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
+            .map_err(|e| e.without_snippet().to_string())?;
         let mut ignored = Vec::new();
         for document in documents {
             if document.is_null() {
@@ -404,6 +410,18 @@ items:
 - {apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: x, namespace: shop}, spec: {ingress: []}}
 - {apiVersion: v1, kind: Secret, metadata: {name: x}}
 ";
+
+    #[test]
+    fn a_whole_cluster_in_one_file() {
+        let service = |n| {
+            format!(
+                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{n}, namespace: shop}}\nspec: {{ports: [{{port: 80}}]}}\n"
+            )
+        };
+        let mut objects = Objects::default();
+        objects.parse(&(0..3000).map(service).collect::<String>()).unwrap();
+        assert_eq!(objects.services.len(), 3000);
+    }
 
     #[test]
     fn documents_and_lists_are_read_and_other_kinds_reported() {

@@ -15,8 +15,8 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::agent_flags;
 use super::cgroup::Cgroup;
-use super::encrypt;
 use super::layout::Layout;
 use super::netns;
 use super::pki::{self, certificate, etcd_yaml};
@@ -330,7 +330,7 @@ impl<'a> SystemProcess<'a> {
         // A lab's tables are small, and somebody who breaks them is watching.
         argv.extend(["--kernel-scan-interval", "5"].map(str::to_owned));
         argv.extend(["--http-addr".to_owned(), format!("0.0.0.0:{AGENT_PORT}")]);
-        argv.extend(encrypt::flags(layout, cluster)?);
+        argv.extend(agent_flags::all(layout, cluster)?);
         Ok(argv)
     }
 

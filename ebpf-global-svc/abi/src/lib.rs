@@ -555,7 +555,7 @@ pub struct Config {
     pub node_ip: [u8; 4],
     /// UDP port of the overlay, host order; 0: unknown.
     pub overlay_port: u16,
-    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`].
+    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`], [`CONFIG_PMTU_DISCOVERY`].
     pub flags: u16,
     /// Which events are wanted: a bit for each [`event_kind`].
     pub events: u32,
@@ -567,6 +567,9 @@ pub struct Config {
 pub const CONFIG_STRICT: u16 = 1;
 /// [`Config::flags`]: packets that pods send to frontends, past all socket hooks, are translated.
 pub const CONFIG_PACKET_SERVICES: u16 = 2;
+/// [`Config::flags`]: pods are told of packets that the overlay would have to fragment, and that must not or cannot be
+/// fragmented on their way.
+pub const CONFIG_PMTU_DISCOVERY: u16 = 4;
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx`, `cm_verdict` and `cm_calls` value.
 #[repr(C)]
@@ -700,6 +703,8 @@ pub mod reason {
     pub const POLICY: u8 = 133;
     /// Drop: truncated or malformed.
     pub const INVALID_PACKET: u8 = 134;
+    /// Drop: larger than the overlay's MTU; the pod that sent it has been told.
+    pub const FRAG_NEEDED: u8 = 136;
     /// Drop: a packet on the overlay without tunnel metadata.
     pub const NO_TUNNEL_KEY: u8 = 147;
     /// Drop: came from the overlay and is for nobody on this node.
@@ -751,6 +756,7 @@ pub mod reason {
             INVALID_SOURCE_IP => "invalid-source-ip",
             POLICY => "policy",
             INVALID_PACKET => "invalid-packet",
+            FRAG_NEEDED => "frag-needed",
             NO_TUNNEL_KEY => "no-tunnel-key",
             UNKNOWN_TARGET => "unknown-target",
             NO_TUNNEL_ENDPOINT => "no-tunnel-endpoint",

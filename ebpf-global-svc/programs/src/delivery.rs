@@ -6,7 +6,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     bindings::{BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
     helpers::{
-        bpf_check_mtu, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
         bpf_skb_store_bytes,
     },
     programs::TcContext,
@@ -15,7 +15,7 @@ use ebpf_global_svc_abi::{
     CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, reason,
 };
 
-use crate::{counters::count, events::drop_packet, maps::node, nat, zero::zero};
+use crate::{counters::count, events::drop_packet, maps::node, nat, pmtu, zero::zero};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
@@ -99,9 +99,7 @@ pub fn to_node(ctx: &TcContext, config: &Config, hook: u8, identity: u32, node_i
     if !may_go(config, node_ip) {
         return drop(ctx, hook, reason::UNENCRYPTED, identity);
     }
-    let mut mtu = 0_u32;
-    // SAFETY: the context is the program's own, and `mtu` outlives the call.
-    if unsafe { bpf_check_mtu(ctx.skb.skb.cast(), config.overlay_ifindex, &raw mut mtu, 0, 0) } > 0 {
+    if pmtu::exceeds(ctx.skb.skb, config.overlay_ifindex, &mut 0) {
         // The overlay will fragment it. That works, and an operator wants to know.
         count(reason::TOO_BIG, ctx.len());
     }

@@ -33,6 +33,7 @@ mod netdev;
 mod overlay;
 mod packet;
 mod peer;
+mod pmtu;
 mod pod;
 mod policy;
 mod rewrite;

@@ -15,8 +15,9 @@ use aya_ebpf::{
 use ebpf_global_svc_abi::{
     AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
     EVENT_KINDS, EndpointValue, Event, EventRule, EventState, FAMILY_V4, FragmentKey, FragmentValue, IpKey,
-    IpValue, MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, PolicyValue, PrefixValue, ServiceKey,
-    ServiceValue, SlotKey, SCRATCH_WORDS, SockRevKey, SockRevValue, TranslateValue, VerdictKey,
+    IpValue, MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, PolicyValue,
+    PrefixValue, SCRATCH_WORDS, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue,
+    VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;

@@ -12,14 +12,10 @@
 
 use core::{mem::MaybeUninit, ptr::addr_of_mut};
 
-use aya_ebpf::{
-    bindings::__sk_buff,
-    helpers::bpf_ktime_get_ns,
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::__sk_buff, helpers::bpf_ktime_get_ns, programs::TcContext};
 use ebpf_global_svc_abi::{
-    BackendValue, FAMILY_V4, NAT_CLOSED, NatKey, NatValue, SCRATCH_WORDS, ServiceKey, backend_state, nat_kind,
-    reason, scope,
+    BackendValue, FAMILY_V4, NAT_CLOSED, NatKey, NatValue, SCRATCH_WORDS, ServiceKey, backend_state,
+    nat_kind, reason, scope,
 };
 
 use crate::{
@@ -361,7 +357,10 @@ fn find(key: &NatKey, value: &mut NatValue, flow: &Flow, from_client: bool) -> b
         if idle > limit || begins && closed {
             return false;
         }
-        if from_client && (begins || flow.proto != TCP) && value.node_ip == [0; 4] && !still_serves(value, flow)
+        if from_client
+            && (begins || flow.proto != TCP)
+            && value.node_ip == [0; 4]
+            && !still_serves(value, flow)
         {
             return false;
         }
@@ -438,13 +437,7 @@ fn set_rewrite(
 /// Both addresses in an error: the outer one, if it is that of the end which the packet that is held names, and the one
 /// that is held; 0 if that works. `to_backend`: the outer destination and the held source; else the outer source and the held destination.
 #[inline(always)]
-fn turn_error(
-    skb: *mut __sk_buff,
-    scratch: &mut Scratch,
-    transport: u32,
-    at: u32,
-    to_backend: bool,
-) -> u32 {
+fn turn_error(skb: *mut __sk_buff, scratch: &mut Scratch, transport: u32, at: u32, to_backend: bool) -> u32 {
     set_rewrite(&mut scratch.rewrite, at, transport, &scratch.about, &scratch.value, !to_backend);
     let held = scratch.rewrite.before;
     scratch.rewrite.error = at - EMBEDDED;

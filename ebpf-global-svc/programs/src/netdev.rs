@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use ebpf_global_svc_abi::{
-    Config, EndpointValue, FAMILY_V4, IpKey, PREFIX_VIRTUAL, direction, event_hook, identity, reason, scope,
+    Config, EndpointValue, IpKey, PREFIX_VIRTUAL, direction, event_hook, identity, reason, scope,
 };
 
 use crate::{
@@ -32,7 +32,7 @@ pub fn cm_from_netdev(ctx: TcContext) -> i32 {
     if udp_port(&ctx, &addresses.destination) == Some(config.overlay_port) {
         return TC_ACT_UNSPEC;
     }
-    let is_own = is_own(config, &addresses.destination);
+    let is_own = peer::is_this_node(config, &addresses.destination);
     match nat::serve(&ctx, config.cluster, scope::OUTSIDE) {
         Served::Not => return TC_ACT_UNSPEC,
         Served::Yes => {}
@@ -94,10 +94,4 @@ fn admit(ctx: &TcContext, config: &Config, pod: &EndpointValue, source: &IpKey) 
     let mut flow = MaybeUninit::uninit();
     let flow = policy::flow(ctx, &mut flow, HOOK, source.family, (0, config.cluster));
     policy::check(ctx, flow, pod, direction::INGRESS, peer::outside(config, source))
-}
-
-#[inline(always)]
-fn is_own(config: &Config, address: &IpKey) -> bool {
-    let ip = &address.ip;
-    address.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip
 }

@@ -10,14 +10,15 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use ebpf_global_svc_abi::{
-    CONFIG_STRICT, Config, EndpointValue, FAMILY_V4, NODE_CLEAR, NODE_VIRTUAL, NodeValue, OverlayKey,
-    PREFIX_VIRTUAL, PrefixValue, direction, event_hook, event_kind, identity, reason,
+    CONFIG_STRICT, Config, EndpointValue, NODE_CLEAR, NODE_VIRTUAL, NodeValue, OverlayKey, PREFIX_VIRTUAL,
+    PrefixValue, direction, event_hook, event_kind, identity, reason,
 };
 
 use crate::{
     counters::{count, count_overlay},
     delivery::{
-        accept_frame, as_frontend, drop, drop_untold, is_via_stack, may_go, set_tunnel, to_outside, to_pod, to_stack,
+        accept_frame, as_frontend, drop, drop_untold, is_via_stack, may_go, set_tunnel, to_outside, to_pod,
+        to_stack,
     },
     events::{What, clusters, trace_packet, wanted},
     maps::{ENDPOINT, IPCACHE, config, node, prefix_of},
@@ -231,8 +232,7 @@ fn speaker(config: &Config, origin: &OverlayKey, decrypted: bool) -> Result<&'st
 #[inline(always)]
 fn belongs_here(config: &Config, addresses: &Addresses) -> bool {
     let destination = &addresses.destination;
-    let ip = &destination.ip;
-    if destination.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip {
+    if peer::is_this_node(config, destination) {
         return true;
     }
     // SAFETY: as above.

@@ -10,11 +10,17 @@ use crate::{
     mark,
 };
 
+/// Whether that is this node's own underlay address.
+#[inline(always)]
+pub fn is_this_node(config: &Config, address: &IpKey) -> bool {
+    let ip = &address.ip;
+    address.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip
+}
+
 /// Somebody whose address is in no pod CIDR of the mesh. Apart, for its keys to leave the stack again.
 #[inline(never)]
 pub fn outside(config: &Config, address: &IpKey) -> u32 {
-    let ip = &address.ip;
-    if address.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip {
+    if is_this_node(config, address) {
         return identity::HOST;
     }
     let key = NodeKey { family: address.family, pad: [0; 3], ip: address.ip };

@@ -6,8 +6,8 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use ebpf_global_svc_abi::{
-    CONFIG_PACKET_SERVICES, Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL, direction, event_hook,
-    event_kind, identity, reason, scope,
+    CONFIG_PACKET_SERVICES, CONFIG_PMTU_DISCOVERY, Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL,
+    direction, event_hook, event_kind, identity, reason, scope,
 };
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark, nat,
     packet::{Addresses, Packet, udp_port},
-    peer, policy, translate,
+    peer, pmtu, policy, translate,
 };
 
 /// Ingress: a packet from the pod.
@@ -59,6 +59,13 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
         return drop_untold(&ctx, reason);
     }
+    if config.flags & CONFIG_PMTU_DISCOVERY != 0
+        && matches!(way.to, To::Node)
+        && let mtu @ 1.. = pmtu::exceeded(&ctx, config.overlay_ifindex)
+    {
+        let dropped = drop(&ctx, HOOK, reason::FRAG_NEEDED, sender.identity);
+        return pmtu::tell(&ctx, mtu).unwrap_or(dropped);
+    }
     if wanted(config, event_kind::TRACE) {
         tell(&ctx, config, sender, &way);
     }
@@ -79,7 +86,7 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             Ok(()) => to_outside(way.ifindex),
             Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
         },
-        To::Node => {
+        To::Node | To::ServedByNode => {
             if way.is_virtual
                 && let Err(reason) = translate::leave(&ctx, way.cluster)
             {
@@ -125,7 +132,7 @@ struct Way {
     to: To,
     /// With [`To::Pod`].
     pod: Option<&'static EndpointValue>,
-    /// With [`To::Node`].
+    /// With [`To::Node`] and [`To::ServedByNode`].
     node_ip: [u8; 4],
     /// With [`To::Outside`].
     ifindex: u32,
@@ -151,7 +158,7 @@ fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
         To::Stack => (reason::TO_STACK, way.peer),
         To::Outside => (reason::ANSWERED, way.peer),
         To::Pod => (reason::FORWARDED, way.pod.map_or(0, |pod| pod.identity)),
-        To::Node => (reason::ENCAPSULATED, way.peer),
+        To::Node | To::ServedByNode => (reason::ENCAPSULATED, way.peer),
     };
     let what = What::new(event_kind::TRACE, reason, event_hook::FROM_POD, EVENT_EGRESS);
     let clusters = clusters(config.cluster, way.cluster);
@@ -166,6 +173,8 @@ enum To {
     /// Of this node.
     Pod,
     Node,
+    /// The same for what got a backend's address here: its sender would not know whom "too big" is about.
+    ServedByNode,
 }
 
 #[inline(always)]
@@ -240,6 +249,9 @@ fn elsewhere(
         return Err(reason::INVALID_PACKET);
     }
     *found = way(ctx, config, sender, addresses)?;
+    if let To::Node = found.to {
+        found.to = To::ServedByNode;
+    }
     Ok(())
 }
 

@@ -209,6 +209,12 @@ impl Netns {
         run("ip", &all);
     }
 
+    /// The route to an address, with what the kernel has learnt on the way.
+    pub fn route_to(&self, to: IpAddr) -> String {
+        let output = Command::new("ip").args(["-n", &self.0, "route", "get", &to.to_string()]).output();
+        String::from_utf8(output.expect("iproute2 is there").stdout).unwrap()
+    }
+
     /// Programs that are filters of an interface in a direction (`ingress`, `egress`), by name.
     pub fn filters(&self, device: &str, direction: &str) -> Vec<String> {
         let output = Command::new("tc")

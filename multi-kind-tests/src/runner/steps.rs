@@ -8,8 +8,8 @@ use crate::lab::{Lab, READY, micros, ordered};
 use crate::pace;
 use crate::process;
 use crate::scenario::{
-    Annotate, Apply, Call, Check, Connect, Delete, Encrypt, IdentitySeen, Load, LoadStop, NodeRef, Pair,
-    ProcessRef, Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
+    AgentFlags, Annotate, Apply, Call, Check, Connect, Delete, Encrypt, IdentitySeen, Load, LoadStop,
+    NodeRef, Pair, ProcessRef, Ready, Rotation, Scale, Scenario, Shift, Step, Stream, StreamEnd, Unchanged,
 };
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -83,6 +83,12 @@ pub(super) fn title(step: &Step) -> String {
         Step::LoadStop(stop) => format!("end of {}", stop.load),
         Step::Stream(stream) => format!("{} streams to {} for {}", stream.from, stream.to, stream.span),
         Step::StreamEnd(end) => format!("end of {}", end.stream),
+        Step::AgentFlags(AgentFlags { cluster, flags }) if flags.is_empty() => {
+            format!("the agents of {cluster} have a lab's usual flags")
+        }
+        Step::AgentFlags(AgentFlags { cluster, flags }) => {
+            format!("the agents of {cluster} have {}", flags.join(" "))
+        }
         Step::Encrypt(encrypt) => {
             let strict = if encrypt.strict { ", strictly" } else { "" };
             format!("{} encrypts between {}{strict}", encrypt.cluster, encrypt.between)
@@ -170,6 +176,7 @@ impl<'a> Stage<'a> {
             Step::LoadStop(stop) => self.load_stop(stop),
             Step::Stream(stream) => self.stream(stream),
             Step::StreamEnd(end) => self.stream_end(end),
+            Step::AgentFlags(flags) => self.agent_flags(flags),
             Step::Encrypt(encrypt) => self.encrypt(encrypt),
             Step::Underlay(look) => super::underlay::look(self, look),
             Step::Chaos(chaos) => super::chaos::run(self, chaos),
@@ -214,13 +221,27 @@ impl<'a> Stage<'a> {
     }
 
     fn encrypt(&mut self, encrypt: &Encrypt) -> anyhow::Result<Option<String>> {
-        let lab = self.lab()?;
-        let cluster = lab.context(&encrypt.cluster);
-        self.changed = now()?;
         let strict = if encrypt.strict { &["--strict"][..] } else { &[] };
+        self.restart_agents("encrypt", &encrypt.cluster, &[&[encrypt.between.as_str()], strict].concat())
+    }
+
+    fn agent_flags(&mut self, AgentFlags { cluster, flags }: &AgentFlags) -> anyhow::Result<Option<String>> {
+        let flags: Vec<&str> = std::iter::once("--").chain(flags.iter().map(String::as_str)).collect();
+        self.restart_agents("agent-flags", cluster, &flags)
+    }
+
+    /// By a command of the lab, which waits until they are ready.
+    fn restart_agents(
+        &mut self,
+        command: &str,
+        cluster: &str,
+        how: &[&str],
+    ) -> anyhow::Result<Option<String>> {
+        let lab = self.lab()?;
+        let cluster = lab.context(cluster);
+        self.changed = now()?;
         let patience = format!("{}s", pace::slowed(READY).as_secs());
-        let wait = ["--wait-timeout", &patience];
-        lab.clustermesh(&[&["lab", "encrypt", &cluster, &encrypt.between], strict, &wait].concat())?;
+        lab.clustermesh(&[&["lab", command, "--wait-timeout", &patience, &cluster], how].concat())?;
         Ok(None)
     }
 

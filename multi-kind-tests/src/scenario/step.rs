@@ -65,6 +65,8 @@ pub enum Step {
 
     /// `lab encrypt`: the agents of a cluster encrypt, or do not any more.
     Encrypt(Encrypt),
+    /// `lab agent-flags`: the agents of a cluster get other flags.
+    AgentFlags(AgentFlags),
     /// Look at the packets between nodes.
     Underlay(Underlay),
 
@@ -314,6 +316,17 @@ pub struct Encrypt {
     /// Clear text is dropped.
     #[serde(default)]
     pub strict: bool,
+}
+
+/// Flags of a cluster's agents.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AgentFlags {
+    /// Where.
+    pub cluster: String,
+    /// In place of those that were given before.
+    #[serde(default)]
+    pub flags: Vec<String>,
 }
 
 /// What is on the wire.

@@ -74,11 +74,17 @@ pub(super) fn run(args: &DatapathArgs) -> anyhow::Result<()> {
     let costs = costs(args.rounds)?;
     interrupt::watch()?;
     let mut paths = Vec::new();
+    let mut outcome = Ok(());
     for (services, executables) in counts.iter().zip(executables.iter().cycle()) {
         let asked = Paths { rounds: args.rounds, seconds: args.seconds, services: *services };
-        let report = measure(asked, Machine::look()?, executables)
-            .or_else(|error| interrupt::check().and(Err(error)))?;
-        paths.push(report);
+        match measure(asked, Machine::look()?, executables) {
+            Ok(report) => paths.push(report),
+            // What has been measured is shown all the same.
+            Err(error) => {
+                outcome = interrupt::check().and(Err(error));
+                break;
+            }
+        }
     }
     let targets = targets(&costs, &paths);
     let findings = Findings { machine, costs, paths, targets };
@@ -86,7 +92,7 @@ pub(super) fn run(args: &DatapathArgs) -> anyhow::Result<()> {
         Output::Text => print!("{}", findings.text()),
         Output::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
     }
-    Ok(())
+    outcome
 }
 
 /// Runs the example, a round of which takes some seconds.

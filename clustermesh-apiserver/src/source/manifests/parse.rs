@@ -241,9 +241,11 @@ impl Document<'_> {
 fn yaml_options() -> serde_saphyr::Options {
     let mut options = serde_saphyr::Options::default();
     if let Some(budget) = &mut options.budget {
+        budget.max_documents = usize::MAX;
         budget.max_events = usize::MAX;
         budget.max_nodes = usize::MAX;
         budget.max_total_scalar_bytes = usize::MAX;
+        budget.max_total_comment_bytes = usize::MAX;
     }
     options.with_snippet = false;
     options

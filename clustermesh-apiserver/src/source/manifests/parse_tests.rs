@@ -39,6 +39,13 @@ fn streams_of_several_documents() {
 }
 
 #[test]
+fn a_whole_cluster_in_one_file() {
+    let text: String =
+        (0..3000).map(|n| format!("# {n}\n---\n{}", POD.replace("web", &format!("web-{n}")))).collect();
+    assert_eq!(kinds(&text).len(), 3000);
+}
+
+#[test]
 fn other_kinds_are_passed_over() {
     let deployment = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec: {replicas: 2}\n";
     assert_eq!(kinds(&format!("{deployment}---\n{POD}")), [ObjectKind::Pod]);
