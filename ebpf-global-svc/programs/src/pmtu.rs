@@ -13,10 +13,12 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use ebpf_global_svc_abi::FAMILY_V4;
+use ebpf_global_svc_abi::{CONFIG_PMTU_DISCOVERY, FAMILY_V4, event_hook, reason};
 
 use crate::{
+    delivery::drop,
     flow::{ICMP, ICMPV6, OUTER, is_error},
+    maps::config,
     packet::{ETHERNET, family_of},
     zero::zero,
 };
@@ -78,14 +80,15 @@ const LENGTH4: u16 = size_of::<Told4>() as u16;
 /// Without the IP header.
 const LENGTH6: u16 = size_of::<Told6>() as u16 - 40;
 
-/// The MTU of an interface, if the packet does not fit and its sender would rather hear so than see it in fragments; else 0.
+/// What becomes of a pod's packet that does not fit the overlay and whose sender would rather hear so than see it in
+/// fragments: dropped, or on its way back as what its sender is told. 0: it may go on.
 #[inline(always)]
-pub fn exceeded(ctx: &TcContext, ifindex: u32) -> u32 {
+pub fn refuse(ctx: &TcContext, sender: u32) -> i32 {
     if ctx.len() <= ETHERNET as u32 + IPV6_MINIMUM {
         return 0;
     }
     // SAFETY: the context is the program's own.
-    unsafe { too_big_for(ctx.skb.skb, ifindex) }
+    unsafe { refuse_too_big(ctx.skb.skb, sender) as i32 }
 }
 
 /// Whether the packet, or what the device will make of it, exceeds the MTU of an interface, which is written.
@@ -95,17 +98,34 @@ pub fn exceeds(skb: *mut __sk_buff, ifindex: u32, mtu: &mut u32) -> bool {
     unsafe { bpf_check_mtu(skb.cast(), ifindex, mtu, 0, BPF_MTU_CHK_SEGS.into()) > 0 }
 }
 
-/// Makes the packet one that tells its sender, and sends it back. None if that is not possible.
-#[inline(always)]
-pub fn tell(ctx: &TcContext, mtu: u32) -> Option<i32> {
-    let skb = ctx.skb.skb;
-    // SAFETY: the context is the program's own.
-    let failed = unsafe { if family_of(skb) == FAMILY_V4 { tell4(skb, mtu) } else { tell6(skb, mtu) } };
+/// See [`refuse`]. One call, for its caller has no room on the stack to remember anything between several.
+///
+/// # Safety
+/// `skb` is the program's own context.
+#[inline(never)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn refuse_too_big(skb: *mut __sk_buff, sender: u32) -> u32 {
+    let Some(config) = config() else { return 0 };
+    if config.flags & CONFIG_PMTU_DISCOVERY == 0 {
+        return 0;
+    }
+    // SAFETY: the caller's.
+    let mtu = unsafe { too_big_for(skb, config.overlay_ifindex) };
+    if mtu == 0 {
+        return 0;
+    }
+    let dropped = drop(&TcContext::new(skb), event_hook::FROM_POD, reason::FRAG_NEEDED, sender);
     // SAFETY: as above.
-    (failed == 0).then(|| unsafe { bpf_redirect((*skb).ifindex, 0) as i32 })
+    let failed = unsafe { if family_of(skb) == FAMILY_V4 { tell4(skb, mtu) } else { tell6(skb, mtu) } };
+    if failed != 0 {
+        return dropped as u32;
+    }
+    // SAFETY: as above.
+    unsafe { bpf_redirect((*skb).ifindex, 0) as u32 }
 }
 
-/// See [`exceeded`]. Nobody is told of an ICMP error (RFC 1122, 3.2.2).
+/// The MTU of an interface, if the packet does not fit and must not be cut, or cannot be; else 0. Nobody is told of an ICMP error
+/// (RFC 1122, 3.2.2).
 ///
 /// # Safety
 /// `skb` is the program's own context.

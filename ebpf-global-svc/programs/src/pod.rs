@@ -6,8 +6,8 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use ebpf_global_svc_abi::{
-    CONFIG_PACKET_SERVICES, CONFIG_PMTU_DISCOVERY, Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL,
-    direction, event_hook, event_kind, identity, reason, scope,
+    CONFIG_PACKET_SERVICES, Config, EVENT_EGRESS, EndpointValue, PREFIX_VIRTUAL, direction, event_hook,
+    event_kind, identity, reason, scope,
 };
 
 use crate::{
@@ -59,12 +59,11 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
     if let Err(reason) = allow(&ctx, config, sender, addresses, &way) {
         return drop_untold(&ctx, reason);
     }
-    if config.flags & CONFIG_PMTU_DISCOVERY != 0
-        && matches!(way.to, To::Node)
-        && let mtu @ 1.. = pmtu::exceeded(&ctx, config.overlay_ifindex)
+    if matches!(way.to, To::Node)
+        && way.traits & Way::SERVED == 0
+        && let refused @ 1.. = pmtu::refuse(&ctx, sender.identity)
     {
-        let dropped = drop(&ctx, HOOK, reason::FRAG_NEEDED, sender.identity);
-        return pmtu::tell(&ctx, mtu).unwrap_or(dropped);
+        return refused;
     }
     if wanted(config, event_kind::TRACE) {
         tell(&ctx, config, sender, &way);
@@ -86,8 +85,8 @@ pub fn cm_from_pod(ctx: TcContext) -> i32 {
             Ok(()) => to_outside(way.ifindex),
             Err(reason) => drop(&ctx, HOOK, reason, sender.identity),
         },
-        To::Node | To::ServedByNode => {
-            if way.is_virtual
+        To::Node => {
+            if way.traits & Way::VIRTUAL != 0
                 && let Err(reason) = translate::leave(&ctx, way.cluster)
             {
                 return drop(&ctx, HOOK, reason, sender.identity);
@@ -132,7 +131,7 @@ struct Way {
     to: To,
     /// With [`To::Pod`].
     pod: Option<&'static EndpointValue>,
-    /// With [`To::Node`] and [`To::ServedByNode`].
+    /// With [`To::Node`].
     node_ip: [u8; 4],
     /// With [`To::Outside`].
     ifindex: u32,
@@ -140,14 +139,19 @@ struct Way {
     peer: u32,
     /// 0: outside of the mesh.
     cluster: u16,
-    /// The destination is an address that nobody has there.
-    is_virtual: bool,
+    /// [`Way::VIRTUAL`], [`Way::SERVED`].
+    traits: u8,
 }
 
 impl Way {
+    /// The destination is an address that nobody has there.
+    const VIRTUAL: u8 = 1;
+    /// It got a backend's address here: its sender would not know whom "too big" is about.
+    const SERVED: u8 = 2;
+
     #[inline(always)]
     fn outside(peer: u32) -> Self {
-        Self { to: To::Stack, pod: None, node_ip: [0; 4], ifindex: 0, peer, cluster: 0, is_virtual: false }
+        Self { to: To::Stack, pod: None, node_ip: [0; 4], ifindex: 0, peer, cluster: 0, traits: 0 }
     }
 }
 
@@ -158,7 +162,7 @@ fn tell(ctx: &TcContext, config: &Config, sender: &EndpointValue, way: &Way) {
         To::Stack => (reason::TO_STACK, way.peer),
         To::Outside => (reason::ANSWERED, way.peer),
         To::Pod => (reason::FORWARDED, way.pod.map_or(0, |pod| pod.identity)),
-        To::Node | To::ServedByNode => (reason::ENCAPSULATED, way.peer),
+        To::Node => (reason::ENCAPSULATED, way.peer),
     };
     let what = What::new(event_kind::TRACE, reason, event_hook::FROM_POD, EVENT_EGRESS);
     let clusters = clusters(config.cluster, way.cluster);
@@ -173,8 +177,6 @@ enum To {
     /// Of this node.
     Pod,
     Node,
-    /// The same for what got a backend's address here: its sender would not know whom "too big" is about.
-    ServedByNode,
 }
 
 #[inline(always)]
@@ -209,9 +211,9 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
         [0, 0, 0, 0] => return Err(reason::NO_TUNNEL_ENDPOINT),
         _ => To::Node,
     };
-    let is_virtual = prefix.flags & PREFIX_VIRTUAL != 0;
+    let traits = if prefix.flags & PREFIX_VIRTUAL != 0 { Way::VIRTUAL } else { 0 };
     let way = Way::outside(peer::inside(config, entry));
-    Ok(Way { to, node_ip, cluster: prefix.cluster, is_virtual, ..way })
+    Ok(Way { to, node_ip, cluster: prefix.cluster, traits, ..way })
 }
 
 /// The way of a packet whose destination is in no pod CIDR, and that would go to the stack.
@@ -249,9 +251,7 @@ fn elsewhere(
         return Err(reason::INVALID_PACKET);
     }
     *found = way(ctx, config, sender, addresses)?;
-    if let To::Node = found.to {
-        found.to = To::ServedByNode;
-    }
+    found.traits |= Way::SERVED;
     Ok(())
 }
 

@@ -77,10 +77,25 @@ impl Timeline {
             }
         }
         let mut text = format!("{} calls: {}", self.events.len(), super::join(&by_cluster));
+        let answered = self.events.iter().filter(|event| event.error.is_none());
+        if let Some(slowest) = answered.map(|event| event.us).max() {
+            text += &format!("; slowest {} ms", slowest / 1000);
+        }
         if !failures.is_empty() {
-            text += &format!("; failed: {}", super::join(&failures));
+            text += &format!("; failed: {}, begun at {}", super::join(&failures), self.failed_at());
         }
         text
+    }
+
+    /// When the first failed calls began, as logs write the time (UTC).
+    fn failed_at(&self) -> String {
+        const SHOWN: usize = 5;
+        let failed = self.events.iter().filter(|event| event.error.is_some());
+        let mut moments: Vec<String> = failed.take(SHOWN + 1).map(|event| time_of_day(event.t)).collect();
+        if moments.len() > SHOWN {
+            moments[SHOWN] = "...".to_owned();
+        }
+        moments.join(", ")
     }
 
     /// How the load came to be answered by exactly `clusters` after a change at `changed`
@@ -164,9 +179,20 @@ fn describe(event: Option<&&CallEvent>) -> String {
     }
 }
 
+/// Of microseconds since the Unix epoch.
+fn time_of_day(t: u64) -> String {
+    let (seconds, millis) = (t / 1_000_000 % 86_400, t / 1000 % 1000);
+    format!("{:02}:{:02}:{:02}.{millis:03}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_as_in_logs() {
+        assert_eq!(time_of_day(1_795_735_219_480_478), "23:20:19.480");
+    }
 
     /// Calls every 5 ms; `a` and `b` are clusters, `!` is a failure.
     fn timeline(pattern: &str) -> Timeline {
