@@ -21,7 +21,7 @@ use ebpf_global_svc::{
 use support::{
     Netns, Service, TCP, UDP, endpoint, ip_key, metric,
     pair::{ECHO, Node, PATIENCE, VIRTUAL, call, pod, pod_identity, stream, underlay},
-    prefix_key,
+    prefix_key, wait_until,
 };
 
 /// Tells its clients who they are, in a pod.
@@ -85,7 +85,13 @@ impl World {
 
 /// What a server in a pod sees as the client's address.
 fn seen_by(pod: &Netns, pod_ip: IpAddr, caller: &Netns, to: SocketAddr) -> SocketAddr {
-    let socket = pod.run(|| UdpSocket::bind((pod_ip, WHO)).unwrap());
+    // A program that another test has just started may hold the descriptor of the socket before for a moment.
+    let mut socket = None;
+    wait_until("the port is free", || {
+        socket = pod.run(|| UdpSocket::bind((pod_ip, WHO))).ok();
+        socket.is_some()
+    });
+    let socket = socket.unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let server = thread::spawn(move || {
         let (_, client) = socket.recv_from(&mut [0; 8]).unwrap();

@@ -413,7 +413,7 @@ pub fn metric(datapath: &Datapath, reason: u8) -> u64 {
 
 /// Waits for a condition, not for a guess of its time.
 #[track_caller]
-pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !condition() {
         assert!(Instant::now() < deadline, "still not: {what}");
