@@ -114,8 +114,9 @@ impl Placement {
     pub(super) fn standing(&self, topology: &Topology, cluster: u16, ip: IpAddr) -> Standing {
         match topology.holder(ip) {
             Some(holder) if holder != cluster => Standing::HeldBy(holder),
+            Some(_) => Standing::May,
             None if self.at_own_nodes(cluster) => Standing::Unwanted,
-            _ => Standing::May,
+            None => Standing::Outside,
         }
     }
 

@@ -7,10 +7,11 @@ use clustermesh_kvstore::record::{
     Affinity, Algorithm, BackendState, Balancing, External, LocalBackend, LocalService, Nearness, Port,
     PortMap, Protocol,
 };
+use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::{ServiceKey, scope};
 
 use crate::desired::{Restored, ServicePlan};
-use crate::mesh::{Fact, LetIn, Mesh};
+use crate::mesh::{Fact, LetIn, Mesh, NodeFact};
 use crate::wire_key::service_key;
 
 const TCP: u8 = 6;
@@ -51,8 +52,21 @@ fn plans(service: LocalService, how: Option<LetIn>) -> BTreeMap<ServiceKey, Serv
     if let Some(how) = how {
         mesh.let_in(how);
     }
+    let node = NodeFact {
+        internal_ips: vec![[192, 0, 2, 1].into()],
+        mesh_ips: Vec::new(),
+        pod_cidrs: vec!["10.1.0.0/24".parse().unwrap()],
+        virtual_cidrs: VirtualCidrs::default(),
+        zone: None,
+        wireguard: None,
+    };
     mesh.upsert(own, Fact::LocalService(Box::new(service)), 0);
-    mesh.compute().service.into_iter().filter_map(|(key, plan)| Some((key, plan?))).collect()
+    let mut plans: BTreeMap<_, _> = mesh.compute().service.into_iter().collect();
+    // As long as no node has said where pods are, no backend is known to be one.
+    assert!(plans.keys().all(|key| key.scope == scope::MESH));
+    mesh.upsert(own, Fact::Node("n1".to_owned(), node), 0);
+    plans.extend(mesh.compute().service);
+    plans.into_iter().filter_map(|(key, plan)| Some((key, plan?))).collect()
 }
 
 fn let_in(algorithm: Algorithm) -> LetIn {
@@ -116,4 +130,21 @@ fn tables_are_for_the_outside_and_the_service_has_the_last_word() {
     assert_eq!(table(Algorithm::Maglev, None), 251);
     assert_eq!(table(Algorithm::Maglev, Some(Algorithm::Random)), 0);
     assert_eq!(table(Algorithm::Random, Some(Algorithm::Maglev)), 251);
+}
+
+#[test]
+fn backends_in_the_network_of_a_node_are_left_to_others() {
+    let mut mixed = service(external(), Nearness::Any);
+    mixed.backends[1].ip = [192, 0, 2, 7].into();
+    let mut hosts = mixed.clone();
+    hosts.backends.remove(0);
+    let by_scope = |service| {
+        let plans = plans(service, Some(let_in(Algorithm::Random)));
+        let of = |scope| -> Vec<usize> {
+            plans.iter().filter(|(key, _)| key.scope == scope).map(|(_, plan)| backends(plan)).collect()
+        };
+        [of(scope::MESH), of(scope::OUTSIDE)]
+    };
+    assert_eq!(by_scope(mixed), [vec![2; 3], vec![1; 2]]);
+    assert_eq!(by_scope(hosts), [vec![1; 3], vec![]]);
 }

@@ -63,6 +63,8 @@ pub(in crate::mesh) enum Standing {
     HeldBy(u16),
     /// The operator does not want it there.
     Unwanted,
+    /// It is in nobody's pod CIDRs: a node's, or of a process somewhere else.
+    Outside,
 }
 
 /// A backend that was left out, since another cluster holds its address.
@@ -88,6 +90,16 @@ pub(super) struct Planned {
     pub(super) elsewhere: Vec<IpAddr>,
 }
 
+/// Backends that are left out for their address.
+#[derive(Default)]
+struct Elsewhere {
+    /// Of another cluster, or where the operator does not want them.
+    conflicts: Vec<IpAddr>,
+    /// Of processes in a node's network: what they answer to a client outside would pass no program of ours.
+    hosts: Vec<IpAddr>,
+    contested: BTreeSet<Contested>,
+}
+
 /// Computes the frontend's plan. `standing` tells whether a cluster may have a backend of an address.
 ///
 /// A service may have thousands of backends and change often: everything here goes once through sorted
@@ -97,10 +109,16 @@ pub(super) fn plan(
     inputs: &Inputs<'_>,
     standing: impl Fn(u16, IpAddr) -> Standing,
 ) -> Planned {
-    let mut left_out = LeftOut::default();
-    let (mut elsewhere, mut contested) = (Vec::new(), BTreeSet::new());
-    let mut candidates = inputs.collect(key, standing, &mut elsewhere, &mut contested);
-    left_out.conflicts = elsewhere.len() as u64;
+    let mut elsewhere = Elsewhere::default();
+    let mut candidates = inputs.collect(key, standing, &mut elsewhere);
+    let Elsewhere { conflicts: mut elsewhere, hosts, mut contested } = elsewhere;
+    let mut left_out = LeftOut { conflicts: elsewhere.len() as u64, ..LeftOut::default() };
+    let is_of_hosts = !hosts.is_empty() && candidates.iter().all(|of| of.backends.is_empty());
+    elsewhere.extend(hosts);
+    if is_of_hosts {
+        // Whoever else serves it, as kube-proxy, knows the way.
+        return Planned { left_out, elsewhere, ..Planned::default() };
+    }
     inputs.settle_contested(&mut candidates, &mut left_out, &mut contested);
     let mut groups = inputs.groups(candidates);
     left_out.clusters = groups.len().saturating_sub(MAX_GROUPS) as u64;
@@ -155,9 +173,9 @@ impl Inputs<'_> {
         &self,
         key: &ServiceKey,
         standing: impl Fn(u16, IpAddr) -> Standing,
-        elsewhere: &mut Vec<IpAddr>,
-        contested: &mut BTreeSet<Contested>,
+        elsewhere: &mut Elsewhere,
     ) -> Vec<Candidates> {
+        let is_let_in = key.scope == scope::OUTSIDE;
         let names = self.port_names(key);
         let fits = |ip: IpAddr| ip.is_ipv4() == (key.family == FAMILY_V4);
         let targets = |ports: &PortMap| -> Vec<u16> {
@@ -184,6 +202,13 @@ impl Inputs<'_> {
         for list in [&mut own, &mut farther] {
             list.sort();
             list.dedup();
+            if is_let_in {
+                list.retain(|backend| {
+                    let is_host = standing(self.own_cluster, backend.ip) == Standing::Outside;
+                    elsewhere.hosts.extend(is_host.then_some(backend.ip));
+                    !is_host
+                });
+            }
         }
         let farther = farther.iter().filter(|backend| !backend.terminating).count();
         let mut all = vec![Candidates { cluster: self.own_cluster, backends: own, farther }];
@@ -215,17 +240,24 @@ impl Inputs<'_> {
                     }
                 }
             }
-            backends.retain(|backend| {
-                let standing = standing(cluster, backend.ip);
-                if let Standing::HeldBy(holder) = standing
-                    && contested.len() < NAMED
-                {
-                    contested.insert(Contested { cluster, ip: backend.ip, holder });
+            backends.retain(|backend| match standing(cluster, backend.ip) {
+                Standing::May => true,
+                Standing::Outside if is_let_in => {
+                    elsewhere.hosts.push(backend.ip);
+                    false
                 }
-                if standing != Standing::May {
-                    elsewhere.push(backend.ip);
+                Standing::Outside => true,
+                Standing::Unwanted => {
+                    elsewhere.conflicts.push(backend.ip);
+                    false
                 }
-                standing == Standing::May
+                Standing::HeldBy(holder) => {
+                    elsewhere.conflicts.push(backend.ip);
+                    if elsewhere.contested.len() < NAMED {
+                        elsewhere.contested.insert(Contested { cluster, ip: backend.ip, holder });
+                    }
+                    false
+                }
             });
             all.push(Candidates { cluster, backends, farther: 0 });
         }
