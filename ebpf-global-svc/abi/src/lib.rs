@@ -667,7 +667,8 @@ pub mod identity {
     pub const FIRST_CIDR: u32 = 1 << 24;
 }
 
-/// Indices of `cm_metrics`. Codes from 130 on are drops, and are Cilium's where it has one.
+/// Indices of `cm_metrics`. Codes from 130 on are drops, and are Cilium's where it has one; our own
+/// begin at 250.
 pub mod reason {
     /// Delivered from pod to pod on this node.
     pub const FORWARDED: u8 = 0;
@@ -718,9 +719,9 @@ pub mod reason {
     /// Drop: a pod speaks the overlay's protocol itself, to pass for its node.
     pub const ENCAPSULATION_PROHIBITED: u8 = 170;
     /// Drop: a later fragment whose first one has not been seen, so that policy cannot be asked.
-    pub const FRAGMENT_NOT_FOUND: u8 = 157;
+    pub const FRAGMENT_NOT_FOUND: u8 = 175;
     /// Drop: a policy selects the pod, and the other end is in the mesh but not known (yet).
-    pub const UNKNOWN_IDENTITY: u8 = 161;
+    pub const UNKNOWN_IDENTITY: u8 = 250;
     /// Drop: a reserved identity that must not be on the wire.
     pub const INVALID_IDENTITY: u8 = 171;
     /// Drop: the outer source is not a node of the mesh.

@@ -1,6 +1,7 @@
 //! Flows for programs: as Hubble writes them (`hubble observe -o jsonpb`), so that what reads those reads these.
 //!
-//! Field names and numbers are those of Cilium's `flow.proto`. `policy`, `process` and `backend_notes` are ours.
+//! Field names and numbers are those of Cilium's `flow.proto`. `drop_reason_name`, `frontend`,
+//! `policy`, `process` and `backend_notes` are ours, and so is `name` in `event_type`.
 
 use clustermesh_agent_api::v1::observe_response::What;
 use clustermesh_agent_api::v1::{Flow, FlowEnd, LostFlows, ObserveResponse};
@@ -37,14 +38,18 @@ fn object(flow: &Flow) -> Value {
     put("time", time(flow.time_ns).into());
     put("verdict", flow.verdict.clone().into());
     put("drop_reason", flow.drop_reason_code.into());
-    put("drop_reason_desc", drop_reason(flow).into());
+    put("drop_reason_desc", drop_reason(flow.drop_reason_code).into());
+    put("drop_reason_name", flow.drop_reason.clone().into());
     put("IP", ip(flow));
     put("l4", transport(flow));
     put("source", end(flow.source.as_ref()));
     put("destination", end(flow.destination.as_ref()));
     put("Type", if flow.r#type == "call" { "SOCK" } else { "L3_L4" }.into());
     put("node_name", node(flow).into());
-    put("event_type", json!({"type": event_type(flow), "name": flow.r#type}));
+    put(
+        "event_type",
+        json!({"type": event_type(flow), "sub_type": event_sub_type(flow), "name": flow.r#type}),
+    );
     put(
         "traffic_direction",
         if flow.direction.is_empty() { "TRAFFIC_DIRECTION_UNKNOWN" } else { &flow.direction }.into(),
@@ -137,9 +142,39 @@ fn event_type(flow: &Flow) -> u32 {
     }
 }
 
-/// Cilium has another name for the commonest of all.
-fn drop_reason(flow: &Flow) -> String {
-    if flow.drop_reason == "policy" { "POLICY_DENIED".into() } else { upper(&flow.drop_reason) }
+/// Cilium's name (`DropReason` in `flow.proto`) of a reason that it has, else nothing: who reads by that file refuses a record
+/// with a name that is not in it.
+fn drop_reason(code: u32) -> &'static str {
+    match code {
+        132 => "INVALID_SOURCE_IP",
+        133 => "POLICY_DENIED",
+        134 => "INVALID_PACKET_DROPPED",
+        147 => "ERROR_RETRIEVING_TUNNEL_KEY",
+        150 => "UNKNOWN_L3_TARGET_ADDRESS",
+        158 => "SERVICE_BACKEND_NOT_FOUND",
+        160 => "NO_TUNNEL_OR_ENCAPSULATION_ENDPOINT",
+        167 => "NO_MAPPING_FOR_NAT_MASQUERADE",
+        170 => "ENCAPSULATION_TRAFFIC_IS_PROHIBITED",
+        171 => "INVALID_IDENTITY",
+        172 => "UNKNOWN_SENDER",
+        175 => "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
+        181 => "POLICY_DENY",
+        192 => "INVALID_CLUSTER_ID",
+        195 => "UNENCRYPTED_TRAFFIC",
+        202 => "DROP_HOST_NOT_READY",
+        _ => "",
+    }
+}
+
+/// Of a drop its reason, of a trace the point (Cilium's `TraceObservationPoint`, whose zero is `to-endpoint`).
+fn event_sub_type(flow: &Flow) -> u32 {
+    match (flow.r#type.as_str(), flow.observation_point.as_str()) {
+        ("drop", _) => flow.drop_reason_code,
+        ("trace", "to-stack") => 3,
+        ("trace", "to-overlay") => 4,
+        ("trace", "to-network") => 11,
+        _ => 0,
+    }
 }
 
 fn upper(text: &str) -> String {

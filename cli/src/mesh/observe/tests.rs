@@ -184,6 +184,15 @@ fn foreign_names_cannot_drive_the_terminal() {
 #[test]
 fn json_is_like_hubbles() {
     let told = |flow| ObserveResponse { what: Some(What::Flow(flow)) };
+    let ours = Flow {
+        r#type: "drop".into(),
+        drop_reason: "unknown-identity".into(),
+        drop_reason_code: 250,
+        ..denied()
+    };
+    let line = json::line(&told(ours));
+    assert_eq!(line["flow"].get("drop_reason_desc"), None, "Cilium has no such reason");
+    assert_eq!(line["flow"]["event_type"], json!({"type": 1, "sub_type": 250, "name": "drop"}));
     assert_eq!(
         json::line(&told(denied())),
         json!({
@@ -192,6 +201,7 @@ fn json_is_like_hubbles() {
                 "verdict": "DROPPED",
                 "drop_reason": 133,
                 "drop_reason_desc": "POLICY_DENIED",
+                "drop_reason_name": "policy",
                 "IP": {"source": "10.1.0.9", "destination": "10.2.0.8", "ipVersion": "IPv4"},
                 "l4": {"TCP": {"source_port": 43210, "destination_port": 8080, "flags": {"SYN": true}}},
                 "source": {
@@ -203,7 +213,7 @@ fn json_is_like_hubbles() {
                 },
                 "Type": "L3_L4",
                 "node_name": "beta/node1",
-                "event_type": {"type": 5, "name": "policy-verdict"},
+                "event_type": {"type": 5, "sub_type": 0, "name": "policy-verdict"},
                 "traffic_direction": "INGRESS",
                 "interface": {"index": 4},
                 "is_reply": false,
