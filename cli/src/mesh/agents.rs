@@ -10,6 +10,7 @@ use clustermesh_agent_api::v1::{
     StatusResponse,
 };
 use futures::future::join_all;
+use ipnet::IpNet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::terminal::one_line;
@@ -98,6 +99,16 @@ pub(crate) async fn dump(agent: &Agent, table: &str) -> Result<Vec<DumpTableRow>
         Ok(tonic::Response::new(rows))
     })
     .await
+}
+
+/// Pod CIDRs of all clusters that `agent` knows, with the IDs of the clusters.
+pub(crate) async fn known_cidrs(agent: &Agent) -> Result<Vec<(u32, IpNet)>, String> {
+    let rows = dump(agent, "prefix").await?;
+    let column = |row: &DumpTableRow, name| {
+        row.columns.iter().find(|column| column.name == name).map(|column| column.value.clone())
+    };
+    let known = |row| Some((column(row, "cluster")?.parse().ok()?, column(row, "prefix")?.parse().ok()?));
+    Ok(rows.iter().filter_map(known).collect())
 }
 
 /// Flows of `agent`, one after the other; each may take as long as it likes.

@@ -270,6 +270,11 @@ async fn side(context: &Context, peer: &Context, wanted: &Wanted) -> anyhow::Res
         }
         Some(_) | None => None,
     };
+    let known_cidrs = match (asked, &probe) {
+        // What cannot be asked is not looked at: the agents themselves refuse what another cluster holds.
+        (Some((agent, _)), Some(_)) => agents::known_cidrs(agent).await.unwrap_or_default(),
+        _ => Vec::new(),
+    };
     Ok(Side {
         cluster: context.cluster.clone(),
         id: context.id,
@@ -282,6 +287,7 @@ async fn side(context: &Context, peer: &Context, wanted: &Wanted) -> anyhow::Res
             .collect(),
         probe,
         virtual_cidrs: wanted.virtual_cidrs.clone(),
+        known_cidrs,
         entry: wanted.entry.state()?,
     })
 }

@@ -37,6 +37,9 @@ pub(crate) struct Side {
     pub(crate) entry: EntryState,
     /// By which addresses it knows, or is to know, the other side's pods.
     pub(crate) virtual_cidrs: VirtualCidrs,
+    /// Pod CIDRs of all clusters that it knows, by the ID of the cluster, as it knows them; an agent that could not be asked
+    /// has none.
+    pub(crate) known_cidrs: Vec<(u32, IpNet)>,
 }
 
 /// One agent's answer, or why there is none.
@@ -450,6 +453,17 @@ fn pod_cidrs(a: &Side, b: &Side) -> Check {
                     check,
                     format!(
                         "pod CIDRs overlap: {net} of {}{seen} and {taken} of {}",
+                        peer.cluster, reader.cluster
+                    ),
+                    "connect with --virtual-pod-cidrs, or give one of the clusters other pod CIDRs",
+                );
+            }
+            let third = |(id, held): &&(u32, IpNet)| ![a.id, b.id].contains(id) && overlaps(held, &known_by);
+            if let Some((id, held)) = reader.known_cidrs.iter().find(third) {
+                return fail(
+                    check,
+                    format!(
+                        "pod CIDRs overlap: {known_by} of {} and {held} of the cluster with ID {id}, which {} is connected to",
                         peer.cluster, reader.cluster
                     ),
                     "connect with --virtual-pod-cidrs, or give one of the clusters other pod CIDRs",

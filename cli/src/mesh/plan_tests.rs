@@ -36,6 +36,7 @@ fn side(name: &str, id: u32, peer_id: u32) -> Side {
         }),
         entry: EntryState::Absent,
         virtual_cidrs: VirtualCidrs::default(),
+        known_cidrs: Vec::new(),
     }
 }
 
@@ -237,6 +238,27 @@ fn virtual_addresses_are_out_of_the_way() {
     reached(&mut facts.source).pod_cidrs.push("10.0.0.0/12".into());
     let failed = plan(&facts).failures().map(|check| check.message.clone()).collect::<Vec<_>>();
     assert!(failed[0].contains("among which 10.0.0.0/12 is not"), "{failed:?}");
+}
+
+/// A third cluster has what the new one has; the two themselves may be known from before.
+#[test]
+fn prefixes_of_third_clusters_are_in_the_way() {
+    let mut facts = good();
+    let known = |id: u32, net: &str| (id, net.parse().unwrap());
+    facts.source.known_cidrs =
+        vec![known(1, "10.1.0.0/24"), known(2, "10.2.0.0/24"), known(3, "10.3.0.0/24")];
+    assert!(plan(&facts).is_clear());
+    facts.source.known_cidrs.push(known(3, "10.2.0.0/16"));
+    let failed = plan(&facts).failures().map(|check| check.message.clone()).collect::<Vec<_>>();
+    assert_eq!(failed.len(), 1);
+    assert!(
+        failed[0].contains("10.2.0.0/24 of beta and 10.2.0.0/16 of the cluster with ID 3, which alpha"),
+        "{failed:?}"
+    );
+    let cidrs =
+        VirtualCidrs::new([("10.2.0.0/16".parse().unwrap(), "240.2.0.0/16".parse().unwrap())]).unwrap();
+    facts.source.virtual_cidrs = cidrs;
+    assert!(plan(&facts).is_clear());
 }
 
 fn network() -> impl Strategy<Value = IpNet> {
