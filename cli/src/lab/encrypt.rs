@@ -3,7 +3,7 @@
 use anyhow::bail;
 use tokio::time::Instant;
 
-use super::args::{Between, EncryptArgs};
+use super::args::{Between, EncryptArgs, With};
 use super::change::lock;
 use super::layout::Layout;
 use super::state::{ClusterState, write_atomically};
@@ -20,9 +20,12 @@ pub(crate) async fn encrypt(lab: Option<&str>, args: &EncryptArgs) -> anyhow::Re
         Between::Clusters => Some("--encrypt=clusters"),
         Between::Nodes => Some("--encrypt=nodes"),
     };
-    let strict = args.strict.then_some("--encryption-strict");
-    let flags: Vec<_> =
-        between.into_iter().flat_map(|between| ["--enable-wireguard", between]).chain(strict).collect();
+    let mut flags: Vec<_> = between.into_iter().chain(args.strict.then_some("--encryption-strict")).collect();
+    if between.is_some() {
+        for (with, flag) in [(With::Wireguard, "--enable-wireguard"), (With::Ipsec, "--enable-ipsec")] {
+            flags.extend(args.with.contains(&with).then_some(flag));
+        }
+    }
     write_atomically(&lab.layout.encryption(&name), flags.join("\n").as_bytes(), 0o644)?;
     let state = ClusterState::load(&lab.layout, &name)?;
     let cluster = lab.cluster(&name)?;

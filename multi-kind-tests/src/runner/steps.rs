@@ -85,7 +85,7 @@ pub(super) fn title(step: &Step) -> String {
         Step::StreamEnd(end) => format!("end of {}", end.stream),
         Step::Encrypt(encrypt) => {
             let strict = if encrypt.strict { ", strictly" } else { "" };
-            format!("{} encrypts between {}{strict}", encrypt.cluster, encrypt.between)
+            format!("{} encrypts between {} by {}{strict}", encrypt.cluster, encrypt.between, encrypt.with)
         }
         Step::Underlay(look) => format!("packets between nodes for {}", look.span),
         Step::Chaos(chaos) => format!("chaos for {}", chaos.span),
@@ -220,7 +220,10 @@ impl<'a> Stage<'a> {
         let strict = if encrypt.strict { &["--strict"][..] } else { &[] };
         let patience = format!("{}s", pace::slowed(READY).as_secs());
         let wait = ["--wait-timeout", &patience];
-        lab.clustermesh(&[&["lab", "encrypt", &cluster, &encrypt.between], strict, &wait].concat())?;
+        let with = ["--with", encrypt.with.as_str()];
+        lab.clustermesh(
+            &[&["lab", "encrypt", &cluster, &encrypt.between], &with[..], strict, &wait].concat(),
+        )?;
         Ok(None)
     }
 
