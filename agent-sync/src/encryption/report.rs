@@ -214,3 +214,44 @@ fn peer(
     let (cluster, by, by_previous) = (end.cluster, By::Wireguard, behind.contains(&ip));
     ReportedPeer { cluster, node: name, ip, standing, by, by_previous, handshake, received, sent }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(by: By, standings: &[Standing]) -> Report {
+        let peer = |(last, standing): (u8, &Standing)| ReportedPeer {
+            cluster: 2,
+            node: format!("node{last}"),
+            ip: [172, 31, 2, last].into(),
+            standing: *standing,
+            by,
+            by_previous: false,
+            handshake: 0,
+            received: 1,
+            sent: 2,
+        };
+        let keys = vec![ReportedKey { by, public: by.as_str().into(), made: 0 }];
+        Report { peers: (1..).zip(standings).map(peer).collect(), keys, error: None }
+    }
+
+    #[test]
+    fn of_both_a_node_is_shown_as_it_is_encrypted_to_or_would_be_first() {
+        let wireguard =
+            [Standing::Encrypted, Standing::Encrypted, Standing::NoKey, Standing::Waiting, Standing::NoKey];
+        let ipsec =
+            [Standing::Waiting, Standing::Encrypted, Standing::BadKey, Standing::NoKey, Standing::NoKey];
+        let both = report(By::Wireguard, &wireguard).with(report(By::Ipsec, &ipsec));
+        let shown: Vec<_> = both.peers.iter().map(|peer| (peer.standing, peer.by)).collect();
+        let wanted = [
+            (Standing::Encrypted, By::Wireguard),
+            (Standing::Encrypted, By::Ipsec),
+            (Standing::BadKey, By::Ipsec),
+            (Standing::Waiting, By::Wireguard),
+            (Standing::NoKey, By::Wireguard),
+        ];
+        assert_eq!(shown, wanted);
+        assert!(both.peers.iter().all(|peer| (peer.received, peer.sent) == (2, 4)));
+        assert_eq!(both.keys.iter().map(|key| key.by).collect::<Vec<_>>(), [By::Ipsec, By::Wireguard]);
+    }
+}

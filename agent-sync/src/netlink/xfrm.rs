@@ -29,6 +29,8 @@ pub const REQID: u32 = 0x434d_4197;
 pub const PRIORITY: u32 = 197;
 /// AES with 256 bits in Galois counter mode (RFC 4106). The key has four bytes of salt behind it.
 const ALGORITHM: &[u8] = b"rfc4106(gcm(aes))";
+/// Of the key and the salt.
+const KEY_BITS: u32 = 36 * 8;
 /// The whole tag, in bits.
 const TAG: u32 = 128;
 /// Packets of which a repetition is noticed; on networks with several queues they come out of order.
@@ -105,8 +107,8 @@ impl Xfrm {
     /// # Errors
     /// A dump that the kernel refused.
     pub async fn read(&self) -> Result<Installed, NetlinkError> {
-        let mut installed = Installed::default();
-        installed.states = self.states().await?.into_iter().collect();
+        let states = self.states().await?.into_iter().collect();
+        let mut installed = Installed { states, ..Installed::default() };
         for Found { selector, way } in self.policies().await? {
             if !self.is_current(&selector) {
                 continue;
@@ -286,15 +288,13 @@ fn state(id: &StateId, key: &[u8; 36], inbound: bool) -> State {
     (info.id.spi, info.id.proto) = (id.spi, IPPROTO_ESP);
     let mut alg_name = [0; XFRM_ALG_AEAD_NAME_LEN];
     alg_name[..ALGORITHM.len()].copy_from_slice(ALGORITHM);
-    // In bits.
-    let alg_key_len = key.len() as u32 * 8;
     let bmp_len = WINDOW / u32::BITS;
     let replay =
         ReplayEsn { bmp_len, replay_window: WINDOW, bmp: vec![0; bmp_len as usize], ..ReplayEsn::default() };
     let mut nlas = vec![
         XfrmAttrs::EncryptionAlgAead(AlgAead {
             alg_name,
-            alg_key_len,
+            alg_key_len: KEY_BITS,
             alg_icv_len: TAG,
             alg_key: key.to_vec(),
         }),

@@ -14,7 +14,7 @@ use super::super::claims::NodeName;
 use super::super::{EndChanges, EndNode, Scope, TunnelEnd};
 use super::old::{OldStates, QUIET};
 use super::peer::Peer;
-use super::{Agree, Association, Hello, Pair, StateId, StateUse, Way};
+use super::{Agree, Association, Hello, Installed, Own, Pair, StateId, StateUse, Step, Way};
 
 /// A node that does not announce a key for IPsec any more is sent to by it for so long, if WireGuard can take over.
 const HANDOVER: Duration = Duration::from_secs(20);
@@ -26,46 +26,6 @@ const MAX_SPENT: usize = 65_536;
 pub(super) const EAGER: Duration = Duration::from_secs(10);
 /// And after that so often.
 const ASK: Duration = Duration::from_secs(5);
-
-/// Who we are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Own {
-    /// Our cluster.
-    pub cluster: u16,
-    /// Our node's name.
-    pub node: String,
-    /// The source of our tunnel packets.
-    pub ip: Ipv4Addr,
-}
-
-/// What the kernel has of ours.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Installed {
-    /// Associations, those of earlier lives among them.
-    pub states: BTreeMap<StateId, StateUse>,
-    /// Policies about tunnel packets from the own address, by the other one.
-    pub ways: BTreeMap<Ipv4Addr, Way>,
-    /// SPIs by which [`Hello`]s go.
-    pub hellos: BTreeMap<Ipv4Addr, u32>,
-}
-
-/// Something to do, in this order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// An association that was not there before.
-    Add {
-        /// Which.
-        association: Association,
-        /// It is for what comes.
-        inbound: bool,
-    },
-    /// By which SPI a hello to an address goes; none: there is no policy for it.
-    Greet(Ipv4Addr, Option<u32>),
-    /// What becomes of tunnel packets to an address; none: they go as they are.
-    Steer(Ipv4Addr, Option<Way>),
-    /// An association that nobody uses.
-    Remove(StateId),
-}
 
 /// See the module.
 pub struct Core {

@@ -23,9 +23,10 @@ mod old;
 mod peer;
 mod side;
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-pub use self::core::{Core, Installed, Own, Step};
+pub use self::core::Core;
 pub use agree::{Agree, Association, NodeKey, Pair};
 pub use leave::leave;
 pub(crate) use leave::leave_quietly;
@@ -72,4 +73,44 @@ pub struct Hello {
     pub to: Ipv4Addr,
     /// Nothing has come from there: it is to say hello, too.
     pub asks: bool,
+}
+
+/// Who we are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Our cluster.
+    pub cluster: u16,
+    /// Our node's name.
+    pub node: String,
+    /// The source of our tunnel packets.
+    pub ip: Ipv4Addr,
+}
+
+/// What the kernel has of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Installed {
+    /// Associations, those of earlier lives among them.
+    pub states: BTreeMap<StateId, StateUse>,
+    /// Policies about tunnel packets from the own address, by the other one.
+    pub ways: BTreeMap<Ipv4Addr, Way>,
+    /// SPIs by which [`Hello`]s go.
+    pub hellos: BTreeMap<Ipv4Addr, u32>,
+}
+
+/// Something to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// An association that was not there before.
+    Add {
+        /// Which.
+        association: Association,
+        /// It is for what comes.
+        inbound: bool,
+    },
+    /// By which SPI a hello to an address goes; none: there is no policy for it.
+    Greet(Ipv4Addr, Option<u32>),
+    /// What becomes of tunnel packets to an address; none: they go as they are.
+    Steer(Ipv4Addr, Option<Way>),
+    /// An association that nobody uses.
+    Remove(StateId),
 }

@@ -1,7 +1,6 @@
 //! Associations that are not of a present agreement: who may still use them.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use super::{StateId, StateUse};
@@ -43,7 +42,7 @@ impl OldStates {
     /// Those that can go at `now`, but for those that stay in any case.
     pub(super) fn unused(&self, stays: impl Fn(&StateId) -> bool, now: Duration) -> Vec<StateId> {
         let mut unused = Vec::new();
-        let mut kept: BTreeMap<(Ipv4Addr, Ipv4Addr), Vec<(bool, Duration, StateId)>> = BTreeMap::new();
+        let mut kept: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for (id, old) in self.0.iter().filter(|(id, _)| !stays(id)) {
             if now >= old.used + QUIET {
                 unused.push(*id);
