@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::encryption::announce::Announcer;
 use crate::encryption::{
-    self, EncryptionOptions, Keeper, KeyError, Keys, Lines, OVERHEAD, Report, TunnelBoard,
+    self, EncryptionOptions, Here, Keeper, KeyError, Lines, Report, Secrets, TunnelBoard, overlay_mtu,
 };
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
@@ -30,8 +30,6 @@ use crate::serve::{self, ObserveDesk, ServeError, Source};
 
 /// Of an underlay whose device is not known.
 const UNDERLAY_MTU: u32 = 1500;
-/// VXLAN over IPv4 adds headers of 20, 8, 8 and 14 bytes.
-const VXLAN_OVERHEAD: u32 = 50;
 /// IPv6 packets of this size have to get through, and something has to be left of the underlay.
 const MIN_MTU: u32 = 1280;
 
@@ -183,7 +181,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     }
     let (initial, changes) = config_dir::watch(&options.clustermesh_config, &options.own.name).await?;
     let keys = options.kernel.as_ref().and_then(|kernel| kernel.encryption.as_ref());
-    let keys = keys.map(|encryption| Keys::load_or_create(&encryption.state_dir)).transpose()?;
+    let keys = keys.map(Secrets::new).transpose()?;
     let (queries, asked) = mpsc::channel(16);
     let directory = Directory::default();
     let board = Board::default();
@@ -273,7 +271,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     };
     match keeper {
         Some(keeper) => {
-            tokio::spawn(announcer.keep(keeper.public_key()));
+            tokio::spawn(announcer.keep(keeper.announced()));
             let lines = Lines {
                 board: tunnels,
                 engine: inputs.clone(),
@@ -336,17 +334,22 @@ impl Node {
     async fn open(
         options: &Options,
         kernel: &KernelOptions,
-        keys: Option<Keys>,
+        keys: Option<Secrets>,
         routes: RouteBoard,
     ) -> Result<Self, AgentError> {
         let netlink = Netlink::open()?;
-        let (underlay, mtu) = mtus(&netlink, options.node_ip, kernel.encryption.is_some()).await?;
+        let (underlay, mtu) = mtus(&netlink, options.node_ip, kernel.encryption.as_ref()).await?;
         // First: without it nothing is to be touched.
         let keeper = match (&kernel.encryption, keys) {
             (Some(encryption), Some(keys)) => {
-                let here = (options.own.id.get(), options.node_name.as_str());
-                let (encryption, port) = (encryption.clone(), kernel.tunnel_port);
-                Some(Keeper::open(netlink.clone(), encryption, keys, here, port, underlay - OVERHEAD).await?)
+                let here = Here {
+                    cluster: options.own.id.get(),
+                    node: &options.node_name,
+                    ip: options.node_ip,
+                    tunnel_port: kernel.tunnel_port,
+                    underlay,
+                };
+                Some(Keeper::open(netlink.clone(), encryption, keys, here).await?)
             }
             _ => None,
         };
@@ -369,13 +372,14 @@ impl Node {
         datapath.set_pmtu_discovery(kernel.pmtu_discovery)?;
         match &keeper {
             Some(keeper) => {
-                for link in keeper.links() {
+                for link in keeper.links().into_iter().flatten() {
                     datapath.attach_wireguard(*link)?;
                 }
             }
             None => {
                 let device = kernel.wireguard_device.clone();
                 tokio::spawn(encryption::leave_quietly(netlink.clone(), device));
+                tokio::spawn(encryption::ipsec::leave_quietly());
             }
         }
         serve_packets(&netlink, &mut datapath, options.node_ip, &kernel.packet_services).await?;
@@ -414,15 +418,14 @@ async fn serve_packets(
 async fn mtus(
     netlink: &Netlink,
     node_ip: Option<Ipv4Addr>,
-    encrypts: bool,
+    encryption: Option<&EncryptionOptions>,
 ) -> Result<(u32, u32), AgentError> {
     let known = match node_ip {
         Some(ip) => netlink.mtu_of(ip).await?,
         None => None,
     };
     let underlay = known.unwrap_or(UNDERLAY_MTU);
-    let overhead = VXLAN_OVERHEAD + if encrypts { OVERHEAD } else { 0 };
-    let left = underlay.saturating_sub(overhead);
+    let left = overlay_mtu(underlay, encryption);
     if left < MIN_MTU { Err(AgentError::Mtu { underlay, left }) } else { Ok((underlay, left)) }
 }
 

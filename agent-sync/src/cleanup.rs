@@ -1,9 +1,11 @@
-//! Takes away what an agent has left on its node: programs and maps, routes and devices, and its private key.
+//! Takes away what an agent has left on its node: programs and maps, routes and devices, IPsec's states and policies,
+//! and its private key.
 //!
 //! An agent that stops leaves all of it on purpose, and the next one takes over. This is for nodes that
 //! leave the mesh, and for maps that shall get other sizes.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use ebpf_global_svc::{Datapath, DatapathError, Remains};
@@ -11,7 +13,7 @@ use ipnet::IpNet;
 use tokio::net::UnixStream;
 
 use crate::encryption::{self, KeyError, Lane, device_name};
-use crate::netlink::{Netlink, NetlinkError, ROUTE_PROTOCOL, TABLE};
+use crate::netlink::{Netlink, NetlinkError, REQID, ROUTE_PROTOCOL, TABLE, Xfrm, XfrmCount};
 
 /// Routes that are named.
 const SHOWN: usize = 8;
@@ -61,6 +63,8 @@ pub struct Leftovers {
     wireguard: Vec<(String, u32)>,
     /// Rules and routes that lead tunnel packets to WireGuard.
     steering: (usize, usize),
+    /// None: the kernel has no IPsec.
+    xfrm: Option<(Xfrm, XfrmCount)>,
     key: Option<PathBuf>,
 }
 
@@ -88,6 +92,17 @@ impl Leftovers {
             let name = device_name(&place.wireguard_device, lane);
             wireguard.extend(netlink.find_wireguard(&name).await?.map(|index| (name, index)));
         }
+        let xfrm = match Xfrm::open(Ipv4Addr::UNSPECIFIED, 0) {
+            Err(NetlinkError::NoIpsec(_)) => None,
+            xfrm => Some(xfrm?),
+        };
+        let xfrm = match xfrm {
+            Some(xfrm) => {
+                let count = xfrm.count().await?;
+                Some((xfrm, count))
+            }
+            None => None,
+        };
         let index = netlink.find_overlay(&place.tunnel_device, place.tunnel_port).await?;
         Ok(Self {
             root: place.bpf_root.clone(),
@@ -96,6 +111,7 @@ impl Leftovers {
             routes: netlink.owned_routes().await?,
             wireguard,
             steering: netlink.count_steering().await?,
+            xfrm,
             key: Some(encryption::key_file(&place.state_dir)).filter(|file| file.exists()),
             state_dir: place.state_dir.clone(),
             netlink,
@@ -119,6 +135,10 @@ impl Leftovers {
         for (_, index) in self.wireguard {
             self.netlink.remove_link(index).await?;
         }
+        if let Some((xfrm, _)) = self.xfrm {
+            xfrm.remove_policies().await?;
+            xfrm.remove_states().await?;
+        }
         encryption::forget_key(&self.state_dir)?;
         Ok(())
     }
@@ -127,7 +147,11 @@ impl Leftovers {
     pub fn is_empty(&self) -> bool {
         let networked = self.device.is_some() || !self.routes.is_empty();
         let encrypts = !self.wireguard.is_empty() || self.steering != (0, 0) || self.key.is_some();
-        self.remains.is_none() && !networked && !encrypts
+        self.remains.is_none() && !networked && !encrypts && self.ipsec() == XfrmCount::default()
+    }
+
+    fn ipsec(&self) -> XfrmCount {
+        self.xfrm.as_ref().map_or(XfrmCount::default(), |(_, count)| *count)
     }
 
     /// Folder of the pins.
@@ -161,6 +185,10 @@ impl fmt::Display for Leftovers {
         }
         for (name, _) in &self.wireguard {
             writeln!(f, "WireGuard device {name}")?;
+        }
+        if self.ipsec() != XfrmCount::default() {
+            let XfrmCount { states, policies } = self.ipsec();
+            writeln!(f, "IPsec: {states} states of reqid {REQID}, {policies} policies")?;
         }
         if let Some(file) = &self.key {
             writeln!(f, "private key {}", file.display())?;

@@ -7,7 +7,7 @@ use agent_sync::cleanup::{CleanupError, Leftovers, Place};
 use anyhow::Context as _;
 use clap::Args;
 
-/// Remove what an agent has left on its node: pinned programs and maps, routes, devices, its private key
+/// Remove what an agent has left on its node: programs and maps, routes, devices, states of IPsec, its private key
 ///
 /// An agent that stops leaves the datapath running, for the next one. This ends it: mesh traffic of the node is
 /// interrupted until an agent has synced again. Refused while an agent runs. Run it in the node's network

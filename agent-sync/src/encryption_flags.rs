@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_sync::encryption::ipsec::HELLO_PORT;
 use agent_sync::encryption::{EncryptionOptions, Scope};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
@@ -17,11 +18,14 @@ pub(crate) struct EncryptionFlags {
     /// Encrypt what goes to other nodes, with WireGuard (see docs/encryption.md)
     #[arg(long)]
     enable_wireguard: bool,
+    /// Encrypt what goes to other nodes, with IPsec, which comes first where a node can do both; needs --node-ip
+    #[arg(long, requires = "node_ip")]
+    enable_ipsec: bool,
     /// What is encrypted: between nodes of different clusters, or between all nodes
     #[arg(long, value_enum, value_name = "BETWEEN", default_value_t = Between::Clusters)]
     encrypt: Between,
     /// Drop what should be encrypted and cannot be, and what comes in clear
-    #[arg(long, requires = "enable_wireguard")]
+    #[arg(long)]
     encryption_strict: bool,
     /// Lowest of the four UDP ports of WireGuard, the same in the whole mesh
     #[arg(long, value_name = "PORT", default_value_t = WIREGUARD_PORT,
@@ -39,6 +43,17 @@ pub(crate) struct EncryptionFlags {
     state_dir: PathBuf,
 }
 
+/// Flags that make no sense together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum EncryptionError {
+    /// Nothing could ever be sent.
+    #[error("--encryption-strict needs --enable-wireguard or --enable-ipsec")]
+    StrictAlone,
+    /// IPsec's own packets could not be told from the tunnels'.
+    #[error("--tunnel-port {HELLO_PORT} is what --enable-ipsec needs for itself: choose another one")]
+    TunnelPort,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Between {
     /// Nodes of different clusters
@@ -53,8 +68,20 @@ impl EncryptionFlags {
     }
 
     /// None: nothing is encrypted.
-    pub(crate) fn options(self) -> Option<EncryptionOptions> {
-        self.enable_wireguard.then_some(EncryptionOptions {
+    ///
+    /// # Errors
+    /// Flags that make no sense together.
+    pub(crate) fn options(self, tunnel_port: u16) -> Result<Option<EncryptionOptions>, EncryptionError> {
+        let encrypts = self.enable_wireguard || self.enable_ipsec;
+        if self.encryption_strict && !encrypts {
+            return Err(EncryptionError::StrictAlone);
+        }
+        if self.enable_ipsec && tunnel_port == HELLO_PORT {
+            return Err(EncryptionError::TunnelPort);
+        }
+        Ok(encrypts.then_some(EncryptionOptions {
+            wireguard: self.enable_wireguard,
+            ipsec: self.enable_ipsec,
             scope: match self.encrypt {
                 Between::Clusters => Scope::Clusters,
                 Between::Nodes => Scope::Nodes,
@@ -65,7 +92,7 @@ impl EncryptionFlags {
             state_dir: self.state_dir,
             rotation: (self.key_rotation_interval > 0)
                 .then_some(Duration::from_secs(self.key_rotation_interval * 3600)),
-        })
+        }))
     }
 }
 

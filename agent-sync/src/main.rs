@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use cleanup_command::CleanupFlags;
-use clustermesh_kvstore::cluster::{ClusterError, ClusterId, ClusterName, MaxConnectedClusters};
+use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::PolicySource;
 use ebpf_global_svc::MapSizes;
 use encryption_flags::EncryptionFlags;
@@ -184,7 +184,7 @@ fn main() -> ExitCode {
     start_log(flags.log_format);
     let options = match flags.options() {
         Ok(options) => options,
-        Err(error) => return fail(&error, USAGE),
+        Err(error) => return fail(error.as_ref(), USAGE),
     };
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
@@ -247,7 +247,7 @@ fn start_log(format: LogFormat) {
 }
 
 impl Flags {
-    fn options(self) -> Result<Options, ClusterError> {
+    fn options(self) -> anyhow::Result<Options> {
         let max = self.max_connected_clusters;
         let own = OwnCluster { name: self.cluster_name, id: ClusterId::new(self.cluster_id, max)?, max };
         let dead_after = Duration::from_secs(self.liveness_dead_after);
@@ -265,7 +265,7 @@ impl Flags {
             tunnel_port: self.tunnel_port,
             pmtu_discovery: self.pmtu_discovery == Switch::On,
             wireguard_device: self.encryption.device().to_owned(),
-            encryption: self.encryption.options(),
+            encryption: self.encryption.options(self.tunnel_port)?,
             packet_services: self.outside.options(),
         };
         Ok(Options {

@@ -5,12 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::time::Duration;
 
 use agent_sync::encryption::Lane;
-use agent_sync::netlink::{Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE};
+use agent_sync::encryption::ipsec::{Installed, Way};
+use agent_sync::netlink::{
+    Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE, Xfrm, XfrmCount,
+};
 
 /// A namespace that goes away with the test, also when it panics.
 struct Namespace(String);
@@ -235,6 +238,70 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
     let rules = ns.ip("rule show");
     assert!(rules.contains("203.0.113.0/24") && !rules.contains(&RULE_PRIORITY.to_string()), "{rules}");
     assert_eq!(TABLE, 51_871, "docs/encryption.md names it");
+}
+
+/// IPsec's policies need nothing of a kernel but `xfrm_user`.
+#[test]
+fn policies_of_ipsec_come_go_and_change_in_place_and_others_are_left_alone() {
+    let ns = Namespace::new("policies");
+    let [own, other, another]: [Ipv4Addr; 3] =
+        ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|ip| ip.parse().unwrap());
+    let foreign = "src 192.0.2.1/32 dst 192.0.2.9/32 proto udp dport 8472 dir out";
+    ns.ip(&format!("xfrm policy add {foreign} priority 100 action block"));
+    ns.run(|| async {
+        // Of a life with another port.
+        Xfrm::open(own, 4789).unwrap().steer(other, Some(Way::Blocked)).await.unwrap();
+        let xfrm = Xfrm::open(own, 8472).unwrap();
+        assert_eq!(xfrm.read().await.unwrap(), Installed::default());
+        assert_eq!(xfrm.count().await.unwrap().policies, 1);
+        xfrm.remove_stale().await.unwrap();
+        assert_eq!(xfrm.count().await.unwrap(), XfrmCount::default());
+        for way in [Way::Blocked, Way::Encrypted(0x1234), Way::Encrypted(0x5678)] {
+            xfrm.steer(other, Some(way)).await.unwrap();
+            xfrm.greet(other, Some(0x9999)).await.unwrap();
+            let installed = xfrm.read().await.unwrap();
+            assert_eq!((installed.ways, installed.hellos), ([(other, way)].into(), [(other, 0x9999)].into()));
+        }
+        xfrm.steer(another, Some(Way::Blocked)).await.unwrap();
+        // One that is gone is fine.
+        for _ in 0..2 {
+            xfrm.steer(another, None).await.unwrap();
+            xfrm.greet(other, None).await.unwrap();
+        }
+    });
+    let shown = ns.ip("xfrm policy show");
+    for line in
+        ["dport 8472", "dir out priority 197", "proto esp spi 0x00005678 reqid 1129136535 mode transport"]
+    {
+        assert!(shown.contains(line), "{line} is not in {shown}");
+    }
+    ns.run(|| async { Xfrm::open(own, 8472).unwrap().remove_policies().await.unwrap() });
+    let left = ns.ip("xfrm policy show");
+    assert!(left.contains("192.0.2.9/32") && !left.contains("192.0.2.2/32"), "{left}");
+}
+
+/// On a kernel with ESP what is made for the trial goes; on one without it an operator is told which part is lacking.
+#[test]
+fn a_kernel_that_can_or_cannot_encrypt_says_so_and_is_left_as_it_was() {
+    let ns = Namespace::new("esp");
+    let known = Command::new("ip")
+        .args(["netns", "exec", &ns.0, "ip", "xfrm", "state", "add", "src", "127.0.0.1", "dst", "127.0.0.2"])
+        .args(["proto", "esp", "spi", "0x500", "mode", "transport", "aead", "rfc4106(gcm(aes))"])
+        .args([&format!("0x{}", "00".repeat(36)), "128"])
+        .output()
+        .unwrap();
+    let can = known.status.success();
+    ns.run(|| async move {
+        match Xfrm::open(Ipv4Addr::LOCALHOST, 8472).unwrap().check().await {
+            Ok(()) => assert!(can),
+            Err(error @ NetlinkError::NoIpsec(_)) => {
+                assert!(!can);
+                assert!(error.to_string().contains("modprobe -a xfrm_user esp4"), "{error}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    });
+    assert_eq!(ns.ip("xfrm state show").matches("proto esp").count(), usize::from(can));
 }
 
 #[test]

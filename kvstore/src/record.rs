@@ -17,6 +17,7 @@ mod error;
 mod external;
 mod identity;
 mod ip;
+mod ipsec;
 mod json;
 mod local_service;
 mod net;
@@ -36,6 +37,7 @@ pub use error::{RecordError, Text};
 pub use external::{Algorithm, External};
 pub use identity::IdentityRecord;
 pub use ip::{IpRecord, NamedPort};
+pub use ipsec::IpsecKey;
 pub use local_service::{Affinity, BackendState, Failover, LocalBackend, LocalService};
 pub use node::{Node, NodeAddress, NodeAddressKind};
 pub use policy::{

@@ -190,6 +190,20 @@ fn error_texts_are_short_and_escaped() {
     assert!(!error.contains('\n') && error.len() < 300, "{error}");
 }
 
+/// It stands in an annotation, where it is as much a key as the other one is in its field.
+#[test]
+fn a_nodes_key_for_ipsec_is_one_or_the_record_is_refused() {
+    let node = |key: &str| {
+        format!(r#"{{"Name":"n","Cluster":"c","Annotations":{{"clustermesh.io/ipsec-pub-key":"{key}"}}}}"#)
+    };
+    let key = WireguardKey::new([7; 32]).unwrap().to_string();
+    let read = Node::decode("n", node(&key).as_bytes()).unwrap();
+    assert_eq!((read.ipsec_key(), read.wireguard_key()), (Some(key.parse().unwrap()), None));
+    for bad in ["", "AAAA", &"A".repeat(44)] {
+        assert_eq!(reason::<Node>("n", &node(bad)), "bad_ipsec_key", "{bad}");
+    }
+}
+
 #[test]
 fn deep_json_is_refused() {
     let deep = format!(r#"{{"x":{}"#, "[".repeat(1_000_000));

@@ -10,7 +10,30 @@ use serde::Deserialize;
 pub enum Need {
     /// WireGuard devices.
     Wireguard,
+    /// ESP with AES-GCM.
+    Ipsec,
 }
+
+/// `ip xfrm` of a security association from a node to itself.
+const IPSEC: &[&str] = &[
+    "xfrm",
+    "state",
+    "add",
+    "src",
+    "127.0.0.1",
+    "dst",
+    "127.0.0.1",
+    "proto",
+    "esp",
+    "spi",
+    "0x197",
+    "mode",
+    "transport",
+    "aead",
+    "rfc4106(gcm(aes))",
+    "0x000000000000000000000000000000000000000000000000000000000000000000000000",
+    "128",
+];
 
 impl Need {
     /// Why it is lacking; none: it is there.
@@ -18,18 +41,14 @@ impl Need {
     /// # Errors
     /// If nobody can tell.
     pub fn lacking(self) -> anyhow::Result<Option<String>> {
-        match self {
-            // Asks the kernel itself, in a namespace that goes with the command.
-            Self::Wireguard => {
-                let command = ["unshare", "-n", "ip", "link", "add", "wg0", "type", "wireguard"];
-                let mut ip = Command::new(command[0]);
-                let output = ip.args(&command[1..]).stdin(Stdio::null()).output()?;
-                let said = String::from_utf8_lossy(&output.stderr);
-                Ok(match output.status.success() {
-                    true => None,
-                    false => Some(format!("this kernel has no WireGuard ({})", said.trim())),
-                })
-            }
-        }
+        let (name, ask) = match self {
+            Self::Wireguard => ("WireGuard", &["link", "add", "wg0", "type", "wireguard"][..]),
+            Self::Ipsec => ("ESP with AES-GCM", IPSEC),
+        };
+        // Asks the kernel itself, in a namespace that goes with the command.
+        let mut ip = Command::new("unshare");
+        let output = ip.args(["-n", "ip"]).args(ask).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        Ok((!output.status.success()).then(|| format!("this kernel has no {name} ({})", said.trim())))
     }
 }

@@ -1,11 +1,11 @@
-//! Tells this node's public key to the own cluster's exporter, by a key in the own etcd.
+//! Tells this node's public keys to the own cluster's exporter, by a key in the own etcd.
 
 use std::time::Duration;
 
 use clustermesh_kvstore::cluster::ClusterName;
 use clustermesh_kvstore::etcd::{Session, SessionError, WriteOp};
 use clustermesh_kvstore::key::announcement_prefix;
-use clustermesh_kvstore::record::{NodeAnnouncement, WireguardKey};
+use clustermesh_kvstore::record::{IpsecKey, NodeAnnouncement, WireguardKey};
 use clustermesh_kvstore::reflector::Connection;
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -20,6 +20,15 @@ const RETRY: Duration = Duration::from_secs(2);
 /// Until the own cluster is in the directory.
 const SOON: Duration = Duration::from_millis(50);
 
+/// What others encrypt by; none: they must not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PublicKeys {
+    /// By WireGuard.
+    pub wireguard: Option<WireguardKey>,
+    /// By IPsec.
+    pub ipsec: Option<IpsecKey>,
+}
+
 /// What a node says of itself.
 #[derive(Clone, Debug)]
 pub struct Announcer {
@@ -32,22 +41,22 @@ pub struct Announcer {
 }
 
 impl Announcer {
-    /// Keeps the announcement at `wireguard`, for good.
-    pub async fn keep(self, mut wireguard: watch::Receiver<WireguardKey>) {
+    /// Keeps the announcement at `keys`, for good.
+    pub async fn keep(self, mut keys: watch::Receiver<PublicKeys>) {
         let etcd = self.etcd().await;
         let mut told = String::new();
         loop {
-            let key = *wireguard.borrow_and_update();
+            let said = *keys.borrow_and_update();
             let session = etcd.session().await;
-            match self.write(&session, Some(key)).await {
+            match self.write(&session, said).await {
                 Ok(written) => {
                     if written {
-                        info!(key = %key, "announced this node's WireGuard key");
+                        info!(wireguard = ?said.wireguard, ipsec = ?said.ipsec, "announced this node's keys");
                     }
                     told.clear();
                     tokio::select! {
                         // Whose sender ends with the agent.
-                        Ok(()) = wireguard.changed() => {}
+                        Ok(()) = keys.changed() => {}
                         _ = session.ended() => {}
                         () = sleep(CHECK) => {}
                     }
@@ -55,10 +64,7 @@ impl Announcer {
                 Err(error) => {
                     let error = explain(&error);
                     if told != error {
-                        warn!(
-                            error,
-                            "cannot announce this node's WireGuard key; others send in clear. Retrying"
-                        );
+                        warn!(error, "cannot announce this node's keys; others send in clear. Retrying");
                         told = error;
                     }
                     sleep(RETRY).await;
@@ -71,10 +77,10 @@ impl Announcer {
     pub async fn withdraw(self) {
         let etcd = self.etcd().await;
         loop {
-            match self.write(&etcd.session().await, None).await {
+            match self.write(&etcd.session().await, PublicKeys::default()).await {
                 Ok(written) => {
                     if written {
-                        info!("took back this node's WireGuard key");
+                        info!("took back this node's keys");
                     }
                     return;
                 }
@@ -89,15 +95,16 @@ impl Announcer {
     }
 
     /// Tells whether it was something else before.
-    async fn write(&self, session: &Session, wireguard: Option<WireguardKey>) -> Result<bool, SessionError> {
+    async fn write(&self, session: &Session, keys: PublicKeys) -> Result<bool, SessionError> {
+        let PublicKeys { wireguard, ipsec } = keys;
         let key = format!("{}{}", announcement_prefix(&self.cluster), self.node);
         let announcement =
-            NodeAnnouncement { cluster: self.cluster.clone(), node: self.node.clone(), wireguard };
+            NodeAnnouncement { cluster: self.cluster.clone(), node: self.node.clone(), wireguard, ipsec };
         let value = announcement.encode();
         let before = session.get(&key).await?;
         let same = before.as_ref().is_some_and(|before| before.value == value);
         // Who never said anything has nothing to take back.
-        if same || (before.is_none() && wireguard.is_none()) {
+        if same || (before.is_none() && keys == PublicKeys::default()) {
             return Ok(false);
         }
         session.txn(vec![WriteOp::Put { key, value, lease: 0 }]).await?;

@@ -74,6 +74,8 @@ pub struct Core {
     installed: Installed,
     claims: Claims,
     old: BTreeMap<PeerId, Old>,
+    /// Addresses that IPsec encrypts to: nothing is steered there.
+    elsewhere: BTreeSet<Ipv4Addr>,
     now: Duration,
 }
 
@@ -107,6 +109,7 @@ impl Core {
             installed,
             claims: Claims::default(),
             old: BTreeMap::new(),
+            elsewhere: BTreeSet::new(),
             now: Duration::ZERO,
         }
     }
@@ -126,6 +129,11 @@ impl Core {
     pub fn observe(&mut self, installed: Installed, now: Duration) {
         (self.installed, self.now) = (installed, now);
         self.decide();
+    }
+
+    /// IPsec encrypts to these addresses by now. Peers stay for what they still send.
+    pub fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>) {
+        self.elsewhere = encrypted;
     }
 
     /// This node has a new key; the one that it had is the previous one.
@@ -392,6 +400,9 @@ impl Core {
         end: &TunnelEnd,
         held: &BTreeSet<(Lane, Ipv4Addr)>,
     ) -> Option<Steering> {
+        if self.elsewhere.contains(&ip) {
+            return None;
+        }
         let before = self.installed.steering.get(&ip).copied();
         let otherwise = self.strict.then_some(Steering::Blocked);
         if end.node.is_none() {

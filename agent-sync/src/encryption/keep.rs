@@ -1,26 +1,27 @@
-//! Makes the kernel follow the [`Core`].
+//! Makes the kernel follow what is to be encrypted, by WireGuard, IPsec, or both of them.
+//!
+//! With both, each tells the other to which nodes it encrypts. A node that announces a key for IPsec is sent to by that,
+//! once it has been heard by it; others by WireGuard. What goes over from one to the other is encrypted twice for a
+//! moment: the one that takes over begins before the other one ends.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use clustermesh_kvstore::record::WireguardKey;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
-use super::devices::Devices;
-use super::rotate::{Rotate, RotateError, is_due};
-use super::{Core, EncryptionOptions, KeyError, Keys, Own, PrivateKey, Report, Step, TunnelBoard};
+use super::announce::PublicKeys;
+use super::ipsec::{IpsecSide, NodeKey};
+use super::rotate::Rotate;
+use super::wireguard_side::WireguardSide;
+use super::{
+    EncryptionOptions, KeyError, Keys, Report, RotateError, TunnelBoard, ipsec, leave_quietly, wireguard_mtu,
+};
 use crate::engine::Input;
-use crate::netlink::{Netlink, NetlinkError, PeerChange, WireguardLinks};
+use crate::netlink::{Netlink, NetlinkError, WireguardLinks};
 
-/// While peers have not answered that were asked a short time ago.
-const POLL: Duration = Duration::from_millis(100);
-/// So long.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// After that, while some have still not answered, or something is left of old keys.
-const POLL_SLOWLY: Duration = Duration::from_secs(5);
 /// All is read again this often: others may have changed something, and peers have not answered yet.
 const REPEAT: Duration = Duration::from_secs(30);
 /// After a failure.
@@ -29,17 +30,24 @@ const RETRY: Duration = Duration::from_secs(1);
 /// See the module.
 pub struct Keeper {
     netlink: Netlink,
-    devices: Devices,
-    rotation: Option<Duration>,
-    tunnel_port: u16,
-    keys: Keys,
-    core: Core,
-    began: Instant,
-    patient_until: Instant,
+    /// Names of the WireGuard devices, of which there may be some of an earlier life.
+    device: String,
+    wireguard: Option<WireguardSide>,
+    ipsec: Option<IpsecSide>,
     told: BTreeSet<Ipv4Addr>,
-    announced: watch::Sender<WireguardKey>,
-    /// Who asked for the key that is not announced yet.
+    announced: watch::Sender<PublicKeys>,
+    /// Who asked for the keys that are not announced yet.
     asked: Vec<Rotate>,
+    /// What an earlier life has left of the other one has still to go.
+    leaves: bool,
+}
+
+/// The private keys of a node that encrypts.
+pub struct Secrets {
+    /// None: it does not use WireGuard.
+    pub wireguard: Option<Keys>,
+    /// None: it does not use IPsec.
+    pub ipsec: Option<NodeKey>,
 }
 
 /// With whom a keeper speaks.
@@ -54,55 +62,89 @@ pub struct Lines {
     pub rotate: mpsc::Receiver<Rotate>,
 }
 
-impl Keeper {
-    /// Takes over the devices, or makes them, with this node's keys.
+/// A node, and what its tunnels are like.
+#[derive(Clone, Copy, Debug)]
+pub struct Here<'a> {
+    /// Its cluster.
+    pub cluster: u16,
+    /// Its name.
+    pub node: &'a str,
+    /// The source of its tunnel packets; none: the kernel chooses.
+    pub ip: Option<Ipv4Addr>,
+    /// Their UDP port.
+    pub tunnel_port: u16,
+    /// MTU of the underlay.
+    pub underlay: u32,
+}
+
+impl Secrets {
+    /// Reads or makes what these options need.
     ///
     /// # Errors
-    /// The kernel has no WireGuard, or refused.
-    pub async fn open(
-        netlink: Netlink,
-        options: EncryptionOptions,
-        keys: Keys,
-        (cluster, node): (u16, &str),
-        tunnel_port: u16,
-        mtu: u32,
-    ) -> Result<Self, NetlinkError> {
-        let devices = Devices::open(netlink.clone(), &options, mtu).await?;
-        let installed = devices.read(&keys).await?;
-        let key = keys.current().public();
-        let previous = keys.previous().map(PrivateKey::public);
-        let own = Own { cluster, node: node.to_owned(), key, previous };
-        let core = Core::new(own, options.scope, options.strict, options.port, installed);
-        let told = core.encrypted();
-        info!(devices = options.device, %key, peers = core.installed().peers.len(), "WireGuard is there");
+    /// See [`KeyError`].
+    pub fn new(options: &EncryptionOptions) -> Result<Self, KeyError> {
         Ok(Self {
-            netlink,
-            devices,
-            rotation: options.rotation,
-            tunnel_port,
-            keys,
-            core,
-            began: Instant::now(),
-            patient_until: Instant::now(),
-            told,
-            announced: watch::Sender::new(key),
-            asked: Vec::new(),
+            wireguard: options.wireguard.then(|| Keys::load_or_create(&options.state_dir)).transpose()?,
+            ipsec: options.ipsec.then(NodeKey::random).transpose()?,
         })
     }
+}
 
-    /// The devices.
-    pub fn links(&self) -> &WireguardLinks {
-        self.devices.links()
+impl Keeper {
+    /// Takes over what there is, or makes it.
+    ///
+    /// # Errors
+    /// The kernel cannot do one of what is asked for, or refused.
+    pub async fn open(
+        netlink: Netlink,
+        options: &EncryptionOptions,
+        secrets: Secrets,
+        here: Here<'_>,
+    ) -> Result<Self, NetlinkError> {
+        let name = (here.cluster, here.node);
+        // First, for it leaves nothing if the kernel cannot.
+        let ipsec = match (secrets.ipsec, here.ip) {
+            (Some(key), Some(ip)) => Some(IpsecSide::open(options, key, name, ip, here.tunnel_port).await?),
+            (Some(_), None) => return Err(NetlinkError::NoNodeIp),
+            (None, _) => None,
+        };
+        let mtu = wireguard_mtu(here.underlay);
+        let wireguard = match secrets.wireguard {
+            Some(keys) => {
+                let port = here.tunnel_port;
+                Some(WireguardSide::open(netlink.clone(), options, keys, name, port, mtu).await?)
+            }
+            None => None,
+        };
+        let mut keeper = Self {
+            netlink,
+            device: options.device.clone(),
+            leaves: wireguard.is_none() || ipsec.is_none(),
+            wireguard,
+            ipsec,
+            told: BTreeSet::new(),
+            announced: watch::Sender::new(PublicKeys::default()),
+            asked: Vec::new(),
+        };
+        keeper.told = keeper.encrypted();
+        keeper.announced.send_replace(keeper.public_keys());
+        Ok(keeper)
     }
 
-    /// This node's public key, as it is to be announced.
-    pub fn public_key(&self) -> watch::Receiver<WireguardKey> {
+    /// The WireGuard devices, if it is used.
+    pub fn links(&self) -> Option<&WireguardLinks> {
+        self.wireguard.as_ref().map(WireguardSide::links)
+    }
+
+    /// This node's public keys, as they are to be announced.
+    pub fn announced(&self) -> watch::Receiver<PublicKeys> {
         self.announced.subscribe()
     }
 
-    /// Addresses that an earlier life encrypts to.
+    /// Addresses that packets are encrypted to; at first those of an earlier life.
     pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
-        self.core.encrypted()
+        let by_wireguard = self.wireguard.iter().flat_map(|side| side.core().encrypted());
+        by_wireguard.chain(self.ipsec.iter().flat_map(|side| side.core().encrypted())).collect()
     }
 
     /// Follows the board for good. Tells the engine to which nodes packets are encrypted.
@@ -112,7 +154,7 @@ impl Keeper {
         let mut look_at = Instant::now();
         let mut failing: Option<String> = None;
         loop {
-            self.core.apply(lines.board.take());
+            self.apply(&lines.board);
             let whole = Instant::now() >= look_at;
             let done = self.round(whole).await;
             let mut wait = self.pause();
@@ -121,6 +163,7 @@ impl Keeper {
                     failing = None;
                     self.announce();
                     self.replace_keys();
+                    self.leave_other();
                     if whole {
                         look_at = Instant::now() + REPEAT;
                     }
@@ -136,122 +179,150 @@ impl Keeper {
                 }
             }
             self.tell(&lines.engine).await;
-            lines.report.send_replace(Report::new(&self.core, &self.keys, failing.clone()));
+            lines.report.send_replace(self.report(failing.clone()));
             let until = look_at.min(Instant::now() + wait);
             // In any case there is something to look at.
             tokio::select! {
                 () = lines.board.changed() => {}
-                Some(asked) = lines.rotate.recv() => self.rotate(Some(asked)),
+                Some(asked) = lines.rotate.recv() => self.rotate(asked),
+                asked = hellos(self.ipsec.as_ref()) => self.answer(asked),
                 () = sleep_until(until) => {}
             }
         }
     }
 
-    /// Reads what has to be read and does what is to be done. `whole`: all is read anew.
+    fn apply(&mut self, board: &TunnelBoard) {
+        let changes = board.take();
+        if let Some(side) = &mut self.ipsec {
+            side.apply(changes.clone());
+        }
+        if let Some(side) = &mut self.wireguard {
+            side.apply(changes);
+        }
+    }
+
+    /// Both get their turn, whatever the other one has met. Twice if there are two: what the second one has taken over
+    /// the first one leaves.
     async fn round(&mut self, whole: bool) -> Result<(), NetlinkError> {
-        let now = self.began.elapsed();
-        if whole {
-            self.netlink.ensure_rule(self.tunnel_port).await?;
-            self.core.observe(self.devices.read(&self.keys).await?, now);
-            let greet: Vec<_> = self.core.waiting().collect();
-            for (lane, key) in greet {
-                self.devices.change(lane, &[PeerChange::Greet(key)]).await?;
-            }
-        } else if self.core.waiting().next().is_some() || self.core.has_old() {
-            let known = self.core.installed().clone();
-            self.core.observe(self.devices.read_peers(known).await?, now);
-        }
-        for step in self.core.plan() {
-            self.perform(&step).await?;
-            self.core.done(&step);
-        }
-        Ok(())
+        self.pass(whole).await?;
+        if self.wireguard.is_some() && self.ipsec.is_some() { self.pass(false).await } else { Ok(()) }
     }
 
-    async fn perform(&mut self, step: &Step) -> Result<(), NetlinkError> {
-        match step {
-            Step::Open(lane) => self.devices.bring_up(*lane, &self.keys).await,
-            Step::Close(lane) => self.devices.take_down(*lane).await,
-            Step::Peers(lane, changes) => {
-                if changes.iter().any(|change| matches!(change, PeerChange::Greet(_))) {
-                    self.patient_until = Instant::now() + PATIENCE;
-                }
-                self.devices.change(*lane, changes).await
-            }
-            Step::Steer(ip, steering) => {
-                self.netlink.steer(self.devices.links(), *ip, *steering, self.core.own_ip()).await
-            }
+    async fn pass(&mut self, whole: bool) -> Result<(), NetlinkError> {
+        let (mut by_wireguard, mut by_ipsec) = (Ok(()), Ok(()));
+        if let Some(side) = &mut self.wireguard {
+            side.set_elsewhere(self.ipsec.as_ref().map(|ipsec| ipsec.core().kept()).unwrap_or_default());
+            by_wireguard = side.round(whole).await;
         }
+        if let Some(side) = &mut self.ipsec {
+            if let Some(wireguard) = &self.wireguard {
+                side.set_wireguard(&wireguard.core().encrypted());
+            }
+            by_ipsec = side.round(whole).await;
+        }
+        by_wireguard.and(by_ipsec)
     }
 
-    /// Others are told of a key when this node listens for those who will use it.
+    /// Others are told of a key when this node takes in what they send by it.
     fn announce(&mut self) {
-        let key = self.keys.current().public();
-        self.announced.send_if_modified(|announced| std::mem::replace(announced, key) != key);
+        let keys = self.public_keys();
+        self.announced.send_if_modified(|announced| std::mem::replace(announced, keys) != keys);
         for asked in self.asked.drain(..) {
             // Who does not wait any more has got what was asked for.
-            let _ = asked.send(Ok(key));
+            let _ = asked.send(Ok(keys));
         }
     }
 
-    /// The previous key goes when nobody uses it; the present one is replaced at its age.
+    fn public_keys(&self) -> PublicKeys {
+        PublicKeys {
+            wireguard: self.wireguard.as_ref().map(WireguardSide::public),
+            ipsec: self.ipsec.as_ref().map(IpsecSide::public),
+        }
+    }
+
+    /// What nobody asked for: at the key's age, or because it cannot be used any more.
     fn replace_keys(&mut self) {
-        match self.core.previous() {
-            Some((_, false)) => return,
-            Some((previous, true)) => {
-                if let Err(error) = self.keys.retire() {
-                    warn!(%error, "cannot remove the previous key");
-                    return;
-                }
-                info!(key = %previous, "nobody uses the previous key any more; removed it");
-                self.core.retire();
+        let mut done = Ok(());
+        if let Some(side) = &mut self.wireguard {
+            side.retire();
+            if side.is_due() {
+                done = side.rotate();
             }
-            None => {}
         }
-        // A clock that was set back only makes it later.
-        if is_due(self.rotation, self.keys.made().elapsed().ok()) {
-            self.rotate(None);
+        if let Some(side) = self.ipsec.as_mut().filter(|side| side.is_due()) {
+            done = done.and(side.rotate());
+        }
+        if let Err(error) = done {
+            error!(%error, "cannot replace this node's key");
         }
     }
 
-    fn rotate(&mut self, asked: Option<Rotate>) {
+    fn rotate(&mut self, asked: Rotate) {
         match self.try_rotate() {
-            Ok(()) => self.asked.extend(asked),
-            Err(error) => {
-                if asked.is_none() {
-                    error!(%error, "cannot replace this node's key");
-                }
-                // As above.
-                let _ = asked.map(|asked| asked.send(Err(error)));
-            }
+            Ok(()) => self.asked.push(asked),
+            // As above.
+            Err(error) => drop(asked.send(Err(error))),
         }
     }
 
+    /// All keys, or none.
     fn try_rotate(&mut self) -> Result<(), RotateError> {
-        if self.core.previous().is_some() {
-            return Err(RotateError::UnderWay(self.core.behind().len()));
+        self.wireguard.as_ref().map_or(Ok(()), WireguardSide::may_rotate)?;
+        self.ipsec.as_ref().map_or(Ok(()), IpsecSide::may_rotate)?;
+        let failed = |error: KeyError| RotateError::Key(error.to_string());
+        self.wireguard.as_mut().map_or(Ok(()), WireguardSide::rotate).map_err(failed)?;
+        self.ipsec.as_mut().map_or(Ok(()), IpsecSide::rotate).map_err(failed)
+    }
+
+    fn answer(&mut self, asked: Vec<Ipv4Addr>) {
+        if let Some(side) = &mut self.ipsec {
+            side.answer(asked);
         }
-        self.keys.rotate().map_err(|error: KeyError| RotateError::Key(error.to_string()))?;
-        let key = self.keys.current().public();
-        info!(%key, "replacing this node's key");
-        self.core.rotate(key);
-        Ok(())
+    }
+
+    /// Not before what is to be encrypted, or blocked, by the one that is used is: the other one may have done so up
+    /// to now.
+    fn leave_other(&mut self) {
+        if !std::mem::replace(&mut self.leaves, false) {
+            return;
+        }
+        if self.wireguard.is_none() {
+            tokio::spawn(leave_quietly(self.netlink.clone(), self.device.clone()));
+        }
+        if self.ipsec.is_none() {
+            tokio::spawn(ipsec::leave_quietly());
+        }
+    }
+
+    fn report(&self, error: Option<String>) -> Report {
+        let by_wireguard = self.wireguard.as_ref().map(|side| Report::of_wireguard(side.core(), side.keys()));
+        let by_ipsec = self.ipsec.as_ref().map(|side| Report::of_ipsec(side.core(), side.made()));
+        let report = match (by_wireguard, by_ipsec) {
+            (Some(wireguard), Some(ipsec)) => wireguard.with(ipsec),
+            (one, other) => one.or(other).unwrap_or_default(),
+        };
+        Report { error, ..report }
     }
 
     fn pause(&self) -> Duration {
-        match self.core.waiting().next() {
-            Some(_) if Instant::now() < self.patient_until => POLL,
-            None if !self.core.has_old() && self.core.previous().is_none() => REPEAT,
-            _ => POLL_SLOWLY,
-        }
+        let wireguard = self.wireguard.as_ref().and_then(WireguardSide::pause);
+        let ipsec = self.ipsec.as_ref().and_then(IpsecSide::pause);
+        wireguard.into_iter().chain(ipsec).min().unwrap_or(REPEAT)
     }
 
     async fn tell(&mut self, engine: &mpsc::Sender<Input>) {
-        let encrypted = self.core.encrypted();
+        let encrypted = self.encrypted();
         if encrypted != self.told {
             self.told.clone_from(&encrypted);
             // Fails only when the engine has ended, and the agent with it.
             let _ = engine.send(Input::Encrypted(encrypted)).await;
         }
+    }
+}
+
+async fn hellos(ipsec: Option<&IpsecSide>) -> Vec<Ipv4Addr> {
+    match ipsec {
+        Some(side) => side.asked().await,
+        None => std::future::pending().await,
     }
 }

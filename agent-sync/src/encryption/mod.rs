@@ -1,11 +1,13 @@
-//! WireGuard between nodes: what is encrypted is the tunnel packet from one node's underlay address to another's.
+//! WireGuard and [IPsec](ipsec) between nodes: what is encrypted is the tunnel packet from one node's underlay address
+//! to another's.
 //!
 //! ```text
-//! mesh (who has which underlay address, and its key)  ->  core  ->  device, peers, steering   (keep, edge)
+//! mesh (who has which underlay address, and its keys)  ->  core  ->  device, peers, steering   (wireguard_side, edge)
+//!                                                      ->  ipsec: core  ->  states, policies   (ipsec, edge)
 //! ```
 //!
-//! [`Core`] is plain: it knows the ends of tunnels and what is installed, and says what to do next. [`keep`] reads
-//! and writes the kernel. The key is this node's own ([`PrivateKey`]); its public part goes by [`announce`] into
+//! [`Core`] is plain: it knows the ends of tunnels and what is installed, and says what to do next. [`Keeper`]
+//! has both of them read and write the kernel, in turn. The key is this node's own ([`PrivateKey`]); its public part goes by [`announce`] into
 //! the own etcd, from where the exporter puts it into the node's record. Sessions, keys and routes survive the
 //! agent: what is installed is taken over, and a peer is changed in place. Keys are replaced without loss, each in a
 //! [`Lane`] of its own.
@@ -18,33 +20,44 @@ mod board;
 mod claims;
 mod core;
 mod devices;
+pub mod ipsec;
 mod keep;
 mod lane;
 mod leave;
 mod private_key;
 mod report;
 mod rotate;
+mod wireguard_side;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clustermesh_kvstore::record::WireguardKey;
+use clustermesh_kvstore::record::{IpsecKey, WireguardKey};
 
 pub use self::core::{Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;
 pub use claims::Refused;
 pub(crate) use devices::device_name;
-pub use keep::{Keeper, Lines};
+pub use keep::{Here, Keeper, Lines, Secrets};
 pub use lane::{Lane, Slot};
 pub use leave::leave;
 pub(crate) use leave::leave_quietly;
 pub use private_key::{KeyError, Keys, PrivateKey, file as key_file, forget as forget_key};
-pub use report::{Report, ReportedKey, ReportedPeer, Standing};
+pub use report::{By, Report, ReportedKey, ReportedPeer, Standing};
 pub use rotate::{Rotate, RotateDesk, RotateError};
 
 /// WireGuard over IPv4 adds a header of 20 bytes, UDP's 8, its own 16, and a tag of 16.
-pub const OVERHEAD: u32 = 60;
+const WIREGUARD_OVERHEAD: u32 = 60;
+/// VXLAN over IPv4 adds headers of 20, 8, 8 and 14 bytes.
+const VXLAN_OVERHEAD: u32 = 50;
+/// IPv4's header, which ESP in transport mode stays behind.
+const IPV4: u32 = 20;
+/// ESP adds a header of 8 bytes, 8 of the counter, and behind the packet a tag of 16.
+const ESP_OVERHEAD: u32 = 32;
+/// And, encrypted, two bytes of what was in there, before which it fills up to this (RFC 4303, section 2.4).
+const ESP_TRAILER: u32 = 2;
+const ESP_ALIGNMENT: u32 = 4;
 
 /// Between which nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +68,32 @@ pub enum Scope {
     Nodes,
 }
 
+/// MTU of the WireGuard devices over an underlay with this one.
+fn wireguard_mtu(underlay: u32) -> u32 {
+    underlay.saturating_sub(WIREGUARD_OVERHEAD)
+}
+
+/// What tunnels, and perhaps encryption, leave of an underlay's MTU; of both ways the worse.
+pub fn overlay_mtu(underlay: u32, options: Option<&EncryptionOptions>) -> u32 {
+    let clear = underlay.saturating_sub(VXLAN_OVERHEAD);
+    let by_wireguard = wireguard_mtu(underlay).saturating_sub(VXLAN_OVERHEAD);
+    let sealed = underlay.saturating_sub(IPV4 + ESP_OVERHEAD) / ESP_ALIGNMENT * ESP_ALIGNMENT;
+    let by_ipsec = sealed.saturating_sub(ESP_TRAILER + VXLAN_OVERHEAD - IPV4);
+    match options {
+        Some(EncryptionOptions { wireguard: true, ipsec: true, .. }) => by_wireguard.min(by_ipsec),
+        Some(EncryptionOptions { ipsec: true, .. }) => by_ipsec,
+        Some(EncryptionOptions { wireguard: true, .. }) => by_wireguard,
+        _ => clear,
+    }
+}
+
 /// What the operator wants.
 #[derive(Clone, Debug)]
 pub struct EncryptionOptions {
+    /// By WireGuard.
+    pub wireguard: bool,
+    /// By IPsec, which comes first where both can.
+    pub ipsec: bool,
     /// Between which nodes.
     pub scope: Scope,
     /// What should be encrypted is never sent or taken in clear text.
@@ -88,9 +124,49 @@ pub struct EndNode {
     pub name: String,
     /// Where its tunnels end.
     pub tunnel_ip: Option<Ipv4Addr>,
-    /// Its public key, if it has one.
+    /// Its public key for WireGuard, if it has one.
     pub key: Option<WireguardKey>,
+    /// And for IPsec.
+    pub ipsec: Option<IpsecKey>,
 }
 
 /// Addresses with another end than before; none: no node has it any more.
 pub type EndChanges = Vec<(Ipv4Addr, Option<TunnelEnd>)>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(wireguard: bool, ipsec: bool) -> EncryptionOptions {
+        let (scope, state_dir) = (Scope::Nodes, PathBuf::new());
+        let device = String::new();
+        EncryptionOptions {
+            wireguard,
+            ipsec,
+            scope,
+            strict: false,
+            port: 1,
+            device,
+            state_dir,
+            rotation: None,
+        }
+    }
+
+    /// Bytes of the underlay's packet for one of the overlay, in ESP.
+    fn in_esp(overlay: u32) -> u32 {
+        let payload = overlay + VXLAN_OVERHEAD - IPV4 + ESP_TRAILER;
+        IPV4 + payload.next_multiple_of(ESP_ALIGNMENT) + ESP_OVERHEAD
+    }
+
+    #[test]
+    fn packets_of_the_overlays_size_fit_and_larger_ones_do_not() {
+        assert_eq!(overlay_mtu(1500, None), 1450);
+        assert_eq!(overlay_mtu(1500, Some(&options(true, false))), 1390);
+        assert_eq!(overlay_mtu(1500, Some(&options(false, true))), 1416);
+        assert_eq!(overlay_mtu(1500, Some(&options(true, true))), 1390);
+        for underlay in 1400..1600 {
+            let mtu = overlay_mtu(underlay, Some(&options(false, true)));
+            assert!(in_esp(mtu) <= underlay && in_esp(mtu + 1) > underlay, "{underlay}");
+        }
+    }
+}

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use clustermesh_kvstore::record::WireguardKey;
 use tokio::sync::{mpsc, oneshot};
 
-/// Answered once the new key is announced, or when there is none.
-pub type Rotate = oneshot::Sender<Result<WireguardKey, RotateError>>;
+use super::announce::PublicKeys;
+
+/// Answered once the new keys are announced, or when there are none.
+pub type Rotate = oneshot::Sender<Result<PublicKeys, RotateError>>;
 
 /// For who may ask.
 pub type RotateDesk = mpsc::Sender<Rotate>;
@@ -20,6 +21,9 @@ pub enum RotateError {
          it): try again in a minute, `clustermesh encrypt status` shows who is waited for"
     )]
     UnderWay(usize),
+    /// Those before it have to go first.
+    #[error("the key for IPsec was replaced a moment ago: try again in {0} s")]
+    TooYoung(u64),
     /// The files of keys.
     #[error("{0}")]
     Key(String),

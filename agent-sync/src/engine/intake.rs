@@ -162,6 +162,7 @@ fn node_fact(node: Node, peer: &PeerPolicy) -> Fact {
         pod_cidrs: node.pod_cidrs().filter_map(|cidr| virtual_cidrs.prefix_known_by(cidr)).collect(),
         virtual_cidrs: virtual_cidrs.clone(),
         wireguard: node.wireguard_key(),
+        ipsec: node.ipsec_key(),
         zone: node.labels.as_ref().filter(|_| peer.is_own).and_then(|labels| labels.get(ZONE).cloned()),
     };
     Fact::Node(node.name, fact)

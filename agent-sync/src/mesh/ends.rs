@@ -22,7 +22,8 @@ impl Mesh {
     fn end(&self, cluster: u16, name: Option<Box<str>>) -> TunnelEnd {
         let node = name.and_then(|name| {
             let fact = self.clusters.get(&cluster)?.nodes.get(&String::from(name.clone()))?;
-            Some(EndNode { name: name.into(), tunnel_ip: fact.tunnel_ip(), key: fact.wireguard })
+            let (key, ipsec) = (fact.wireguard, fact.ipsec);
+            Some(EndNode { name: name.into(), tunnel_ip: fact.tunnel_ip(), key, ipsec })
         });
         TunnelEnd { cluster, node }
     }

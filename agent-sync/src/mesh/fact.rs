@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
-use clustermesh_kvstore::record::{Backends, LocalPolicy, LocalService, PolicyName, WireguardKey};
+use clustermesh_kvstore::record::{Backends, IpsecKey, LocalPolicy, LocalService, PolicyName, WireguardKey};
 use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
@@ -98,8 +98,10 @@ pub struct NodeFact {
     pub virtual_cidrs: VirtualCidrs,
     /// Failure zone, of nodes of the own cluster.
     pub zone: Option<String>,
-    /// By which what goes to the node is encrypted.
+    /// By which what goes to the node is encrypted, with WireGuard.
     pub wireguard: Option<WireguardKey>,
+    /// And with IPsec.
+    pub ipsec: Option<IpsecKey>,
 }
 
 impl NodeFact {

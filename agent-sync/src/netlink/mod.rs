@@ -1,5 +1,5 @@
 //! The agent's netlink edge: the overlay device, the routes over it, the WireGuard device and what is steered
-//! there, and which veth leads to which pod.
+//! there, IPsec's states and policies, and which veth leads to which pod.
 //!
 //! Comes in: what the mesh wants (device, pod CIDRs of other nodes). Goes out: a snapshot of the pods that
 //! this node routes to, again whenever the kernel says that a link, route or neighbour changed. Only
@@ -12,6 +12,7 @@ mod pods;
 mod routes;
 mod steering;
 mod wireguard;
+mod xfrm;
 
 pub use board::RouteBoard;
 pub use keep::keep_routes;
@@ -20,8 +21,10 @@ pub use pods::{PodLink, PodLinks};
 pub use routes::{ROUTE_PROTOCOL, RouteVia};
 pub use steering::{RULE_PRIORITY, Steering, TABLE};
 pub use wireguard::{PeerChange, Wireguard, WireguardDevice, WireguardLinks, WireguardSpec, WireguardState};
+pub use xfrm::{PRIORITY, REQID, Xfrm, XfrmCount};
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
@@ -78,6 +81,34 @@ pub enum NetlinkError {
         "device {0} exists but is no WireGuard device; remove it (`ip link del {0}`) or choose another --wireguard-device"
     )]
     ForeignWireguard(String),
+    /// The kernel refused a request about IPsec.
+    #[error("{what}: {source}")]
+    Xfrm {
+        /// What the agent was about to do.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel cannot encrypt.
+    #[error(
+        "this kernel has no IPsec as it is needed ({0}): load its modules (`modprobe -a xfrm_user esp4`), or start the agent without --enable-ipsec"
+    )]
+    NoIpsec(String),
+    /// IPsec's associations are between addresses.
+    #[error("--enable-ipsec needs --node-ip")]
+    NoNodeIp,
+    /// Another program has the port.
+    #[error(
+        "cannot listen on UDP {address}: {source}; IPsec needs it, and --node-ip has to be an address of this node"
+    )]
+    Hello {
+        /// Address and port.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl Netlink {
@@ -122,5 +153,7 @@ mod libc_errno {
     pub(super) const EACCES: i32 = 13;
     pub(super) const EEXIST: i32 = 17;
     pub(super) const ENODEV: i32 = 19;
+    pub(super) const ENOSYS: i32 = 38;
+    pub(super) const EPROTONOSUPPORT: i32 = 93;
     pub(super) const EOPNOTSUPP: i32 = 95;
 }

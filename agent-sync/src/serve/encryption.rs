@@ -9,7 +9,7 @@ use tonic::Status;
 
 use super::Source;
 use crate::agent::Options;
-use crate::encryption::{Report, ReportedPeer, RotateDesk, RotateError, Scope};
+use crate::encryption::{By, Report, ReportedPeer, RotateDesk, RotateError, Scope};
 use crate::engine::Overview;
 
 /// What is asked for, and how far it is.
@@ -27,6 +27,7 @@ pub struct EncryptionView {
 struct Asked {
     scope: Option<Scope>,
     strict: bool,
+    by: Vec<By>,
 }
 
 impl EncryptionView {
@@ -37,6 +38,10 @@ impl EncryptionView {
             encryption.map_or_else(Asked::default, |encryption| Asked {
                 scope: Some(encryption.scope),
                 strict: encryption.strict,
+                by: [(encryption.wireguard, By::Wireguard), (encryption.ipsec, By::Ipsec)]
+                    .into_iter()
+                    .filter_map(|(is_on, by)| is_on.then_some(by))
+                    .collect(),
             })
         });
         Self { asked, mtu: Arc::default(), report, rotate }
@@ -60,7 +65,11 @@ impl Source {
         };
         let keys = report.keys.iter();
         let keys: Vec<_> = keys
-            .map(|key| v1::EncryptionKey { public_key: key.public.to_string(), made: key.made })
+            .map(|key| v1::EncryptionKey {
+                public_key: key.public.clone(),
+                made: key.made,
+                by: key.by.as_str().into(),
+            })
             .collect();
         Some(v1::Encryption {
             mode: mode.into(),
@@ -70,6 +79,7 @@ impl Source {
             mtu: view.mtu.load(Ordering::Relaxed),
             nodes: report.peers.iter().map(|peer| self.encrypted_node(peer, overview)).collect(),
             error: report.error.clone().unwrap_or_default(),
+            by: asked.by.iter().map(|by| by.as_str().to_owned()).collect(),
         })
     }
 
@@ -83,8 +93,16 @@ impl Source {
         let gone = || Status::unavailable("the agent is shutting down");
         self.encryption.rotate.send(reply).await.map_err(|_| gone())?;
         match answer.await.map_err(|_| gone())? {
-            Ok(key) => Ok(v1::RotateKeyResponse { public_key: key.to_string() }),
-            Err(error @ RotateError::UnderWay(_)) => Err(Status::failed_precondition(error.to_string())),
+            Ok(keys) => {
+                let ipsec = keys.ipsec.map(|key| key.to_string());
+                let all: Vec<_> =
+                    ipsec.into_iter().chain(keys.wireguard.map(|key| key.to_string())).collect();
+                let public_key = all.first().cloned().unwrap_or_default();
+                Ok(v1::RotateKeyResponse { public_key, public_keys: all })
+            }
+            Err(error @ (RotateError::UnderWay(_) | RotateError::TooYoung(_))) => {
+                Err(Status::failed_precondition(error.to_string()))
+            }
             Err(error @ RotateError::Key(_)) => Err(Status::internal(error.to_string())),
         }
     }
@@ -100,6 +118,7 @@ impl Source {
             received_bytes: peer.received,
             sent_bytes: peer.sent,
             by_previous_key: peer.by_previous,
+            by: peer.by.as_str().into(),
         }
     }
 }

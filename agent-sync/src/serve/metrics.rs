@@ -2,7 +2,7 @@
 
 mod counted;
 mod digests;
-mod wireguard;
+mod encryption;
 mod work;
 
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ pub(super) fn encode(status: &StatusResponse, counted: Option<&Counted>) -> Resu
     health(status, &mut registry);
     digests::register(status, &mut registry);
     work::register(status, &mut registry);
-    wireguard::register(status, &mut registry);
+    encryption::register(status, &mut registry);
     if let Some(counted) = counted {
         counted::register(counted, &mut registry);
     }

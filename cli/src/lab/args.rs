@@ -137,6 +137,7 @@ pub(crate) enum LabCommand {
     #[command(after_help = "Examples:
   clustermesh lab encrypt alpha clusters
   clustermesh lab encrypt alpha nodes --strict
+  clustermesh lab encrypt alpha nodes --with ipsec,wireguard
   clustermesh lab encrypt alpha off")]
     Encrypt(EncryptArgs),
     /// Give the agents of a cluster other flags than a lab's usual ones
@@ -235,6 +236,9 @@ pub(crate) struct EncryptArgs {
     /// Between which nodes
     #[arg(value_enum)]
     pub(crate) between: Between,
+    /// By what; with both, IPsec comes first where both ends can
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "wireguard")]
+    pub(crate) with: Vec<With>,
     /// Drop what should be encrypted and is not
     #[arg(long)]
     pub(crate) strict: bool,
@@ -262,6 +266,13 @@ pub(crate) enum Between {
     Clusters,
     /// All nodes
     Nodes,
+}
+
+/// By what is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum With {
+    Wireguard,
+    Ipsec,
 }
 
 #[derive(Debug, Args)]

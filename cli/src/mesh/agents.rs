@@ -121,9 +121,11 @@ pub(crate) async fn observe(
 }
 
 /// Has the key of `agent`'s node replaced, and returns the new one's public part.
-pub(crate) async fn rotate_key(agent: &Agent) -> Result<String, String> {
+pub(crate) async fn rotate_key(agent: &Agent) -> Result<Vec<String>, String> {
     let mut client = client(agent).await?;
-    Ok(within(ROTATION, client.rotate_key(RotateKeyRequest {})).await?.public_key)
+    let new = within(ROTATION, client.rotate_key(RotateKeyRequest {})).await?;
+    // A version that had WireGuard only says one.
+    Ok(if new.public_keys.is_empty() { vec![new.public_key] } else { new.public_keys })
 }
 
 /// What an agent says when it cannot do something.

@@ -1,11 +1,14 @@
 //! `clustermesh encrypt`: how encryption between nodes is, and new keys.
 
+use std::collections::BTreeSet;
+
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use clustermesh_agent_api::v1::Encryption;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::status::by;
 use super::terminal::one_line;
 use super::{Output, agents};
 use crate::context::{self, Context};
@@ -128,14 +131,17 @@ fn show(view: &NodeView) {
     };
     let strict = if encryption.strict { ", strict" } else { "" };
     let (mode, mtu) = (one_line(&encryption.mode), encryption.mtu);
-    print_line(format_args!("{name}: WireGuard between {mode}{strict}, MTU {mtu}"));
+    print_line(format_args!("{name}: {} between {mode}{strict}, MTU {mtu}", by(encryption)));
     let now = Timestamp::now().as_second();
-    for (key, word) in encryption.keys.iter().zip(["key", "previous key, still in use"]) {
+    let mut seen = BTreeSet::new();
+    for key in &encryption.keys {
+        let word = if seen.insert(&key.by) { "key" } else { "previous key, still in use" };
+        let by = if encryption.by.len() > 1 { format!("{} ", one_line(&key.by)) } else { String::new() };
         let age = match key.made {
             0 => String::new(),
             made => format!(", {} old", age(now, made)),
         };
-        print_line(format_args!("  {word} {}{age}", one_line(&key.public_key)));
+        print_line(format_args!("  {by}{word} {}{age}", one_line(&key.public_key)));
     }
     if !encryption.error.is_empty() {
         print_line(format_args!("  error: {}", one_line(&encryption.error)));
@@ -154,10 +160,10 @@ fn show(view: &NodeView) {
             };
             let (received, sent) = (node.received_bytes.to_string(), node.sent_bytes.to_string());
             let name = format!("{}/{}", one_line(&node.cluster), one_line(&node.node));
-            vec![name, one_line(&node.ip), state, handshake, received, sent]
+            vec![name, one_line(&node.ip), state, one_line(&node.by), handshake, received, sent]
         })
         .collect();
-    print_table(&["NODE", "ADDRESS", "STATE", "HANDSHAKE", "RECEIVED", "SENT"], rows);
+    print_table(&["NODE", "ADDRESS", "STATE", "BY", "ANSWERED", "RECEIVED", "SENT"], rows);
 }
 
 /// Seconds as `5s`, `7m`, `3h` or `12d`.
@@ -177,7 +183,9 @@ async fn rotate(place: &Place) -> anyhow::Result<()> {
         for agent in &context.agents {
             let name = format!("{}/{}", context.cluster, agent.node);
             match agents::rotate_key(agent).await {
-                Ok(key) => print_line(format_args!("{name}: new key {}", one_line(&key))),
+                Ok(keys) => {
+                    keys.iter().for_each(|key| print_line(format_args!("{name}: new key {}", one_line(key))))
+                }
                 Err(error) => failed.push(format!("{name}: {error}")),
             }
         }

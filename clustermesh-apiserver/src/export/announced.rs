@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::ClusterName;
-use clustermesh_kvstore::record::{self, NodeAnnouncement, RecordError, WireguardKey};
+use clustermesh_kvstore::record::{self, IpsecKey, NodeAnnouncement, RecordError, WireguardKey};
 
 /// Nodes of a cluster whose announcements are kept.
 const MAX: usize = 65_536;
@@ -18,10 +18,13 @@ pub(super) struct Announced(BTreeMap<String, Held>);
 #[derive(Debug)]
 struct Held {
     /// None: withdrawn, and waits to be removed with its node.
-    key: Option<WireguardKey>,
+    keys: Keys,
     /// Since when no node has that name, as far as anybody looked.
     orphaned: Option<Instant>,
 }
+
+/// For WireGuard, and for IPsec.
+type Keys = (Option<WireguardKey>, Option<IpsecKey>);
 
 /// An announcement that does not count; the node's last one does.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,21 +46,28 @@ impl Announced {
         value: Option<&[u8]>,
     ) -> Result<bool, AnnouncementError> {
         let Some(value) = value else { return Ok(self.0.remove(node).is_some()) };
-        let key = NodeAnnouncement::decode(cluster, node, value)?.wireguard;
+        let said = NodeAnnouncement::decode(cluster, node, value)?;
         if self.0.len() >= MAX && !self.0.contains_key(node) {
             return Err(AnnouncementError::TooMany);
         }
-        let before = self.0.insert(node.to_owned(), Held { key, orphaned: None });
-        Ok(before.and_then(|held| held.key) != key)
+        let keys = (said.wireguard, said.ipsec);
+        let before = self.0.insert(node.to_owned(), Held { keys, orphaned: None });
+        Ok(before.map(|held| held.keys).unwrap_or_default() != keys)
     }
 
-    /// Completes a record. What the node's object says counts more: where Cilium runs, that is its agent's key.
+    /// Completes a record. For WireGuard what the node's object says counts more: where Cilium runs, that is its
+    /// agent's key. For IPsec nobody but the node has a say.
     pub(super) fn complete(&self, record: &mut record::Node) {
+        let (wireguard, ipsec) = self.0.get(&record.name).map(|held| held.keys).unwrap_or_default();
         if record.wireguard_pub_key.is_empty()
-            && let Some(key) = self.0.get(&record.name).and_then(|held| held.key)
+            && let Some(key) = wireguard
         {
             record.wireguard_pub_key = key.to_string();
         }
+        let mut annotations = record.annotations.take().unwrap_or_default();
+        annotations.remove(IpsecKey::ANNOTATION);
+        annotations.extend(ipsec.map(|key| (IpsecKey::ANNOTATION.to_owned(), key.to_string())));
+        record.annotations = Some(annotations).filter(|annotations| !annotations.is_empty());
     }
 
     /// Names that no node has had for long.
@@ -83,7 +93,7 @@ mod tests {
 
     fn value(node: &str, key: Option<u8>) -> Vec<u8> {
         let wireguard = key.and_then(|byte| WireguardKey::new([byte; 32]));
-        NodeAnnouncement { cluster: alpha(), node: node.into(), wireguard }.encode()
+        NodeAnnouncement { cluster: alpha(), node: node.into(), wireguard, ipsec: None }.encode()
     }
 
     fn shown(announced: &Announced, own: &str) -> String {
@@ -106,6 +116,22 @@ mod tests {
         assert_eq!(shown(&announced, "cilium's"), "cilium's");
         assert_eq!(announced.take(&alpha(), "n1", Some(&value("n1", None))), Ok(true));
         assert_eq!(shown(&announced, ""), "");
+    }
+
+    #[test]
+    fn only_the_node_itself_says_its_ipsec_key() {
+        let mut announced = Announced::default();
+        let mut record = record::Node { name: "n1".into(), ..record::Node::default() };
+        let by_hand = |key: &str| Some([(IpsecKey::ANNOTATION.to_owned(), key.to_owned())].into());
+        record.annotations = by_hand("somebody's");
+        announced.complete(&mut record);
+        assert_eq!(record.annotations, None);
+        let ipsec = IpsecKey::new([5; 32]);
+        let said = NodeAnnouncement { cluster: alpha(), node: "n1".into(), wireguard: None, ipsec };
+        assert_eq!(announced.take(&alpha(), "n1", Some(&said.encode())), Ok(true));
+        record.annotations = by_hand("somebody's");
+        announced.complete(&mut record);
+        assert_eq!(record.ipsec_key(), ipsec);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::{RecordError, WireguardKey, json, net};
+use super::{IpsecKey, RecordError, WireguardKey, json, net};
 use crate::cluster::ClusterName;
 
 /// What a node's agent says of its node to its own cluster's exporter, which puts it into the node's record.
@@ -16,6 +16,8 @@ pub struct NodeAnnouncement {
     pub node: String,
     /// Others may encrypt what they send to the node by this key; none: they must not.
     pub wireguard: Option<WireguardKey>,
+    /// The same for IPsec.
+    pub ipsec: Option<IpsecKey>,
 }
 
 impl NodeAnnouncement {
@@ -38,7 +40,11 @@ impl NodeAnnouncement {
             "" => None,
             key => Some(key.parse()?),
         };
-        Ok(Self { cluster: cluster.clone(), node: wire.node, wireguard })
+        let ipsec = match wire.ipsec_pub_key.as_str() {
+            "" => None,
+            key => Some(key.parse()?),
+        };
+        Ok(Self { cluster: cluster.clone(), node: wire.node, wireguard, ipsec })
     }
 
     /// The value.
@@ -47,6 +53,7 @@ impl NodeAnnouncement {
             cluster: self.cluster.to_string(),
             node: self.node.clone(),
             wireguard_pub_key: self.wireguard.map(|key| key.to_string()).unwrap_or_default(),
+            ipsec_pub_key: self.ipsec.map(|key| key.to_string()).unwrap_or_default(),
         })
     }
 }
@@ -58,6 +65,8 @@ struct Wire {
     node: String,
     #[serde(default)]
     wireguard_pub_key: String,
+    #[serde(default)]
+    ipsec_pub_key: String,
 }
 
 #[cfg(test)]
@@ -67,8 +76,8 @@ mod tests {
     #[test]
     fn it_is_bound_to_its_cluster_and_node() {
         let alpha: ClusterName = "alpha".parse().unwrap();
-        for wireguard in [None, WireguardKey::new([7; 32])] {
-            let said = NodeAnnouncement { cluster: alpha.clone(), node: "n1".into(), wireguard };
+        for (wireguard, ipsec) in [(None, IpsecKey::new([8; 32])), (WireguardKey::new([7; 32]), None)] {
+            let said = NodeAnnouncement { cluster: alpha.clone(), node: "n1".into(), wireguard, ipsec };
             let value = said.encode();
             assert_eq!(NodeAnnouncement::decode(&alpha, "n1", &value), Ok(said));
             let reason = |cluster: &str, node, value: &[u8]| {
@@ -81,7 +90,10 @@ mod tests {
             assert_eq!(reason("alpha", "n1", &long), "too_large");
             assert_eq!(reason("alpha", "n1", b"{"), "bad_json");
         }
-        let bad = br#"{"cluster":"alpha","node":"n1","wireguardPubKey":"AAAA"}"#;
-        assert_eq!(NodeAnnouncement::decode(&alpha, "n1", bad).unwrap_err().reason(), "bad_wireguard_key");
+        for (field, reason) in [("wireguardPubKey", "bad_wireguard_key"), ("ipsecPubKey", "bad_ipsec_key")] {
+            let bad = format!(r#"{{"cluster":"alpha","node":"n1","{field}":"AAAA"}}"#);
+            let error = NodeAnnouncement::decode(&alpha, "n1", bad.as_bytes()).unwrap_err();
+            assert_eq!(error.reason(), reason);
+        }
     }
 }

@@ -65,6 +65,9 @@ pub enum RecordError {
     /// Not 32 bytes in base64, or all zero.
     #[error("{0} is not a WireGuard public key")]
     BadWireguardKey(Text),
+    /// Not 32 bytes in base64, or all zero.
+    #[error("{0} is not a node's public key for IPsec")]
+    BadIpsecKey(Text),
     /// A policy that cannot mean anything, or too much of it.
     #[error("the policy makes no sense: {0}")]
     BadPolicy(Text),
@@ -95,6 +98,7 @@ impl RecordError {
             Self::BadIdentity(_) => "bad_identity",
             Self::BadValue { .. } => "bad_value",
             Self::BadWireguardKey(_) => "bad_wireguard_key",
+            Self::BadIpsecKey(_) => "bad_ipsec_key",
             Self::BadPolicy(_) => "bad_policy",
             Self::NameMismatch { .. } => "name_mismatch",
         }

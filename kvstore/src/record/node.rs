@@ -5,7 +5,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::json::{self, null_is_empty};
-use super::{Record, RecordError, WireguardKey, net};
+use super::{IpsecKey, Record, RecordError, WireguardKey, net};
 use crate::key::Kind;
 
 /// A node of a cluster.
@@ -41,7 +41,7 @@ pub struct Node {
     pub encryption_key: u8,
     /// Kubernetes labels.
     pub labels: Option<BTreeMap<String, String>>,
-    /// Kubernetes annotations.
+    /// Kubernetes annotations, and this node's key for IPsec ([`IpsecKey::ANNOTATION`]).
     pub annotations: Option<BTreeMap<String, String>>,
     /// The node's own identity; newer exporters leave it out. 0 is none.
     pub node_identity: Option<u32>,
@@ -108,6 +108,11 @@ impl Node {
         self.wireguard_pub_key.parse().ok()
     }
 
+    /// The public key for IPsec, if it has one.
+    pub fn ipsec_key(&self) -> Option<IpsecKey> {
+        self.annotations.as_ref()?.get(IpsecKey::ANNOTATION)?.parse().ok()
+    }
+
     fn address_of(&self, kind: &NodeAddressKind, v4: bool) -> Option<IpAddr> {
         let fits = |address: &&NodeAddress| address.kind == *kind && address.ip.is_ipv4() == v4;
         self.addresses.iter().find(fits).map(|address| address.ip)
@@ -124,6 +129,9 @@ impl Record for Node {
         net::same_key(suffix, &wire.name)?;
         if !wire.wireguard_pub_key.is_empty() {
             wire.wireguard_pub_key.parse::<WireguardKey>()?;
+        }
+        if let Some(key) = wire.annotations.as_ref().and_then(|all| all.get(IpsecKey::ANNOTATION)) {
+            key.parse::<IpsecKey>()?;
         }
         let addresses = wire.ip_addresses.into_iter().map(|address| {
             Ok(NodeAddress { ip: net::address("IPAddresses", &address.ip)?, kind: address.kind })

@@ -40,6 +40,8 @@ pub(crate) struct CaptureArgs {
 struct Flow {
     source: Ipv4Addr,
     destination: Ipv4Addr,
+    /// Of IP: 17 is UDP, 50 is ESP.
+    protocol: u8,
     /// UDP's destination port; 0: no UDP, or a later fragment.
     port: u16,
     packets: u64,
@@ -47,8 +49,8 @@ struct Flow {
     marked: u64,
 }
 
-/// Source, destination, UDP port.
-type Ends = (Ipv4Addr, Ipv4Addr, u16);
+/// Source, destination, protocol, UDP port.
+type Ends = (Ipv4Addr, Ipv4Addr, u8, u16);
 
 pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
     let seconds = Duration::try_from_secs_f64(args.seconds).context("--seconds is out of range")?;
@@ -72,9 +74,10 @@ pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
         *packets += 1;
         *marked += u64::from(holds(&frame[..length], args.marker.as_bytes()));
     }
-    let flows = flows.into_iter().map(|((source, destination, port), (packets, marked))| Flow {
+    let flows = flows.into_iter().map(|((source, destination, protocol, port), (packets, marked))| Flow {
         source,
         destination,
+        protocol,
         port,
         packets,
         marked,
@@ -82,8 +85,8 @@ pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
     match args.output {
         Output::Text => flows.for_each(|flow| {
             println!(
-                "{} > {}:{}  {} packets, {} marked",
-                flow.source, flow.destination, flow.port, flow.packets, flow.marked
+                "{} > {}:{} protocol {}  {} packets, {} marked",
+                flow.source, flow.destination, flow.port, flow.protocol, flow.packets, flow.marked
             );
         }),
         Output::Json | Output::Jsonl => println!("{}", serde_json::to_string(&flows.collect::<Vec<_>>())?),
@@ -105,7 +108,7 @@ fn ends(frame: &[u8]) -> Option<Ends> {
         Some(port) if packet[9] == UDP && !later_fragment => u16::from_be_bytes([port[0], port[1]]),
         _ => 0,
     };
-    Some((address(12), address(16), port))
+    Some((address(12), address(16), packet[9], port))
 }
 
 fn holds(frame: &[u8], marker: &[u8]) -> bool {
@@ -132,8 +135,8 @@ mod tests {
     #[test]
     fn reads_outer_headers() {
         let [a, b] = [[172, 31, 1, 1], [172, 31, 2, 1]].map(Ipv4Addr::from);
-        assert_eq!(ends(&frame(0)), Some((a, b, 8472)));
-        assert_eq!(ends(&frame(185)), Some((a, b, 0)));
+        assert_eq!(ends(&frame(0)), Some((a, b, UDP, 8472)));
+        assert_eq!(ends(&frame(185)), Some((a, b, UDP, 0)));
         for length in 0..ETHERNET + 20 {
             assert_eq!(ends(&frame(0)[..length]), None);
         }

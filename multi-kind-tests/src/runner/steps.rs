@@ -91,7 +91,7 @@ pub(super) fn title(step: &Step) -> String {
         }
         Step::Encrypt(encrypt) => {
             let strict = if encrypt.strict { ", strictly" } else { "" };
-            format!("{} encrypts between {}{strict}", encrypt.cluster, encrypt.between)
+            format!("{} encrypts between {} by {}{strict}", encrypt.cluster, encrypt.between, encrypt.with)
         }
         Step::Underlay(look) => format!("packets between nodes for {}", look.span),
         Step::Chaos(chaos) => format!("chaos for {}", chaos.span),
@@ -222,7 +222,8 @@ impl<'a> Stage<'a> {
 
     fn encrypt(&mut self, encrypt: &Encrypt) -> anyhow::Result<Option<String>> {
         let strict = if encrypt.strict { &["--strict"][..] } else { &[] };
-        self.restart_agents("encrypt", &encrypt.cluster, &[&[encrypt.between.as_str()], strict].concat())
+        let how = [encrypt.between.as_str(), "--with", &encrypt.with];
+        self.restart_agents("encrypt", &encrypt.cluster, &[&how, strict].concat())
     }
 
     fn agent_flags(&mut self, AgentFlags { cluster, flags }: &AgentFlags) -> anyhow::Result<Option<String>> {

@@ -9,18 +9,22 @@ use anyhow::Context as _;
 use serde::Deserialize;
 
 use super::steps::Stage;
-use crate::scenario::{Clear, Underlay};
+use crate::scenario::{Clear, Sealed, Underlay};
 use crate::{pace, process};
 
 const TUNNEL: u16 = 8472;
 /// One port for each combination of an old and a new key.
 const WIREGUARD: RangeInclusive<u16> = 51_871..=51_874;
+const UDP: u8 = 17;
+/// IPsec's, which has no ports.
+const ESP: u8 = 50;
 
 /// As `mesh-probe capture` prints them.
 #[derive(Deserialize)]
 struct Flow {
     source: Ipv4Addr,
     destination: Ipv4Addr,
+    protocol: u8,
     port: u16,
     packets: u64,
     marked: u64,
@@ -33,7 +37,8 @@ struct Seen {
     within: u64,
     /// And of different ones.
     across: u64,
-    encrypted: u64,
+    wireguard: u64,
+    esp: u64,
     /// With the marker, of any kind.
     marked_within: u64,
     marked_across: u64,
@@ -51,11 +56,11 @@ pub(super) fn look(stage: &mut Stage<'_>, step: &Underlay) -> anyhow::Result<Opt
     let text = finished.success("mesh-probe capture")?;
     let flows: Vec<Flow> = serde_json::from_str(text.trim()).context("what the capture prints")?;
     let seen = sum(&flows);
-    let Seen { within, across, encrypted, .. } = seen;
-    let wrong = differences(&seen, step.clear);
+    let Seen { within, across, wireguard, esp, .. } = seen;
+    let wrong = differences(&seen, step.clear, step.with);
     anyhow::ensure!(wrong.is_empty(), "{}; seen: {seen:?}", wrong.join(", "));
     Ok(Some(format!(
-        "tunnel packets in clear: {across} between clusters, {within} within; {encrypted} encrypted ones"
+        "tunnel packets in clear: {across} between clusters, {within} within; {wireguard} of WireGuard, {esp} of IPsec"
     )))
 }
 
@@ -67,17 +72,22 @@ fn sum(flows: &[Flow]) -> Seen {
         let same = cluster(flow.source) == cluster(flow.destination);
         let marked = if same { &mut seen.marked_within } else { &mut seen.marked_across };
         *marked += flow.marked;
-        match (flow.port, same) {
-            (TUNNEL, true) => seen.within += flow.packets,
-            (TUNNEL, false) => seen.across += flow.packets,
-            (port, _) if WIREGUARD.contains(&port) => seen.encrypted += flow.packets,
+        match (flow.protocol, flow.port, same) {
+            (UDP, TUNNEL, true) => seen.within += flow.packets,
+            (UDP, TUNNEL, false) => seen.across += flow.packets,
+            (UDP, port, _) if WIREGUARD.contains(&port) => seen.wireguard += flow.packets,
+            (ESP, ..) => seen.esp += flow.packets,
             _ => {}
         }
     }
     seen
 }
 
-fn differences(seen: &Seen, clear: Clear) -> Vec<&'static str> {
+fn differences(seen: &Seen, clear: Clear, with: Sealed) -> Vec<&'static str> {
+    let (encrypted, other) = match with {
+        Sealed::Wireguard => (seen.wireguard, seen.esp),
+        Sealed::Ipsec => (seen.esp, seen.wireguard),
+    };
     let across = seen.across > 0 || seen.marked_across > 0;
     let within = seen.within > 0 || seen.marked_within > 0;
     let mut wrong = Vec::new();
@@ -86,22 +96,26 @@ fn differences(seen: &Seen, clear: Clear) -> Vec<&'static str> {
             wrong.push(what);
         }
     };
+    if matches!(clear, Clear::None | Clear::Within) {
+        // What is going to end may still answer for a while.
+        expect(other * 10 <= encrypted, "it is encrypted by the other one of WireGuard and IPsec");
+    }
     match clear {
         Clear::None => {
             expect(!across, "clear text between clusters");
             expect(!within, "clear text within a cluster");
-            expect(seen.encrypted > 0, "nothing is encrypted");
+            expect(encrypted > 0, "nothing is encrypted");
         }
         Clear::Within => {
             expect(!across, "clear text between clusters");
             expect(seen.within > 0 && seen.marked_within > 0, "no clear text within a cluster");
-            expect(seen.encrypted > 0, "nothing is encrypted");
+            expect(encrypted > 0, "nothing is encrypted");
         }
         Clear::Silence => expect(!across, "clear text between clusters"),
         Clear::All => {
             expect(seen.across > 0 && seen.marked_across > 0, "no clear text between clusters");
             // Devices that are about to go answer each other for a while.
-            expect(seen.encrypted * 10 < seen.across, "something is encrypted");
+            expect((encrypted + other) * 10 < seen.across, "something is encrypted");
         }
     }
     wrong
@@ -118,11 +132,12 @@ mod tests {
         let flow = |c: u8, port, marked| Flow {
             source: Ipv4Addr::new(172, 31, 1, 1),
             destination: Ipv4Addr::new(172, 31, c, 2),
+            protocol: UDP,
             port,
             packets: 1,
             marked,
         };
-        let wrong = |flows: &[Flow], clear| differences(&sum(flows), clear).len();
+        let wrong = |flows: &[Flow], clear| differences(&sum(flows), clear, Sealed::Wireguard).len();
         let fine = [flow(2, SEALED, 0), flow(1, SEALED, 0)];
         assert_eq!(wrong(&fine, Clear::None), 0);
         assert_eq!(wrong(&fine, Clear::All), 2);
@@ -132,5 +147,12 @@ mod tests {
         assert_eq!(wrong(&[flow(2, TUNNEL, 1), flow(1, TUNNEL, 1)], Clear::Within), 2);
         assert_eq!(wrong(&[flow(2, TUNNEL, 1)], Clear::All), 0);
         assert_eq!(wrong(&[], Clear::None), 1);
+
+        let esp = |marked| Flow { protocol: ESP, ..flow(2, 0, marked) };
+        let by_ipsec = |flows: &[Flow]| differences(&sum(flows), Clear::None, Sealed::Ipsec).len();
+        assert_eq!(by_ipsec(&[esp(0)]), 0);
+        assert_eq!(by_ipsec(&[esp(0), flow(2, SEALED, 0)]), 1, "it is WireGuard's");
+        assert_eq!(by_ipsec(&[esp(1), flow(2, TUNNEL, 0)]), 1);
+        assert_eq!(wrong(&[esp(0)], Clear::None), 2);
     }
 }

@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 pub use duration::Span;
 pub use step::{
     AgentFlags, Annotate, Apply, Call, Chaos, Check, Clear, Connect, Delete, Encrypt, Fails, IdentitySeen,
-    Load, LoadStop, NodeRef, Pair, ProcessRef, Propagated, Ready, Rotated, Rotation, Scale, Shift, Step,
-    Stream, StreamEnd, Tamper, TamperedTable, Tampering, Unchanged, Underlay,
+    Load, LoadStop, NodeRef, Pair, ProcessRef, Propagated, Ready, Rotated, Rotation, Scale, Sealed, Shift,
+    Step, Stream, StreamEnd, Tamper, TamperedTable, Tampering, Unchanged, Underlay,
 };
 
 /// One scenario file.

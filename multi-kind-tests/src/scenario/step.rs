@@ -313,6 +313,9 @@ pub struct Encrypt {
     pub cluster: String,
     /// `off`, `clusters` or `nodes`.
     pub between: String,
+    /// `wireguard`, `ipsec` or, with a comma, both.
+    #[serde(default = "wireguard")]
+    pub with: String,
     /// Clear text is dropped.
     #[serde(default)]
     pub strict: bool,
@@ -338,8 +341,22 @@ pub struct Underlay {
     pub span: Span,
     /// Part of what is called meanwhile.
     pub marker: String,
+    /// By what the rest is encrypted.
+    #[serde(default)]
+    pub with: Sealed,
     /// What goes in clear.
     pub clear: Clear,
+}
+
+/// By what packets between nodes are encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sealed {
+    /// WireGuard.
+    #[default]
+    Wireguard,
+    /// IPsec.
+    Ipsec,
 }
 
 /// What goes in clear between nodes.
@@ -511,6 +528,10 @@ fn two_hundred() -> u32 {
 
 fn two_millis() -> Span {
     Span::millis(2)
+}
+
+fn wireguard() -> String {
+    "wireguard".to_owned()
 }
 
 fn one_second() -> Span {

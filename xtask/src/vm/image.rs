@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Programs of this machine that the guest gets, with their libraries. Everything else is busybox's.
-const TOOLS: &[&str] = &["ip", "tc", "setpriv", "nsenter"];
+const TOOLS: &[&str] = &["ip", "tc", "setpriv", "nsenter", "unshare"];
 /// Those that only scenarios need.
 const LAB_TOOLS: &[&str] = &["etcd", "etcdctl"];
 

@@ -17,7 +17,7 @@ fn ip(cluster: u8, node: u8) -> Ipv4Addr {
 
 fn end(cluster: u8, node: u8, key: Option<WireguardKey>) -> (Ipv4Addr, Option<TunnelEnd>) {
     let name = format!("node{node}");
-    let node = EndNode { name, tunnel_ip: Some(ip(cluster, node)), key };
+    let node = EndNode { name, tunnel_ip: Some(ip(cluster, node)), key, ipsec: None };
     (
         ip(cluster, node.tunnel_ip.unwrap().octets()[3]),
         Some(TunnelEnd { cluster: cluster.into(), node: Some(node) }),

@@ -59,6 +59,7 @@ fn plans(service: LocalService, how: Option<LetIn>) -> BTreeMap<ServiceKey, Serv
         virtual_cidrs: VirtualCidrs::default(),
         zone: None,
         wireguard: None,
+        ipsec: None,
     };
     mesh.upsert(own, Fact::LocalService(Box::new(service)), 0);
     let mut plans: BTreeMap<_, _> = mesh.compute().service.into_iter().collect();

@@ -22,7 +22,10 @@ impl Text {
         let mode = one_line(&encryption.mode);
         self.line(
             2,
-            format!("encryption: WireGuard between {mode}{strict}; {done} of {all} nodes, MTU {mtu}"),
+            format!(
+                "encryption: {} between {mode}{strict}; {done} of {all} nodes, MTU {mtu}",
+                by(encryption)
+            ),
         );
         if !encryption.error.is_empty() {
             let text = format!("encryption: {}", one_line(&encryption.error));
@@ -43,6 +46,18 @@ impl Text {
     }
 }
 
+/// By what a node encrypts. One that does not say so is of a version that had WireGuard only.
+pub(in crate::mesh) fn by(encryption: &Encryption) -> String {
+    let words = encryption.by.iter().map(|by| match by.as_str() {
+        "wireguard" => "WireGuard".to_owned(),
+        "ipsec" => "IPsec".to_owned(),
+        other => one_line(other),
+    });
+    // The one that comes first where both can is the last one.
+    let words: Vec<_> = words.rev().collect();
+    if words.is_empty() { "WireGuard".to_owned() } else { words.join(" or ") }
+}
+
 fn name(node: &EncryptedNode) -> String {
     match node.node.as_str() {
         "" => one_line(&node.ip),
@@ -55,6 +70,7 @@ fn why(state: &str) -> String {
         "waiting" => "has not answered yet",
         "no_key" => "its record has no key",
         "own_key" => "it claims this node's key",
+        "bad_key" => "its key is none",
         "key_of_another_node" => "it claims another node's key",
         "unconfirmed" => "known from before the agent's start only",
         other => return one_line(other),
@@ -89,6 +105,8 @@ mod tests {
         let mut text = plain();
         text.encryption(&Encryption { strict: true, error: "no socket".into(), ..encryption });
         assert!(text.out.contains("blocked, ") && text.out.contains("no socket"), "{}", text.out);
+        let both = vec!["wireguard".into(), "ipsec".into()];
+        assert_eq!(by(&Encryption { by: both, ..Encryption::default() }), "IPsec or WireGuard");
         let mut text = plain();
         text.encryption(&Encryption { mode: "off".into(), ..Encryption::default() });
         assert_eq!(text.out, "");

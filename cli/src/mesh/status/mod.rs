@@ -13,6 +13,7 @@ use super::terminal::{Style, print};
 use super::wait::{self, Pending};
 use super::{Output, Wait, agents, mirror};
 use crate::context::{self, Context};
+pub(super) use encryption_text::by;
 use report::{ClusterReport, Report};
 pub(crate) use report::{why_agent_not_ready, why_not_ready};
 

@@ -13,21 +13,21 @@ pub(super) fn register(status: &StatusResponse, registry: &mut Registry) {
     let Some(encryption) = status.encryption.as_ref().filter(|encryption| encryption.mode != "off") else {
         return;
     };
-    let strict = gauge(registry, "wireguard_strict", "What should be encrypted never goes in clear");
+    let strict = gauge(registry, "encryption_strict", "What should be encrypted never goes in clear");
     set(&strict, Labels::new(), encryption.strict.into());
-    let failing = gauge(registry, "wireguard_failing", "The kernel does not follow what is wanted");
+    let failing = gauge(registry, "encryption_failing", "The kernel does not follow what is wanted");
     set(&failing, Labels::new(), (!encryption.error.is_empty()).into());
-    let mtu = gauge(registry, "wireguard_overlay_mtu", "Pods' packets up to this size need no fragments");
+    let mtu = gauge(registry, "encryption_overlay_mtu", "Pods' packets up to this size need no fragments");
     set(&mtu, Labels::new(), encryption.mtu.into());
 
     let mut by_cluster: BTreeMap<&str, Vec<&EncryptedNode>> = BTreeMap::new();
     for node in &encryption.nodes {
         by_cluster.entry(&node.cluster).or_default().push(node);
     }
-    let nodes = gauge(registry, "wireguard_nodes", "Addresses of nodes that are to be encrypted, by state");
+    let nodes = gauge(registry, "encryption_nodes", "Addresses of nodes that are to be encrypted, by state");
     let [received, sent] = [
-        ("wireguard_received_bytes", "Bytes that came encrypted, of the peers that there are"),
-        ("wireguard_sent_bytes", "Bytes that went encrypted, of the peers that there are"),
+        ("encryption_received_bytes", "Bytes that came encrypted, of the peers that there are"),
+        ("encryption_sent_bytes", "Bytes that went encrypted, of the peers that there are"),
     ]
     .map(|(name, help)| {
         let counters = Counters::default();
@@ -69,14 +69,14 @@ mod tests {
         };
         let shown = text(encryption.clone());
         for line in [
-            r#"clustermesh_wireguard_nodes{target_cluster="beta",state="encrypted"} 2"#,
-            r#"clustermesh_wireguard_nodes{target_cluster="beta",state="own_key"} 1"#,
-            r#"clustermesh_wireguard_nodes{target_cluster="beta",state="no_key"} 0"#,
-            r#"clustermesh_wireguard_received_bytes_total{target_cluster="beta"} 11"#,
+            r#"clustermesh_encryption_nodes{target_cluster="beta",state="encrypted"} 2"#,
+            r#"clustermesh_encryption_nodes{target_cluster="beta",state="own_key"} 1"#,
+            r#"clustermesh_encryption_nodes{target_cluster="beta",state="no_key"} 0"#,
+            r#"clustermesh_encryption_received_bytes_total{target_cluster="beta"} 11"#,
         ] {
             assert!(shown.lines().any(|shown| shown == line), "{line} is not in\n{shown}");
         }
         let off = Encryption { mode: "off".into(), ..encryption };
-        assert!(!text(off).contains("wireguard"));
+        assert!(!text(off).contains("encryption"));
     }
 }
