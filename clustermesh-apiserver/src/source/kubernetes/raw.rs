@@ -13,6 +13,7 @@ use crate::source::wire::{ReadError, read};
 ///
 /// The client's library lists and watches this instead of each kind's own type: what it takes to follow a kind
 /// is in the program once, not once per kind, and an object of another form than ours does not end the watch.
+/// Of an event, its type has to stand before the object, as servers write it.
 #[derive(Clone, Debug)]
 pub(super) struct Raw {
     meta: ObjectMeta,
