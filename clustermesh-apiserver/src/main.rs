@@ -9,6 +9,7 @@ use clustermesh_apiserver::args::{Cli, Command, EtcdInitArgs, ExportArgs, Kvstor
 use clustermesh_apiserver::etcdinit::{self, EtcdInitError};
 use clustermesh_apiserver::kvstoremesh::server::{self as kvstoremesh, Kvstoremesh};
 use clustermesh_apiserver::server::{Server, StartError};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -31,7 +32,8 @@ fn main() -> ExitCode {
 }
 
 fn export(args: &ExportArgs) -> anyhow::Result<()> {
-    run(async |stop| {
+    // One thread: it waits most of the time, and each thread would keep memory of its own.
+    run(&mut Builder::new_current_thread(), async |stop| {
         let server = Server::start(args).await?;
         tracing::info!(cluster = %args.cluster_name, id = args.cluster_id, source = %args.source, "exporting");
         if let Some(addr) = server.http_addr() {
@@ -44,7 +46,7 @@ fn export(args: &ExportArgs) -> anyhow::Result<()> {
 }
 
 fn mirror(args: &KvstoremeshArgs) -> anyhow::Result<()> {
-    run(async |stop| {
+    run(Builder::new_multi_thread().worker_threads(2), async |stop| {
         let kvstoremesh = Kvstoremesh::start(args).await?;
         let dir = args.clustermesh_config.display();
         tracing::info!(cluster = %args.cluster_name, id = args.cluster_id, remotes = %dir, "mirroring");
@@ -58,7 +60,7 @@ fn mirror(args: &KvstoremeshArgs) -> anyhow::Result<()> {
 }
 
 fn initialize_etcd(args: &EtcdInitArgs) -> anyhow::Result<()> {
-    run(async |stop| Ok(etcdinit::run(args, stop).await?))
+    run(&mut Builder::new_current_thread(), async |stop| Ok(etcdinit::run(args, stop).await?))
 }
 
 /// Whether the operator has to correct flags or files.
@@ -69,12 +71,11 @@ fn is_usage(error: &anyhow::Error) -> bool {
 }
 
 /// Runs a command until it ends, or until a signal makes it.
-fn run(command: impl AsyncFnOnce(CancellationToken) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
+fn run(
+    runtime: &mut Builder,
+    command: impl AsyncFnOnce(CancellationToken) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
         let stop = CancellationToken::new();
         stop_on_signal(stop.clone())?;

@@ -30,7 +30,8 @@ impl Owners {
     ) {
         let (before, after) = (addresses(before), addresses(after));
         for (ip, owner) in &after {
-            let owners = self.0.entry(*ip).or_default();
+            // Almost always one; by itself a list begins with room for four.
+            let owners = self.0.entry(*ip).or_insert_with(|| Vec::with_capacity(1));
             if !owners.contains(owner) {
                 owners.push(owner.clone());
             }

@@ -57,6 +57,7 @@ impl TryFrom<v1::EndpointSlice> for EndpointSlice {
         let mut endpoints = Vec::new();
         let mut ports = PortMap::new();
         if addresses {
+            endpoints.reserve_exact(object.endpoints.as_ref().map_or(0, Vec::len));
             for endpoint in object.endpoints.iter().flatten() {
                 endpoints.push(self::endpoint(&check, endpoint)?);
             }
@@ -77,12 +78,13 @@ fn endpoint(check: &Check<'_>, endpoint: &v1::Endpoint) -> Result<Endpoint, Obje
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);
     let non_empty = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    // Almost always one; collected, each would have room for four.
+    let mut addresses = Vec::with_capacity(endpoint.addresses.len());
+    for text in &endpoint.addresses {
+        addresses.push(check.ip("endpoints.addresses", text)?);
+    }
     Ok(Endpoint {
-        addresses: endpoint
-            .addresses
-            .iter()
-            .map(|text| check.ip("endpoints.addresses", text))
-            .collect::<Result<_, _>>()?,
+        addresses,
         ready,
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),

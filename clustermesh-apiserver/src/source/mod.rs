@@ -3,6 +3,7 @@
 
 pub mod kubernetes;
 pub mod manifests;
+mod wire;
 
 use crate::objects::Change;
 

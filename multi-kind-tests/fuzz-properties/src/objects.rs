@@ -48,7 +48,7 @@ fn change(kind: ObjectKind, text: &str) -> Option<Change> {
         let name = NamespacedName { namespace: namespace.to_owned(), name: name.to_owned() };
         return Some(Change::Delete(ObjectKey { kind, name }));
     }
-    match kubernetes::read(kind, text.as_bytes()) {
+    match kubernetes::read(kind, text) {
         Ok(object) => {
             assert_eq!(object.key().kind, kind);
             // A manifest of the same object says the same, if it can be read as one.

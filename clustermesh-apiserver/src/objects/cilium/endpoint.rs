@@ -152,6 +152,8 @@ fn endpoint(
             }
         }
     }
+    // Kept for as long as the endpoint lives, and mostly there is one.
+    ips.shrink_to_fit();
     let key = encryption.and_then(|encryption| encryption.key).unwrap_or(0);
     Ok(CiliumEndpoint {
         name,

@@ -2,10 +2,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::http::{Request, Uri};
-use kube::client::{Body, ClientBuilder};
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy;
+use hyper_util::rt::TokioExecutor;
+use kube::client::retry::RetryPolicy;
+use kube::client::{Body, ConfigExt as _};
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
-use kube::{Client, Config};
+use kube::{Client, Config, Error};
+use tower::retry::RetryLayer;
 use tower::util::MapRequestLayer;
+use tower::{BoxError, ServiceBuilder};
 
 /// A client of the API server that a kubeconfig names; without one, of that which a pod finds around it.
 /// Whether it answers is left open.
@@ -27,12 +33,35 @@ pub async fn connect(kubeconfig: Option<&Path>, context: Option<&str>) -> Result
     // A watch says something at least as often as it ends; see `follow`.
     config.read_timeout = Some(Duration::from_secs(u64::from(super::follow::WATCH_SECONDS)) + CONNECT);
     let server = config.cluster_url.clone();
-    let builder = ClientBuilder::try_from(config)
-        .map_err(|error| ConnectError::Client { server, error: Box::new(error) })?;
-    Ok(builder.with_layer(&MapRequestLayer::new(newest)).build())
+    client(config).map_err(|error| ConnectError::Client { server, error: Box::new(error) })
 }
 
 const CONNECT: Duration = Duration::from_secs(10);
+/// What is read of a connection at once, at most: each kind has one of its own, and by default each of them
+/// would take 400 KiB to read its first state, and keep them.
+const READ: usize = 32 << 10;
+
+/// What the library builds by default, but for [`READ`], and without its own spans around requests.
+fn client(config: Config) -> Result<Client, Error> {
+    if let Some(proxy) = config.proxy_url {
+        return Err(Error::ProxyProtocolUnsupported { proxy_url: Box::new(proxy) });
+    }
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector()?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    connector.set_reset_reader_on_write(config.reset_reader_on_write);
+    let http = legacy::Client::builder(TokioExecutor::new()).http1_max_buf_size(READ).build(connector);
+    let service = ServiceBuilder::new()
+        .layer(MapRequestLayer::new(newest))
+        .layer(config.base_uri_layer())
+        .option_layer(config.default_retry.then(|| RetryLayer::new(RetryPolicy::server_retry())))
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace))
+}
 
 /// A watch that begins with what there is asks for any state ("0"), however old. A server that lags
 /// behind would show us the past, and what is younger would seem to be gone: ask for the newest.
@@ -78,7 +107,7 @@ pub enum ConnectError {
         /// Where it should be.
         server: Uri,
         /// What is wrong.
-        error: Box<kube::Error>,
+        error: Box<Error>,
     },
 }
 

@@ -5,17 +5,15 @@ use clustermesh_kvstore::cluster::NamespacedName;
 use futures::StreamExt;
 use kube::core::ApiResource;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
 use tokio::sync::mpsc;
 
 use super::Told;
 use super::lists::{Heard, Item};
-use super::read::{self, Read, Wire};
+use super::raw::Raw;
 use super::trouble::{explain, is_lost, is_refused_stream};
-use crate::objects::{
-    ClusterwideResource, EndpointResource, IdentityResource, NamespacedResource, NodeResource, ObjectKind,
-    SliceResource,
-};
+use crate::objects::{ObjectKey, ObjectKind};
+use crate::source::wire::ReadError;
 
 /// A watch ends after this time and goes on with another one: how long a connection that died silently
 /// stays unnoticed.
@@ -28,22 +26,11 @@ const CALM: Duration = Duration::from_secs(15);
 
 /// Tells of all objects of a kind, for good.
 pub(super) async fn follow(client: Client, kind: ObjectKind, api: ApiResource, out: mpsc::Sender<Told>) {
-    let teller = Teller { kind, out, delay: RETRY_MIN, complained: None };
-    match kind {
-        ObjectKind::Namespace => teller.follow::<read::Namespace>(client, &api).await,
-        ObjectKind::Node => teller.follow::<read::Node>(client, &api).await,
-        ObjectKind::Pod => teller.follow::<read::Pod>(client, &api).await,
-        ObjectKind::Service => teller.follow::<read::Service>(client, &api).await,
-        ObjectKind::EndpointSlice => teller.follow::<read::EndpointSlice>(client, &api).await,
-        ObjectKind::CiliumIdentity => teller.follow::<IdentityResource>(client, &api).await,
-        ObjectKind::CiliumEndpoint => teller.follow::<EndpointResource>(client, &api).await,
-        ObjectKind::CiliumEndpointSlice => teller.follow::<SliceResource>(client, &api).await,
-        ObjectKind::CiliumNode => teller.follow::<NodeResource>(client, &api).await,
-        ObjectKind::NetworkPolicy => teller.follow::<read::NetworkPolicy>(client, &api).await,
-        ObjectKind::CiliumNetworkPolicy => teller.follow::<NamespacedResource>(client, &api).await,
-        ObjectKind::CiliumClusterwideNetworkPolicy => {
-            teller.follow::<ClusterwideResource>(client, &api).await
-        }
+    let mut teller = Teller { kind, out, delay: RETRY_MIN, complained: None };
+    let api = Api::all_with(client, &api);
+    let mut streaming = true;
+    while let Ok(refused) = teller.watch(&api, streaming).await {
+        streaming &= !refused;
     }
 }
 
@@ -59,16 +46,8 @@ struct Teller {
 struct Closed;
 
 impl Teller {
-    async fn follow<W: Wire>(mut self, client: Client, api: &ApiResource) {
-        let api: Api<Read<W>> = Api::all_with(client, api);
-        let mut streaming = true;
-        while let Ok(refused) = self.watch(&api, streaming).await {
-            streaming &= !refused;
-        }
-    }
-
     /// One watcher, until it has to begin anew; returns whether the server refuses to stream lists.
-    async fn watch<W: Wire>(&mut self, api: &Api<Read<W>>, streaming: bool) -> Result<bool, Closed> {
+    async fn watch(&mut self, api: &Api<Raw>, streaming: bool) -> Result<bool, Closed> {
         let config = watcher::Config::default().timeout(WATCH_SECONDS);
         let config = if streaming { config.streaming_lists() } else { config };
         let mut events = pin!(watcher(api.clone(), config));
@@ -101,15 +80,17 @@ impl Teller {
         }
     }
 
-    async fn tell<W: Wire>(&mut self, event: Event<Read<W>>) -> Result<(), Closed> {
+    async fn tell(&mut self, event: Event<Raw>) -> Result<(), Closed> {
         let heard = match event {
             // Said before the server is asked: no sign of life yet.
             Event::Init => return self.send(Heard::Begin).await,
-            Event::InitApply(Read(object)) | Event::Apply(Read(object)) => {
-                Heard::Object(Item { name: name(&object), object: object.into_object() })
+            Event::InitApply(raw) | Event::Apply(raw) => {
+                let (name, object) = (name(&raw), raw.object(self.kind));
+                let object = object.map_err(|error| unreadable(self.kind, &name, &error));
+                Heard::Object(Item { name, object })
             }
             Event::InitDone => Heard::End,
-            Event::Delete(Read(object)) => Heard::Gone(name(&object)),
+            Event::Delete(raw) => Heard::Gone(name(&raw)),
         };
         self.recovered().await?;
         self.send(heard).await
@@ -142,10 +123,18 @@ impl Teller {
     }
 }
 
-fn name<W: Wire>(object: &W) -> NamespacedName {
-    let meta = object.meta();
+fn name(raw: &Raw) -> NamespacedName {
+    let meta = raw.meta();
     NamespacedName {
         namespace: meta.namespace.clone().unwrap_or_default(),
         name: meta.name.clone().unwrap_or_default(),
+    }
+}
+
+/// What is wrong with an object, and with which.
+fn unreadable(kind: ObjectKind, name: &NamespacedName, error: &ReadError) -> String {
+    match error {
+        ReadError::Json(error) => format!("{}: {error}", ObjectKey { kind, name: name.clone() }),
+        ReadError::Object(error) => error.to_string(),
     }
 }

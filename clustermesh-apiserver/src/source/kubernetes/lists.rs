@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, HashSet};
 use clustermesh_kvstore::cluster::NamespacedName;
 
 use super::kinds::KINDS;
-use crate::objects::{Change, Object, ObjectError, ObjectKey, ObjectKind};
+use crate::objects::{Change, Object, ObjectKey, ObjectKind};
 use crate::source::SourceEvent;
 
 /// What the watch of one kind says.
@@ -27,7 +27,8 @@ pub(super) enum Heard {
 #[derive(Clone, Debug)]
 pub(super) struct Item {
     pub(super) name: NamespacedName,
-    pub(super) object: Result<Object, ObjectError>,
+    /// Or what is wrong with it.
+    pub(super) object: Result<Object, String>,
 }
 
 /// Makes one story of what the watches of all kinds say.
@@ -142,7 +143,6 @@ impl Lists {
                 self.broken.remove(&key);
             }
             Err(error) => {
-                let error = error.to_string();
                 if self.broken.insert(key, error.clone()).as_ref() != Some(&error) {
                     tracing::warn!("{error}; its last good state stands");
                 }

@@ -1,15 +1,15 @@
 //! An API server as a cluster: Kubernetes' objects, and Cilium's where it runs.
 //!
 //! `connect` knows how to reach it; `kinds` says what is read; `follow` lists and watches one kind;
-//! `discovery` finds out which of Cilium's kinds there are; `read` is what objects are read into, with
-//! all that nobody needs left out; `lists` makes one story of what the watches tell, without I/O.
+//! `discovery` finds out which of Cilium's kinds there are; `raw` is an object that is yet to be read; `lists`
+//! makes one story of what the watches tell, without I/O.
 
 mod connect;
 mod discovery;
 mod follow;
 mod kinds;
 mod lists;
-mod read;
+mod raw;
 mod trouble;
 
 use std::time::Duration;
@@ -17,9 +17,9 @@ use std::time::Duration;
 use kube::Client;
 use tokio::sync::mpsc;
 
+pub use super::wire::{ReadError, read};
 pub use connect::{ConnectError, connect};
 pub use kinds::{KINDS, Resource};
-pub use read::{ReadError, read};
 
 use self::lists::{Heard, Lists};
 use super::SourceEvent;

@@ -1,14 +1,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use k8s_openapi::api::{core::v1, discovery, networking};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 
-use crate::objects::{
-    ClusterwideResource, EndpointSlice, Namespace, NamespacedResource, Node, Object, ObjectError, Pod,
-    Policy, Service,
-};
+use crate::objects::{Object, ObjectKind};
+use crate::source::wire;
+
+/// A parser of any syntax.
+type Erased<'a, 'de> = &'a mut dyn erased_serde::Deserializer<'de>;
 
 /// The objects of a YAML stream or JSON document, in the form that `kubectl` reads and prints: one
 /// object, a `List`, or several of both, divided by `---`. Objects of other kinds are passed over.
@@ -175,58 +175,74 @@ impl Document<'_> {
     }
 
     fn read_object(&self, api_version: &str, kind: &str) -> Result<Option<Object>, ManifestError> {
-        let object = match (api_version, kind) {
-            ("v1", "Namespace") => self.convert::<v1::Namespace, Namespace>()?.map(Object::Namespace),
-            ("v1", "Node") => self.convert::<v1::Node, Node>()?.map(Object::Node),
-            ("v1", "Pod") => self.convert::<v1::Pod, Pod>()?.map(Object::Pod),
-            ("v1", "Service") => self.convert::<v1::Service, Service>()?.map(Object::Service),
-            ("discovery.k8s.io/v1", "EndpointSlice") => {
-                self.convert::<discovery::v1::EndpointSlice, EndpointSlice>()?.map(Object::EndpointSlice)
-            }
-            ("networking.k8s.io/v1", "NetworkPolicy") => {
-                self.convert::<networking::v1::NetworkPolicy, Policy>()?.map(Object::Policy)
-            }
-            ("cilium.io/v2", "CiliumNetworkPolicy") => {
-                self.convert::<NamespacedResource, Policy>()?.map(Object::Policy)
-            }
-            ("cilium.io/v2", "CiliumClusterwideNetworkPolicy") => {
-                self.convert::<ClusterwideResource, Policy>()?.map(Object::Policy)
-            }
+        let kind = match (api_version, kind) {
+            ("v1", "Namespace") => ObjectKind::Namespace,
+            ("v1", "Node") => ObjectKind::Node,
+            ("v1", "Pod") => ObjectKind::Pod,
+            ("v1", "Service") => ObjectKind::Service,
+            ("discovery.k8s.io/v1", "EndpointSlice") => ObjectKind::EndpointSlice,
+            ("networking.k8s.io/v1", "NetworkPolicy") => ObjectKind::NetworkPolicy,
+            ("cilium.io/v2", "CiliumNetworkPolicy") => ObjectKind::CiliumNetworkPolicy,
+            ("cilium.io/v2", "CiliumClusterwideNetworkPolicy") => ObjectKind::CiliumClusterwideNetworkPolicy,
             _ => {
                 tracing::debug!(api_version, kind, "passing over an object of a kind that is not exported");
-                None
+                return Ok(None);
             }
         };
-        Ok(object)
-    }
-
-    fn convert<K, T>(&self) -> Result<Option<std::sync::Arc<T>>, ManifestError>
-    where
-        K: DeserializeOwned,
-        T: TryFrom<K, Error = ObjectError>,
-    {
-        let object = self.deserialize::<K>()?;
-        T::try_from(object).map(|object| Some(object.into())).map_err(|error| self.error(error))
+        let object = self.read_as(|text| wire::deserialize(kind, text))?;
+        object.map(Some).map_err(|error| self.error(error))
     }
 
     fn deserialize<T: DeserializeOwned>(&self) -> Result<T, ManifestError> {
+        self.read_as(|text| T::deserialize(text))
+    }
+
+    fn read_as<T>(
+        &self,
+        mut read: impl FnMut(Erased<'_, '_>) -> Result<T, erased_serde::Error>,
+    ) -> Result<T, ManifestError> {
+        let mut found = None;
+        self.parse(&mut |text| {
+            found = Some(read(text)?);
+            Ok(())
+        })?;
+        found.ok_or_else(|| self.error("there is nothing"))
+    }
+
+    /// Parses the text, for whatever is to be read of it. Erased: a YAML parser for each type that there is in
+    /// a manifest would be several megabytes.
+    fn parse(
+        &self,
+        read: &mut dyn FnMut(Erased<'_, '_>) -> Result<(), erased_serde::Error>,
+    ) -> Result<(), ManifestError> {
         match self.syntax {
-            Syntax::Json => serde_json::from_str(self.text).map_err(|error| ManifestError {
-                line: Some(error.line()),
-                column: Some(error.column()),
-                what: plain(&error.to_string()),
-            }),
-            Syntax::Yaml => serde_saphyr::from_str_with_options(self.text, yaml_options()).map_err(|error| {
-                let place = error.location();
-                ManifestError {
-                    line: place
-                        .and_then(|place| usize::try_from(place.line()).ok())
-                        .map(|line| line + self.offset),
-                    column: place.and_then(|place| usize::try_from(place.column()).ok()),
-                    what: plain(&error.without_snippet().to_string()),
-                }
-            }),
+            Syntax::Json => {
+                let mut parser = serde_json::Deserializer::from_str(self.text);
+                let done = read(&mut <dyn erased_serde::Deserializer<'_>>::erase(&mut parser));
+                // This takes the place out of the text of an error.
+                done.map_err(serde_json::Error::custom).and_then(|()| parser.end()).map_err(|error| {
+                    ManifestError {
+                        line: Some(error.line()),
+                        column: Some(error.column()),
+                        what: plain(&error.to_string()),
+                    }
+                })
+            }
+            Syntax::Yaml => {
+                serde_saphyr::with_deserializer_from_str_with_options(self.text, yaml_options(), |parser| {
+                    read(&mut <dyn erased_serde::Deserializer<'_>>::erase(parser))
+                        .map_err(serde_saphyr::Error::custom)
+                })
+                .map_err(|error| self.place(&error))
+            }
         }
+    }
+
+    /// An error of the parser, at its place in the file.
+    fn place(&self, error: &serde_saphyr::Error) -> ManifestError {
+        let text = error.without_snippet().to_string();
+        let (line, column) = place_in(&text).unzip();
+        ManifestError { line: line.map(|line| line + self.offset), column, what: plain(&text) }
     }
 
     /// An error of this document as a whole, placed at its first line with content.
@@ -249,6 +265,14 @@ fn yaml_options() -> serde_saphyr::Options {
     }
     options.with_snippet = false;
     options
+}
+
+/// The first place in a parser's message: what is around the wrong thing adds its own behind that.
+fn place_in(message: &str) -> Option<(usize, usize)> {
+    let (_, place) = message.split_once(" at line ")?;
+    let (line, rest) = place.split_once(", column ")?;
+    let column = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((line.parse().ok()?, column.parse().ok()?))
 }
 
 /// A parser's message without what we say ourselves (the place, which would be that in one document)

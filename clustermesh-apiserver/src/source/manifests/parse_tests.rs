@@ -84,7 +84,7 @@ fn errors_say_where_and_what() {
     let twice = POD.replace("kind: Pod", "kind: Pod\nkind: Pod");
     assert_eq!(error(&twice), "line 3, column 1: duplicate mapping key: kind");
     let json = r#"{"kind": "Pod", "apiVersion": "v1", "spec": 3}"#;
-    assert_eq!(error(json), "line 1, column 45: invalid type: integer `3`, expected PodSpec");
+    assert_eq!(error(json), "line 1, column 45: invalid type: integer `3`, expected struct PodSpec");
 
     let address = POD.replace("10.1.0.1", "10.1.0");
     assert_eq!(error(&address), "line 1: Pod shop/web: status.podIPs: \"10.1.0\" is not an IP address");

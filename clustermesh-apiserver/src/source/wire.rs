@@ -1,47 +1,49 @@
-//! What objects are read into. Of the large ones only the fields are built that something is made of;
-//! the rest of a pod is several times as much.
+//! What objects are read into, whoever has them. Only the fields are built that something is made of: the
+//! rest of a pod is several times as much.
 
-use std::borrow::Cow;
-use std::fmt::Debug;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::core::{ApiResource, Resource};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 
 use crate::objects::{
     ClusterwideResource, EndpointResource, IdentityResource, NamespacedResource, NodeResource, Object,
     ObjectError, ObjectKind, SliceResource, lean, lean_with_annotations,
 };
 
-/// One object, as a list or a watch tells of it.
+/// One object in JSON, as a list or a watch tells of it.
 ///
 /// # Errors
 /// See [`ReadError`].
-pub fn read(kind: ObjectKind, json: &[u8]) -> Result<Object, ReadError> {
-    match kind {
-        ObjectKind::Namespace => read_as::<Namespace>(json),
-        ObjectKind::Node => read_as::<Node>(json),
-        ObjectKind::Pod => read_as::<Pod>(json),
-        ObjectKind::Service => read_as::<Service>(json),
-        ObjectKind::EndpointSlice => read_as::<EndpointSlice>(json),
-        ObjectKind::CiliumIdentity => read_as::<IdentityResource>(json),
-        ObjectKind::CiliumEndpoint => read_as::<EndpointResource>(json),
-        ObjectKind::CiliumEndpointSlice => read_as::<SliceResource>(json),
-        ObjectKind::CiliumNode => read_as::<NodeResource>(json),
-        ObjectKind::NetworkPolicy => read_as::<NetworkPolicy>(json),
-        ObjectKind::CiliumNetworkPolicy => read_as::<NamespacedResource>(json),
-        ObjectKind::CiliumClusterwideNetworkPolicy => read_as::<ClusterwideResource>(json),
-    }
+pub fn read(kind: ObjectKind, json: &str) -> Result<Object, ReadError> {
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    let object = deserialize(kind, &mut deserializer)?;
+    deserializer.end()?;
+    Ok(object?)
 }
 
-fn read_as<W: Wire>(json: &[u8]) -> Result<Object, ReadError> {
-    let Read(wire) = serde_json::from_slice::<Read<W>>(json)?;
-    Ok(wire.into_object()?)
+/// One object in any form. Outside: it has not the form of its kind; inside: it says something that cannot be.
+pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+    kind: ObjectKind,
+    from: D,
+) -> Result<Result<Object, ObjectError>, D::Error> {
+    Ok(match kind {
+        ObjectKind::Namespace => Namespace::deserialize(from)?.into_object(),
+        ObjectKind::Node => Node::deserialize(from)?.into_object(),
+        ObjectKind::Pod => Pod::deserialize(from)?.into_object(),
+        ObjectKind::Service => Service::deserialize(from)?.into_object(),
+        ObjectKind::EndpointSlice => EndpointSlice::deserialize(from)?.into_object(),
+        ObjectKind::CiliumIdentity => IdentityResource::deserialize(from)?.into_object(),
+        ObjectKind::CiliumEndpoint => EndpointResource::deserialize(from)?.into_object(),
+        ObjectKind::CiliumEndpointSlice => SliceResource::deserialize(from)?.into_object(),
+        ObjectKind::CiliumNode => NodeResource::deserialize(from)?.into_object(),
+        ObjectKind::NetworkPolicy => NetworkPolicy::deserialize(from)?.into_object(),
+        ObjectKind::CiliumNetworkPolicy => NamespacedResource::deserialize(from)?.into_object(),
+        ObjectKind::CiliumClusterwideNetworkPolicy => ClusterwideResource::deserialize(from)?.into_object(),
+    })
 }
 
 /// An object that means nothing to us. Whoever wrote it is wrong.
@@ -55,56 +57,20 @@ pub enum ReadError {
     Object(#[from] ObjectError),
 }
 
-/// An object on the wire that an [`Object`] can be made of.
-pub(super) trait Wire: Clone + Debug + DeserializeOwned + Send + Sync + 'static {
-    fn meta(&self) -> &ObjectMeta;
-    fn meta_mut(&mut self) -> &mut ObjectMeta;
+/// What an [`Object`] can be made of.
+trait Wire {
     /// Checks it.
     fn into_object(self) -> Result<Object, ObjectError>;
 }
 
-/// Lets the client's library list and watch a [`Wire`].
-#[derive(Clone, Debug, Deserialize)]
-#[serde(transparent, bound = "")]
-pub(super) struct Read<W: Wire>(pub(super) W);
-
-impl<W: Wire> Resource for Read<W> {
-    type DynamicType = ApiResource;
-    type Scope = kube::core::DynamicResourceScope;
-
-    fn kind(api: &ApiResource) -> Cow<'_, str> {
-        api.kind.as_str().into()
-    }
-
-    fn group(api: &ApiResource) -> Cow<'_, str> {
-        api.group.as_str().into()
-    }
-
-    fn version(api: &ApiResource) -> Cow<'_, str> {
-        api.version.as_str().into()
-    }
-
-    fn plural(api: &ApiResource) -> Cow<'_, str> {
-        api.plural.as_str().into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        self.0.meta()
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        self.0.meta_mut()
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Namespace {
+#[derive(Deserialize)]
+struct Namespace {
     #[serde(default, deserialize_with = "lean_with_annotations")]
     metadata: ObjectMeta,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Node {
+#[derive(Deserialize)]
+struct Node {
     #[serde(default, deserialize_with = "lean_with_annotations")]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -113,7 +79,7 @@ pub(super) struct Node {
     status: Option<NodeStatus>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 struct NodeSpec {
     #[serde(rename = "podCIDR", default)]
     pod_cidr: Option<String>,
@@ -121,7 +87,7 @@ struct NodeSpec {
     pod_cidrs: Option<Vec<String>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct NodeStatus {
     #[serde(default)]
@@ -130,8 +96,8 @@ struct NodeStatus {
     node_info: Option<v1::NodeSystemInfo>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Pod {
+#[derive(Deserialize)]
+struct Pod {
     #[serde(default, deserialize_with = "lean")]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -140,7 +106,7 @@ pub(super) struct Pod {
     status: Option<PodStatus>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct PodSpec {
     #[serde(default)]
@@ -161,7 +127,7 @@ struct PodSpec {
     init_containers: Option<Vec<Container>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Container {
     #[serde(default)]
@@ -170,7 +136,7 @@ struct Container {
     ports: Option<Vec<v1::ContainerPort>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 struct PodStatus {
     #[serde(default)]
     phase: Option<String>,
@@ -184,7 +150,7 @@ struct PodStatus {
     conditions: Option<Vec<Condition>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 struct Condition {
     #[serde(rename = "type", default)]
     kind: String,
@@ -192,8 +158,8 @@ struct Condition {
     status: String,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Service {
+#[derive(Deserialize)]
+struct Service {
     #[serde(default, deserialize_with = "lean_with_annotations")]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -202,9 +168,9 @@ pub(super) struct Service {
     status: Option<v1::ServiceStatus>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct EndpointSlice {
+struct EndpointSlice {
     #[serde(default, deserialize_with = "lean")]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -215,8 +181,8 @@ pub(super) struct EndpointSlice {
     ports: Option<Vec<discovery::EndpointPort>>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct NetworkPolicy {
+#[derive(Deserialize)]
+struct NetworkPolicy {
     #[serde(default, deserialize_with = "lean")]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -312,14 +278,6 @@ impl From<NetworkPolicy> for networking::NetworkPolicy {
 macro_rules! wire {
     ($($read:ty, $via:ty => $object:ident;)*) => {$(
         impl Wire for $read {
-            fn meta(&self) -> &ObjectMeta {
-                &self.metadata
-            }
-
-            fn meta_mut(&mut self) -> &mut ObjectMeta {
-                &mut self.metadata
-            }
-
             fn into_object(self) -> Result<Object, ObjectError> {
                 let checked = crate::objects::$object::try_from(<$via>::from(self))?;
                 Ok(Object::$object(Arc::new(checked)))
