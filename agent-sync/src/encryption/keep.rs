@@ -34,6 +34,8 @@ pub struct Keeper {
     device: String,
     wireguard: Option<WireguardSide>,
     ipsec: Option<IpsecSide>,
+    /// Addresses that IPsec of an earlier life encrypts to, until its policies go.
+    before: BTreeSet<Ipv4Addr>,
     told: BTreeSet<Ipv4Addr>,
     announced: watch::Sender<PublicKeys>,
     /// Who asked for the keys that are not announced yet.
@@ -116,12 +118,17 @@ impl Keeper {
             }
             None => None,
         };
+        let before = match (&ipsec, here.ip) {
+            (None, Some(ip)) => ipsec::left_over(ip, here.tunnel_port).await?,
+            _ => BTreeSet::new(),
+        };
         let mut keeper = Self {
             netlink,
             device: options.device.clone(),
             leaves: wireguard.is_none() || ipsec.is_none(),
             wireguard,
             ipsec,
+            before,
             told: BTreeSet::new(),
             announced: watch::Sender::new(PublicKeys::default()),
             asked: Vec::new(),
@@ -144,7 +151,8 @@ impl Keeper {
     /// Addresses that packets are encrypted to; at first those of an earlier life.
     pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
         let by_wireguard = self.wireguard.iter().flat_map(|side| side.core().encrypted());
-        by_wireguard.chain(self.ipsec.iter().flat_map(|side| side.core().encrypted())).collect()
+        let by_ipsec = self.ipsec.iter().flat_map(|side| side.core().encrypted());
+        by_wireguard.chain(by_ipsec).chain(self.before.iter().copied()).collect()
     }
 
     /// Follows the board for good. Tells the engine to which nodes packets are encrypted.
@@ -290,6 +298,7 @@ impl Keeper {
             tokio::spawn(leave_quietly(self.netlink.clone(), self.device.clone()));
         }
         if self.ipsec.is_none() {
+            self.before.clear();
             tokio::spawn(ipsec::leave_quietly());
         }
     }

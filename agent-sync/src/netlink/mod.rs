@@ -92,7 +92,7 @@ pub enum NetlinkError {
     },
     /// The kernel cannot encrypt.
     #[error(
-        "this kernel has no IPsec as it is needed ({0}): load its modules (`modprobe -a xfrm_user esp4`), or start the agent without --enable-ipsec"
+        "this kernel has no IPsec as it is needed ({0}): load its modules (`modprobe -a xfrm_user esp4 gcm seqiv`), or start the agent without --enable-ipsec"
     )]
     NoIpsec(String),
     /// IPsec's associations are between addresses.

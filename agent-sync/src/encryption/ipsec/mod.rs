@@ -29,7 +29,7 @@ use std::net::Ipv4Addr;
 pub use self::core::Core;
 pub use agree::{Agree, Association, NodeKey, Pair};
 pub use leave::leave;
-pub(crate) use leave::leave_quietly;
+pub(crate) use leave::{leave_quietly, left_over};
 pub use side::IpsecSide;
 
 /// UDP port of [`Hello`]s. They go by ESP only: no other firewall than the node's own sees it.
