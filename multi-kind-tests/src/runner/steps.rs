@@ -89,6 +89,9 @@ pub(super) fn title(step: &Step) -> String {
         Step::AgentFlags(AgentFlags { cluster, flags }) => {
             format!("the agents of {cluster} have {}", flags.join(" "))
         }
+        Step::Encrypt(encrypt) if encrypt.between == "off" => {
+            format!("{} does not encrypt any more", encrypt.cluster)
+        }
         Step::Encrypt(encrypt) => {
             let strict = if encrypt.strict { ", strictly" } else { "" };
             format!("{} encrypts between {} by {}{strict}", encrypt.cluster, encrypt.between, encrypt.with)
