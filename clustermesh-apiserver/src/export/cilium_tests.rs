@@ -130,6 +130,18 @@ fn cilium_that_comes_back_in_time_changes_nothing() {
     assert_eq!(exporter.tick(now + SETTLE * 2), []);
 }
 
+/// As Cilium's exporter writes it: the endpoint is there, and has none yet. Agents refuse the address until it has.
+#[test]
+fn an_endpoint_without_an_identity_is_exported_with_none() {
+    let now = Instant::now();
+    let mut exporter = exporter();
+    exporter.apply(vec![identity(65_800), cep("web-0", "10.1.0.1")], now);
+    exporter.tick(now + SETTLE);
+    let none = CiliumEndpoint { identity: 0, ..endpoint("web-0", "10.1.0.1") };
+    exporter.apply(vec![Change::Upsert(Object::CiliumEndpoint(Arc::new(none)))], now + SETTLE);
+    assert!(value(&exporter, IP).unwrap().contains(r#""ID":0,"#));
+}
+
 #[test]
 fn an_identity_without_labels_is_none() {
     let mut exporter = exporter();

@@ -1,3 +1,5 @@
+//! Objects of all kinds by one type, as they came.
+
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
