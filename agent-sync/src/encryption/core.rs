@@ -15,7 +15,7 @@ use std::time::Duration;
 use clustermesh_kvstore::record::WireguardKey;
 
 use super::claims::{Claims, NodeName};
-use super::{EndChanges, Lane, Refused, Scope, Slot, TunnelEnd};
+use super::{EndChanges, Lane, Refused, Scope, Slot, TunnelEnd, merge};
 use crate::netlink::{PeerChange, Steering, WireguardState};
 
 /// An old peer goes when nothing has come from it for so long: the other end has moved, too.
@@ -116,12 +116,7 @@ impl Core {
 
     /// The mesh has changed.
     pub fn apply(&mut self, changes: EndChanges) {
-        for (ip, end) in changes {
-            match end {
-                Some(end) => drop(self.ends.insert(ip, end)),
-                None => drop(self.ends.remove(&ip)),
-            }
-        }
+        merge(&mut self.ends, changes);
         self.decide();
     }
 

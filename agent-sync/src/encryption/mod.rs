@@ -29,6 +29,7 @@ mod report;
 mod rotate;
 mod wireguard_side;
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -66,6 +67,16 @@ pub enum Scope {
     Clusters,
     /// All.
     Nodes,
+}
+
+/// Ends as they are after changes.
+fn merge(ends: &mut BTreeMap<Ipv4Addr, TunnelEnd>, changes: EndChanges) {
+    for (ip, end) in changes {
+        match end {
+            Some(end) => drop(ends.insert(ip, end)),
+            None => drop(ends.remove(&ip)),
+        }
+    }
 }
 
 /// MTU of the WireGuard devices over an underlay with this one.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use clustermesh_kvstore::record::IpsecKey;
 
 use super::super::claims::NodeName;
-use super::super::{EndChanges, EndNode, Scope, TunnelEnd};
+use super::super::{EndChanges, EndNode, Scope, TunnelEnd, merge};
 use super::old::{OldStates, QUIET};
 use super::peer::Peer;
 use super::{Agree, Association, Hello, Installed, Own, Pair, StateId, StateUse, Step, Way};
@@ -83,12 +83,7 @@ impl Core {
 
     /// The mesh has changed.
     pub fn apply(&mut self, changes: EndChanges) {
-        for (ip, end) in changes {
-            match end {
-                Some(end) => drop(self.ends.insert(ip, end)),
-                None => drop(self.ends.remove(&ip)),
-            }
-        }
+        merge(&mut self.ends, changes);
         self.decide();
     }
 
