@@ -19,6 +19,7 @@ use ebpf_global_svc::{
         ClusterState, ENDPOINT_ENFORCE_EGRESS, EndpointValue, PolicyKey, PolicyValue, cluster_state,
         direction,
     },
+    table::Table,
 };
 use etherparse::PacketBuilder;
 use support::{
@@ -179,24 +180,24 @@ fn connects(rounds: u32, figures: &mut Figures) {
     let datapath = Datapath::open(&node.options).unwrap();
     node.tables = datapath.tables().unwrap();
     node.datapath = Some(datapath);
-    let mut services = 0;
-    // Three services, and as many others as make up each total.
     let of_backends = [1_u32, 100, 5_000];
     for (number, backends) in (0..).zip(of_backends) {
         let all: Vec<Backend> = (0..backends).map(|n| (10_000 * (number + 1) + n, server4(1), 7)).collect();
         let groups: &[(u16, u16, &[Backend])] = &[(REMOTE, 1, &all)];
         let frontend = (called(number), PORT);
         node.install(&Service { id: number + 1, frontend, proto: UDP, groups });
-        services += 1;
     }
-    for total in [3, 1_000, 10_000] {
-        let one: &[(u16, u16, &[Backend])] = &[(LOCAL, 1, &[(10_000, server4(1), 7)])];
-        while services < total {
-            let frontend = (Ipv4Addr::from(0x0a70_0000 + services).into(), PORT);
-            node.install(&Service { id: services + 1, frontend, proto: UDP, groups: one });
-            services += 1;
-        }
-        for _ in 0..rounds {
+    let few = (node.tables.service.dump().unwrap(), node.tables.slot.dump().unwrap());
+    for _ in 0..rounds {
+        // In each round they come and go: what a processor does over time is not to look like the price of services.
+        let mut services = 3;
+        for total in [3, 1_000, 10_000] {
+            let one: &[(u16, u16, &[Backend])] = &[(LOCAL, 1, &[(10_000, server4(1), 7)])];
+            while services < total {
+                let frontend = (Ipv4Addr::from(0x0a70_0000 + services).into(), PORT);
+                node.install(&Service { id: services + 1, frontend, proto: UDP, groups: one });
+                services += 1;
+            }
             let direct = format!("connect: to no service, {total} services");
             figures.add("ns", &direct, plain(&node));
             for (number, backends) in (0..).zip(of_backends) {
@@ -204,7 +205,17 @@ fn connects(rounds: u32, figures: &mut Figures) {
                 figures.add("ns", &case, node.netns.run(|| connect((called(number), PORT))));
             }
         }
+        leave(&mut *node.tables.service, &few.0);
+        leave(&mut *node.tables.slot, &few.1);
     }
+}
+
+/// Removes all but these.
+fn leave<K: Copy + PartialEq, V>(table: &mut dyn Table<K, V>, these: &[(K, V)]) {
+    let others: Vec<K> = table.dump().unwrap().into_iter().map(|(key, _)| key).collect();
+    let others: Vec<K> =
+        others.into_iter().filter(|key| !these.iter().any(|(other, _)| other == key)).collect();
+    table.remove(&others).unwrap();
 }
 
 fn called(number: u32) -> IpAddr {

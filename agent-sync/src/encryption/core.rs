@@ -63,6 +63,17 @@ pub enum Step {
     Close(Lane),
 }
 
+/// What has to come before packets to an address can be encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// Word of the node there; an earlier life knew one.
+    Node,
+    /// Its answer.
+    Answer,
+    /// Nothing: they are, or will not be.
+    Nothing,
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Core {
@@ -76,6 +87,8 @@ pub struct Core {
     old: BTreeMap<PeerId, Old>,
     /// Addresses that IPsec encrypts to: nothing is steered there.
     elsewhere: BTreeSet<Ipv4Addr>,
+    /// Addresses that it encrypts to until this one does: they are not blocked.
+    yielding: BTreeSet<Ipv4Addr>,
     now: Duration,
 }
 
@@ -110,6 +123,7 @@ impl Core {
             claims: Claims::default(),
             old: BTreeMap::new(),
             elsewhere: BTreeSet::new(),
+            yielding: BTreeSet::new(),
             now: Duration::ZERO,
         }
     }
@@ -126,9 +140,20 @@ impl Core {
         self.decide();
     }
 
-    /// IPsec encrypts to these addresses by now. Peers stay for what they still send.
-    pub fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>) {
-        self.elsewhere = encrypted;
+    /// IPsec encrypts to the first addresses by now, and to the second ones until this does. Peers stay for what they
+    /// still send.
+    pub fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>, yielding: BTreeSet<Ipv4Addr>) {
+        (self.elsewhere, self.yielding) = (encrypted, yielding);
+    }
+
+    /// What has to come before packets to an address can be encrypted.
+    pub fn awaited(&self, ip: Ipv4Addr) -> Awaited {
+        let is_taken_over = matches!(self.installed.steering.get(&ip), Some(Steering::Encrypted(_)));
+        match self.present(ip) {
+            _ if self.is_unconfirmed(ip) => Awaited::Node,
+            Some(_) if !is_taken_over => Awaited::Answer,
+            _ => Awaited::Nothing,
+        }
     }
 
     /// This node has a new key; the one that it had is the previous one.
@@ -398,8 +423,10 @@ impl Core {
         if self.elsewhere.contains(&ip) {
             return None;
         }
+        let is_open = self.yielding.contains(&ip);
         let before = self.installed.steering.get(&ip).copied();
-        let otherwise = self.strict.then_some(Steering::Blocked);
+        let before = before.filter(|steering| !is_open || *steering != Steering::Blocked);
+        let otherwise = (self.strict && !is_open).then_some(Steering::Blocked);
         if end.node.is_none() {
             return before.or(otherwise);
         }

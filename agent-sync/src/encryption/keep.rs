@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{error, warn};
 
 use super::announce::PublicKeys;
-use super::ipsec::{IpsecSide, NodeKey};
+use super::ipsec::{IpsecSide, LeftOver, NodeKey};
 use super::rotate::Rotate;
 use super::wireguard_side::WireguardSide;
 use super::{
@@ -34,8 +34,8 @@ pub struct Keeper {
     device: String,
     wireguard: Option<WireguardSide>,
     ipsec: Option<IpsecSide>,
-    /// Addresses that IPsec of an earlier life encrypts to, until its policies go.
-    before: BTreeSet<Ipv4Addr>,
+    /// What IPsec of an earlier life encrypts to, until WireGuard does.
+    before: Option<LeftOver>,
     told: BTreeSet<Ipv4Addr>,
     announced: watch::Sender<PublicKeys>,
     /// Who asked for the keys that are not announced yet.
@@ -119,8 +119,8 @@ impl Keeper {
             None => None,
         };
         let before = match (&ipsec, here.ip) {
-            (None, Some(ip)) => ipsec::left_over(ip, here.tunnel_port).await?,
-            _ => BTreeSet::new(),
+            (None, Some(ip)) => LeftOver::find(ip, here.tunnel_port).await?,
+            _ => None,
         };
         let mut keeper = Self {
             netlink,
@@ -152,7 +152,8 @@ impl Keeper {
     pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
         let by_wireguard = self.wireguard.iter().flat_map(|side| side.core().encrypted());
         let by_ipsec = self.ipsec.iter().flat_map(|side| side.core().encrypted());
-        by_wireguard.chain(by_ipsec).chain(self.before.iter().copied()).collect()
+        let before = self.before.iter().flat_map(LeftOver::encrypted);
+        by_wireguard.chain(by_ipsec).chain(before).collect()
     }
 
     /// Follows the board for good. Tells the engine to which nodes packets are encrypted.
@@ -213,13 +214,36 @@ impl Keeper {
     /// the first one leaves.
     async fn round(&mut self, whole: bool) -> Result<(), NetlinkError> {
         self.pass(whole).await?;
-        if self.wireguard.is_some() && self.ipsec.is_some() { self.pass(false).await } else { Ok(()) }
+        if self.wireguard.is_some() && self.ipsec.is_some() {
+            self.pass(false).await?;
+        }
+        self.take_over().await
+    }
+
+    /// WireGuard takes over from IPsec of an earlier life. What it cannot is blocked before that lets go of it, if it is
+    /// to be.
+    async fn take_over(&mut self) -> Result<(), NetlinkError> {
+        let (Some(before), Some(side)) = (&mut self.before, &self.wireguard) else { return Ok(()) };
+        let done = before.take_done(|ip| side.core().awaited(ip));
+        if done.is_empty() {
+            return Ok(());
+        }
+        self.pass(false).await?;
+        match &self.before {
+            Some(before) => before.release(&done).await,
+            None => Ok(()),
+        }
     }
 
     async fn pass(&mut self, whole: bool) -> Result<(), NetlinkError> {
         let (mut by_wireguard, mut by_ipsec) = (Ok(()), Ok(()));
         if let Some(side) = &mut self.wireguard {
-            side.set_elsewhere(self.ipsec.as_ref().map(|ipsec| ipsec.core().kept()).unwrap_or_default());
+            let (kept, encrypted) = match (&self.ipsec, &self.before) {
+                (Some(ipsec), _) => (ipsec.core().kept(), ipsec.core().encrypted()),
+                (None, Some(before)) => (BTreeSet::new(), before.encrypted()),
+                (None, None) => Default::default(),
+            };
+            side.set_elsewhere(kept, encrypted);
             by_wireguard = side.round(whole).await;
         }
         if let Some(side) = &mut self.ipsec {
@@ -291,14 +315,14 @@ impl Keeper {
     /// Not before what is to be encrypted, or blocked, by the one that is used is: the other one may have done so up
     /// to now.
     fn leave_other(&mut self) {
-        if !std::mem::replace(&mut self.leaves, false) {
+        self.before = self.before.take().filter(|before| !before.is_empty());
+        if self.before.is_some() || !std::mem::replace(&mut self.leaves, false) {
             return;
         }
         if self.wireguard.is_none() {
             tokio::spawn(leave_quietly(self.netlink.clone(), self.device.clone()));
         }
         if self.ipsec.is_none() {
-            self.before.clear();
             tokio::spawn(ipsec::leave_quietly());
         }
     }
@@ -316,7 +340,8 @@ impl Keeper {
     fn pause(&self) -> Duration {
         let wireguard = self.wireguard.as_ref().and_then(WireguardSide::pause);
         let ipsec = self.ipsec.as_ref().and_then(IpsecSide::pause);
-        wireguard.into_iter().chain(ipsec).min().unwrap_or(REPEAT)
+        let before = self.before.as_ref().map(|_| RETRY);
+        wireguard.into_iter().chain(ipsec).chain(before).min().unwrap_or(REPEAT)
     }
 
     async fn tell(&mut self, engine: &mpsc::Sender<Input>) {

@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use clustermesh_kvstore::record::{IpsecKey, WireguardKey};
 
-pub use self::core::{Core, Installed, Own, PeerId, Step};
+pub use self::core::{Awaited, Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;
 pub use claims::Refused;
 pub(crate) use devices::device_name;

@@ -77,9 +77,9 @@ impl WireguardSide {
         self.core.apply(changes);
     }
 
-    /// IPsec encrypts to these addresses by now.
-    pub(super) fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>) {
-        self.core.set_elsewhere(encrypted);
+    /// See [`Core::set_elsewhere`].
+    pub(super) fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>, yielding: BTreeSet<Ipv4Addr>) {
+        self.core.set_elsewhere(encrypted, yielding);
     }
 
     /// Reads what has to be read and does what is to be done. `whole`: all is read anew.

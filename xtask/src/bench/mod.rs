@@ -10,6 +10,7 @@
 
 mod control_plane;
 mod datapath;
+mod encryption;
 mod exec;
 mod interrupt;
 mod kernel_path;
@@ -66,6 +67,8 @@ enum What {
     ControlPlane(control_plane::ControlPlaneArgs),
     /// Measure the datapath against its targets, from one service to ten thousand.
     Datapath(datapath::DatapathArgs),
+    /// Measure what WireGuard and IPsec between nodes cost, in a virtual machine.
+    Encryption(encryption::EncryptionArgs),
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -81,6 +84,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.what {
         Some(What::ControlPlane(args)) => return control_plane::run(args),
         Some(What::Datapath(args)) => return datapath::run(args),
+        Some(What::Encryption(args)) => return encryption::run(args),
         None => {}
     }
     let machine = look(args.seconds)?;

@@ -87,12 +87,46 @@ pub(crate) struct Outcome {
     figures: Figures,
 }
 
+/// Something to measure in a guest that can run a lab, with `wg`.
+pub(crate) struct Script<'a> {
+    pub(crate) name: &'a str,
+    /// Of a shell script.
+    pub(crate) text: &'a str,
+    pub(crate) arguments: &'a str,
+    /// In seconds.
+    pub(crate) limit: u64,
+}
+
+/// Runs a script in a guest with this kernel, and gives each line that it says.
+///
+/// # Errors
+/// If it fails, or there is no such kernel to be had.
+pub(crate) fn measure(series: &str, script: &Script<'_>, line: impl FnMut(&str)) -> anyhow::Result<()> {
+    setup::run_for_vm()?;
+    let programs = Programs::build(true, false)?;
+    let kernel = kernels::ALL.into_iter().find(|kernel| kernel.series == series);
+    let kernel = kernel.with_context(|| format!("no kernel {series} is known"))?;
+    let guest = Guest::with(kernel, fetch(kernel)?, script.limit, |image| {
+        programs.lab(image, &[])?;
+        programs::wg(image, &folder())?;
+        image.script(&format!("opt/clustermesh/bin/{}", script.name), script.text)?;
+        let command = format!("{} {} || {}", script.name, script.arguments, programs::TELL);
+        Ok(vec![guest::Suite { name: script.name.to_owned(), kind: guest::Kind::Scenarios, command }])
+    })?;
+    let outcome = guest.run_telling(line)?;
+    if let Some(problem) = &outcome.problem {
+        anyhow::bail!("kernel {series}: {problem}");
+    }
+    anyhow::ensure!(outcome.is_ok(), "{} failed on kernel {series}; see above", script.name);
+    Ok(())
+}
+
 /// True if everything passed on each kernel.
 pub(crate) fn run(args: &VmArgs) -> anyhow::Result<bool> {
     let scenarios = scenarios(args)?;
     setup::run()?;
     setup::run_for_vm()?;
-    let programs = Programs::build(!scenarios.is_empty())?;
+    let programs = Programs::build(!scenarios.is_empty(), !args.scenarios_only)?;
     let tests = |name: &str| match args {
         VmArgs { scenarios_only: true, .. } => None,
         VmArgs { quick: true, .. } => quick(name),
@@ -154,17 +188,29 @@ impl Guest {
         tests: &dyn Fn(&str) -> Option<Vec<&'static str>>,
         scenarios: &[String],
     ) -> anyhow::Result<Self> {
+        let limit = TESTS_LIMIT + SCENARIO_LIMIT * u64::try_from(scenarios.len())?;
+        Self::with(kernel, installed, limit, |image| {
+            let mut suites = programs.tests(image, tests)?;
+            if !scenarios.is_empty() {
+                suites.extend(programs.lab(image, scenarios)?);
+                suites.push(programs::encryption(image, &self::folder())?);
+            }
+            Ok(suites)
+        })
+    }
+
+    /// With what `fill` puts in, and wants to have run within `limit` seconds.
+    fn with(
+        kernel: Kernel,
+        installed: Installed,
+        limit: u64,
+        fill: impl FnOnce(&mut Image) -> anyhow::Result<Vec<guest::Suite>>,
+    ) -> anyhow::Result<Self> {
         let begin = Instant::now();
         let folder = folder().join(format!("guest-{}", kernel.series));
         let mut image = Image::new(&folder.join("root"))?;
         let modules = modules::copy(&installed.modules, &image.modules())?;
-        let mut suites = programs.tests(&mut image, tests)?;
-        if !scenarios.is_empty() {
-            suites.extend(programs.lab(&mut image, scenarios)?);
-            suites.push(programs::encryption(&mut image, &self::folder())?);
-        }
-        let count = u64::try_from(scenarios.len())?;
-        let limit = TESTS_LIMIT + SCENARIO_LIMIT * count;
+        let suites = fill(&mut image)?;
         image.script("init", &guest::init(&modules, &suites, limit))?;
         let size = image.pack(&folder.join("initrd"))?;
         let seconds = begin.elapsed().as_secs_f64();
@@ -179,9 +225,17 @@ impl Guest {
 
     /// Boots it and runs everything.
     pub(crate) fn run(&self) -> anyhow::Result<Outcome> {
-        let Self { kernel: Kernel { series, .. }, installed, folder, limit, suites } = self;
-        println!("kernel {series}: starting {}", installed.release);
+        let series = self.kernel.series;
+        println!("kernel {series}: starting {}", self.installed.release);
         let begin = Instant::now();
+        let outcome = self.run_telling(|line| println!("  {series} | {line}"));
+        println!("kernel {series}: ended after {:.0} s", begin.elapsed().as_secs_f64());
+        outcome
+    }
+
+    /// The same; each line that a person wants to see goes to `tell`.
+    fn run_telling(&self, mut tell: impl FnMut(&str)) -> anyhow::Result<Outcome> {
+        let Self { installed, folder, limit, suites, .. } = self;
         let console = folder.join("console.log");
         let mut report = Report::new(suites);
         let mut log = fs::File::create(folder.join("output.log"))?;
@@ -189,10 +243,9 @@ impl Guest {
             // Nothing depends on the log.
             let _ = std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes());
             if let Some(shown) = report.line(line) {
-                println!("  {series} | {shown}");
+                tell(&shown);
             }
         });
-        println!("kernel {series}: ended after {:.0} s", begin.elapsed().as_secs_f64());
         let problem = match (ended, &report.broken, &report.up) {
             (Err(error), ..) => Some(format!("{error:#}")),
             (_, Some(what), _) => Some(what.clone()),

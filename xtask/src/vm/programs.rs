@@ -27,7 +27,7 @@ const LAB: &[&str] = &[
 ];
 
 /// The guest's files go with it: what the agents and exporters of failed scenarios have logged last is told.
-const TELL: &str =
+pub(super) const TELL: &str =
     "{ status=$?; tail -n 40 /tmp/logs/*/*-agent-*.log /tmp/logs/*/*-apiserver.log; (exit $status); }";
 
 /// What was built for guests.
@@ -39,10 +39,11 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Builds them.
-    pub(super) fn build(lab: bool) -> anyhow::Result<Self> {
+    /// Builds those of a lab, the tests, or both.
+    pub(super) fn build(lab: bool, tests: bool) -> anyhow::Result<Self> {
         let lab = if lab { Some(workspace::build_programs(Profile::Dev)?) } else { None };
-        Ok(Self { tests: Self::build_tests(&["-p", PACKAGE])?, lab })
+        let tests = if tests { Self::build_tests(&["-p", PACKAGE])? } else { Vec::new() };
+        Ok(Self { tests, lab })
     }
 
     /// The tests, where those of all packages are there already; see [`workspace::build_beside_tests`].
@@ -83,7 +84,7 @@ impl Programs {
         Ok(suites)
     }
 
-    /// Scenarios, as one suite.
+    /// Scenarios, as one suite; without any only what a lab needs.
     pub(super) fn lab(&self, image: &mut Image, scenarios: &[String]) -> anyhow::Result<Option<Suite>> {
         let Some(folder) = &self.lab else { return Ok(None) };
         for name in LAB {
@@ -92,6 +93,9 @@ impl Programs {
         image.lab_tools()?;
         image.source(&workspace::scenarios(), "multi-kind-tests/scenarios")?;
         image.source(&workspace::root().join("topology-examples"), "topology-examples")?;
+        if scenarios.is_empty() {
+            return Ok(None);
+        }
         let files: Vec<String> =
             scenarios.iter().map(|name| format!("multi-kind-tests/scenarios/{name}.yaml")).collect();
         let command = format!(
@@ -122,6 +126,13 @@ impl Programs {
 
 /// A script that tries what encryption between nodes needs, as one suite.
 pub(super) fn encryption(image: &mut Image, folder: &Path) -> anyhow::Result<Suite> {
+    wg(image, folder)?;
+    image.script("opt/clustermesh/bin/try-encryption", include_str!("encryption.sh"))?;
+    Ok(Suite { name: "tunnels".into(), kind: Kind::Scenarios, command: "try-encryption".into() })
+}
+
+/// The tool that sets up WireGuard.
+pub(super) fn wg(image: &mut Image, folder: &Path) -> anyhow::Result<()> {
     let place = folder.join("wireguard-tools");
     let wg = place.join("root/usr/bin/wg");
     if !wg.exists() {
@@ -129,9 +140,7 @@ pub(super) fn encryption(image: &mut Image, folder: &Path) -> anyhow::Result<Sui
         let package = kernels::download("wireguard-tools", &place)?;
         kernels::unpack(&package, &place)?;
     }
-    image.program(&wg, "usr/bin", "wg")?;
-    image.script("opt/clustermesh/bin/try-encryption", include_str!("encryption.sh"))?;
-    Ok(Suite { name: "tunnels".into(), kind: Kind::Scenarios, command: "try-encryption".into() })
+    image.program(&wg, "usr/bin", "wg")
 }
 
 /// `6.18.44-x` is `6.18`.

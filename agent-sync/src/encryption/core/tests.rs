@@ -203,6 +203,33 @@ fn what_an_earlier_life_installed_stays_until_it_is_confirmed_or_denied() {
     assert_eq!(carry_out(&mut core), [Step::Steer(ip(2, 1), None), gone, Step::Close(lane)]);
 }
 
+/// The agent was started again without IPsec, by which it has encrypted to two nodes up to now.
+#[test]
+fn what_ipsec_still_encrypts_to_is_not_blocked_until_it_lets_go() {
+    let mut before = core(Scope::Clusters, true, Installed::default());
+    before.apply(vec![end(2, 1, Some(key(21))), end(3, 1, None)]);
+    before.set_elsewhere([ip(2, 1), ip(3, 1)].into(), BTreeSet::new());
+    carry_out(&mut before);
+    answer(&mut before, &[key(21)]);
+    assert!(carry_out(&mut before).is_empty(), "IPsec does it");
+
+    let own = Own { cluster: 1, node: "node1".into(), key: key(11), previous: None };
+    let mut core = Core::new(own, Scope::Clusters, true, PORT, before.installed().clone());
+    let both = BTreeSet::from([ip(2, 1), ip(3, 1)]);
+    core.set_elsewhere(BTreeSet::new(), both.clone());
+    core.apply(vec![end(1, 1, Some(key(11))), unconfirmed(2, 1), unconfirmed(3, 1)]);
+    assert_eq!(carry_out(&mut core), [], "nobody knows who is there");
+    assert_eq!(both.iter().map(|ip| core.awaited(*ip)).collect::<Vec<_>>(), [Awaited::Node, Awaited::Node]);
+
+    core.apply(vec![end(2, 1, Some(key(21))), end(3, 1, None)]);
+    assert_eq!(core.awaited(ip(2, 1)), Awaited::Answer);
+    let encrypted = Step::Steer(ip(2, 1), Some(Steering::Encrypted(lane(key(21)))));
+    assert_eq!(carry_out(&mut core), [encrypted], "the kernel has had its answer");
+    assert_eq!(both.iter().map(|ip| core.awaited(*ip)).collect::<Vec<_>>(), [Awaited::Nothing; 2]);
+    core.set_elsewhere(BTreeSet::new(), BTreeSet::new());
+    assert_eq!(carry_out(&mut core), [Step::Steer(ip(3, 1), Some(Steering::Blocked))]);
+}
+
 #[test]
 fn a_key_is_one_nodes() {
     let mut core = core(Scope::Nodes, false, Installed::default());

@@ -17,7 +17,7 @@ use super::peer::Peer;
 use super::{Agree, Association, Hello, Installed, Own, Pair, StateId, StateUse, Step, Way};
 
 /// A node that does not announce a key for IPsec any more is sent to by it for so long, if WireGuard can take over.
-const HANDOVER: Duration = Duration::from_secs(20);
+pub(super) const HANDOVER: Duration = Duration::from_secs(20);
 /// Addresses of a node, from its tunnel's on; others of it are not encrypted to.
 const ADDRESSES: usize = 4;
 /// Associations of one key. Only nodes that come and go all the time make as many.

@@ -1,13 +1,11 @@
 //! The end of IPsec on a node whose agent starts without it. Others may go on to encrypt for a while.
 
-use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::Way;
 use crate::netlink::{NetlinkError, Xfrm};
 
 /// Between two looks at what arrives.
@@ -45,19 +43,6 @@ pub async fn leave() -> Result<(), NetlinkError> {
     xfrm.remove_states().await?;
     info!("nothing comes by IPsec any more; removed its states");
     Ok(())
-}
-
-/// Addresses that an earlier life still has tunnel packets from `own` to their `port` encrypted to.
-///
-/// # Errors
-/// A dump that the kernel refused.
-pub(crate) async fn left_over(own: Ipv4Addr, port: u16) -> Result<BTreeSet<Ipv4Addr>, NetlinkError> {
-    let installed = match Xfrm::open(own, port) {
-        Err(NetlinkError::NoIpsec(_)) => return Ok(BTreeSet::new()),
-        xfrm => xfrm?.read().await?,
-    };
-    let ways = installed.ways.into_iter().filter(|(_, way)| *way != Way::Blocked);
-    Ok(ways.map(|(ip, _)| ip).collect())
 }
 
 /// [`leave`] in the background.

@@ -18,6 +18,7 @@
 
 mod agree;
 mod core;
+mod handover;
 mod leave;
 mod old;
 mod peer;
@@ -28,8 +29,9 @@ use std::net::Ipv4Addr;
 
 pub use self::core::Core;
 pub use agree::{Agree, Association, NodeKey, Pair};
+pub(crate) use handover::LeftOver;
 pub use leave::leave;
-pub(crate) use leave::{leave_quietly, left_over};
+pub(crate) use leave::leave_quietly;
 pub use side::IpsecSide;
 
 /// UDP port of [`Hello`]s. They go by ESP only: no other firewall than the node's own sees it.
