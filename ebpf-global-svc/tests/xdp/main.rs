@@ -453,29 +453,3 @@ fn a_device_that_is_taken_is_an_error() {
     assert!(refused.to_string().contains("cannot attach cm_xdp to other"), "{refused}");
     world.on_first(|datapath| datapath.accelerate(other, Acceleration::Generic).unwrap());
 }
-
-/// Prints what the same packet costs in both programs.
-#[test]
-fn time_per_packet() {
-    let mut world = World::new();
-    let ifindex = world.ifindex;
-    world.on_first(|datapath| datapath.accelerate(ifindex, Acceleration::Driver).unwrap());
-    for (family, proto) in kinds() {
-        let frame = plain(family, proto);
-        let bytes = frame.bytes();
-        let arrival = ebpf_global_svc::Arrival { ifindex, ..Default::default() };
-        let time = |program: &str| {
-            let series = (0..5).map(|_| {
-                world.note(&frame, NOW, |_, _| {});
-                let datapath = world.nodes[0].datapath();
-                world.nodes[0].netns.run(|| datapath.trial(program, &bytes, arrival, 1).unwrap().duration)
-            });
-            series.min().unwrap().as_nanos()
-        };
-        println!(
-            "IPv{family} {proto:2}: cm_from_netdev {} ns, cm_xdp {} ns",
-            time("cm_from_netdev"),
-            time("cm_xdp")
-        );
-    }
-}

@@ -5,6 +5,7 @@
 //! node 2 eth0 --+-- bridge
 //! client eth0 --+
 //! ```
+#![allow(dead_code, reason = "every test file uses its part")]
 
 use std::{
     fs::File,
