@@ -33,18 +33,19 @@ fn time_per_packet() {
         let (node, datapath) = (&world.nodes[0].netns, world.nodes[0].datapath());
         let series = |program: &str| {
             let (runs, time) = spent(program);
-            node.run(|| {
-                for run in 0..RUNS {
-                    if run % 1000 == 0 {
-                        world.note(&frame, Duration::ZERO, |_, _| {});
+            for _ in 0..RUNS / 1000 {
+                world.note(&frame, Duration::ZERO, |_, _| {});
+                node.run(|| {
+                    for _ in 0..1000 {
+                        let verdict = datapath.trial(program, &bytes, arrival, 1).unwrap().verdict;
+                        assert!(verdict == TX || verdict == REDIRECTED, "{program}: {verdict}");
                     }
-                    let verdict = datapath.trial(program, &bytes, arrival, 1).unwrap().verdict;
-                    assert!(verdict == TX || verdict == REDIRECTED, "{program}: {verdict}");
-                }
-            });
+                });
+            }
             let (runs_after, time_after) = spent(program);
-            assert_eq!(runs_after - runs, RUNS);
-            (time_after - time) / RUNS
+            // A few more are of packets of the kernels.
+            assert!((RUNS..RUNS + 100).contains(&(runs_after - runs)), "{} runs", runs_after - runs);
+            (time_after - time) / (runs_after - runs)
         };
         let best = |program| (0..3).map(|_| series(program)).min().unwrap();
         println!(
