@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::acceleration::{Acceleration, AccelerationError, accelerate};
 use crate::encryption::announce::Announcer;
 use crate::encryption::{
     self, EncryptionOptions, Here, Keeper, KeyError, Lines, Report, Secrets, TunnelBoard, overlay_mtu,
@@ -98,6 +99,8 @@ pub struct PacketServices {
     pub from_outside: Option<Vec<String>>,
     /// How those find a backend, if the service does not say.
     pub algorithm: Algorithm,
+    /// Those that come in, past the kernel.
+    pub acceleration: Acceleration,
     /// Places in a table of Maglev's, for each cluster; one of [`LetIn::TABLE_SIZES`].
     pub table_size: u32,
 }
@@ -128,6 +131,9 @@ pub enum AgentError {
     /// The operator's: which of the node's devices it is cannot be told.
     #[error("--enable-node-port: no device has the address {0}: correct --node-ip, or name --devices")]
     NoDeviceOf(Ipv4Addr),
+    /// Calls from outside cannot be accelerated as the operator wants it.
+    #[error(transparent)]
+    Acceleration(#[from] AccelerationError),
     /// The kernel's tables and programs.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
@@ -360,6 +366,7 @@ impl Node {
             node_ip: options.node_ip,
             overlay_port: kernel.tunnel_port,
             sizes: options.sizes,
+            encrypts: kernel.encryption.is_some(),
             strict: kernel.encryption.as_ref().is_some_and(|encryption| encryption.strict),
             ..DatapathOptions::new(&kernel.bpf_root, options.own.id.get())
         })?;
@@ -382,20 +389,24 @@ impl Node {
                 tokio::spawn(encryption::ipsec::leave_quietly());
             }
         }
-        serve_packets(&netlink, &mut datapath, options.node_ip, &kernel.packet_services).await?;
+        let devices =
+            serve_packets(&netlink, &mut datapath, options.node_ip, &kernel.packet_services).await?;
+        let (wanted, encrypts) = (kernel.packet_services.acceleration, kernel.encryption.is_some());
+        accelerate(&netlink, &mut datapath, &devices, wanted, encrypts).await?;
         let pod_links = netlink.watch_pod_links().await?;
         tokio::spawn(netlink::keep_routes(netlink, overlay, routes));
         Ok(Self { datapath, pod_links, mtu, keeper })
     }
 }
 
-/// Has the programs look at packets to services where that is wanted, and nowhere else.
+/// Has the programs look at packets to services where that is wanted, and nowhere else. Gives the devices at which calls
+/// come in.
 async fn serve_packets(
     netlink: &Netlink,
     datapath: &mut Datapath,
     node_ip: Option<Ipv4Addr>,
     wanted: &PacketServices,
-) -> Result<(), AgentError> {
+) -> Result<BTreeSet<u32>, AgentError> {
     let mut devices = BTreeSet::new();
     for name in wanted.from_outside.iter().flatten() {
         let device = netlink.device(name).await?;
@@ -411,7 +422,7 @@ async fn serve_packets(
     for other in datapath.attached_netdevs()?.into_iter().filter(|other| !devices.contains(other)) {
         datapath.detach_netdev(other)?;
     }
-    Ok(())
+    Ok(devices)
 }
 
 /// MTU of the underlay, and what tunnels, and perhaps encryption, leave of it.

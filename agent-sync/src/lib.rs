@@ -7,6 +7,7 @@
 //! another import policy would do, and shows what [`observe`] gets to hear from the programs.
 #![forbid(unsafe_code)]
 
+pub mod acceleration;
 pub mod agent;
 pub mod cleanup;
 pub mod desired;

@@ -1,5 +1,6 @@
 //! Flags about services for packets that no socket hook sees.
 
+use agent_sync::acceleration::Acceleration;
 use agent_sync::agent::PacketServices;
 use agent_sync::mesh::LetIn;
 use clap::{Args, ValueEnum};
@@ -14,6 +15,10 @@ pub(crate) struct OutsideFlags {
     /// Devices at which it comes in [default: the one that has --node-ip]
     #[arg(long, value_name = "NAME", value_delimiter = ',', requires = "enable_node_port")]
     devices: Vec<String>,
+    /// Whether established calls go past the kernel (XDP), if their backend is on another node and nothing is encrypted
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = AccelerationFlag::Disabled,
+        requires = "enable_node_port")]
+    bpf_lb_acceleration: AccelerationFlag,
     /// Whether packets that pods send to services are translated if no socket hook has done so
     #[arg(long, value_enum, value_name = "SWITCH", default_value_t = Switch::On)]
     packet_services: Switch,
@@ -23,6 +28,18 @@ pub(crate) struct OutsideFlags {
     /// Places in a table of Maglev's: a hundred for each backend make shares equal to a hundredth
     #[arg(long, value_name = "PLACES", default_value_t = 1021, value_parser = table_size)]
     bpf_lb_maglev_table_size: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AccelerationFlag {
+    /// They do not
+    Disabled,
+    /// In the drivers of all devices; one that cannot is an error
+    Native,
+    /// In the drivers that can
+    BestEffort,
+    /// In the kernel's stead for any driver, which is no faster
+    TestingOnly,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -55,6 +72,12 @@ impl OutsideFlags {
             algorithm: match self.bpf_lb_algorithm {
                 AlgorithmFlag::Random => Algorithm::Random,
                 AlgorithmFlag::Maglev => Algorithm::Maglev,
+            },
+            acceleration: match self.bpf_lb_acceleration {
+                AccelerationFlag::Disabled => Acceleration::Disabled,
+                AccelerationFlag::Native => Acceleration::Native,
+                AccelerationFlag::BestEffort => Acceleration::BestEffort,
+                AccelerationFlag::TestingOnly => Acceleration::TestingOnly,
             },
             table_size: self.bpf_lb_maglev_table_size,
         }

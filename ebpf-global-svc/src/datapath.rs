@@ -23,7 +23,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    programs::{CgroupSockAddr, SchedClassifier, TcAttachType},
+    programs::{CgroupSockAddr, SchedClassifier, TcAttachType, Xdp, XdpMode},
 };
 
 use self::{
@@ -67,8 +67,11 @@ const FROM_WIREGUARD: &str = "cm_from_wireguard";
 const FROM_NETDEV: &str = "cm_from_netdev";
 const INTERFACE_PROGRAMS: [&str; 6] =
     [FROM_POD, TO_POD, FROM_OVERLAY, TO_OVERLAY, FROM_WIREGUARD, FROM_NETDEV];
+const XDP: &str = "cm_xdp";
+const XDP_GENERIC: &str = "cm_xdp_generic";
+const XDP_PROGRAMS: [&str; 2] = [XDP, XDP_GENERIC];
 /// Those that have a link for each of several interfaces.
-const NUMBERED: [&str; 4] = [FROM_POD, TO_POD, FROM_WIREGUARD, FROM_NETDEV];
+const NUMBERED: [&str; 6] = [FROM_POD, TO_POD, FROM_WIREGUARD, FROM_NETDEV, XDP, XDP_GENERIC];
 /// On the host side of a pod's veth. The first of them names the pods that are attached.
 const POD_PROGRAMS: [(&str, TcAttachType); 2] =
     [(FROM_POD, TcAttachType::Ingress), (TO_POD, TcAttachType::Egress)];
@@ -81,6 +84,37 @@ pub struct Datapath {
     specs: [MapSpec; maps::MAPS],
     config: Config,
     migrated: Vec<Migrated>,
+}
+
+/// Who runs the program that takes calls from outside before the kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acceleration {
+    /// The device's driver.
+    Driver,
+    /// The kernel, for a driver that cannot: correct, and no faster.
+    Generic,
+}
+
+impl Acceleration {
+    const ALL: [Self; 2] = [Self::Driver, Self::Generic];
+
+    fn link(self, ifindex: u32) -> String {
+        numbered_link(self.program(), ifindex)
+    }
+
+    fn program(self) -> &'static str {
+        match self {
+            Self::Driver => XDP,
+            Self::Generic => XDP_GENERIC,
+        }
+    }
+
+    fn mode(self) -> XdpMode {
+        match self {
+            Self::Driver => XdpMode::Driver,
+            Self::Generic => XdpMode::Skb,
+        }
+    }
 }
 
 /// One loaded program, as the kernel sees it.
@@ -238,6 +272,42 @@ impl Datapath {
         Ok(links.iter().filter_map(|name| interface_of_link(FROM_NETDEV, name)).collect())
     }
 
+    /// Takes packets of calls that [`Datapath::attach_netdev`] has let in at an interface (of the calling thread's network
+    /// namespace) before the kernel does. Once more is fine; in another mode the program is away for a moment, in which the
+    /// kernel does it all.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`]; one that runs already, in another mode, may be gone then.
+    pub fn accelerate(&mut self, ifindex: u32, by: Acceleration) -> Result<(), DatapathError> {
+        for other in Acceleration::ALL.into_iter().filter(|other| *other != by) {
+            pins::detach(&self.pins.link(&other.link(ifindex)))?;
+        }
+        let pin = self.pins.link(&by.link(ifindex));
+        let name = by.program();
+        links::attach_xdp(xdp(&mut self.programs, name)?, name, &pin, ifindex, by.mode())
+    }
+
+    /// Undoes [`Datapath::accelerate`]. An interface that is gone is fine.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pin cannot be removed.
+    pub fn slow_down(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        Acceleration::ALL.into_iter().try_for_each(|by| pins::detach(&self.pins.link(&by.link(ifindex))))
+    }
+
+    /// Interfaces for which [`Datapath::accelerate`] was called, also in an earlier life.
+    ///
+    /// # Errors
+    /// [`DatapathError::File`] if the pins cannot be listed.
+    pub fn accelerated(&self) -> Result<Vec<(u32, Acceleration)>, DatapathError> {
+        let links = self.pins.links()?;
+        let by = |by: Acceleration, name: &String| Some((interface_of_link(by.program(), name)?, by));
+        Ok(links
+            .iter()
+            .flat_map(|name| Acceleration::ALL.into_iter().filter_map(move |one| by(one, name)))
+            .collect())
+    }
+
     /// Has the programs translate packets that pods send to frontends past all socket hooks; what they do already is
     /// fine.
     ///
@@ -377,7 +447,7 @@ impl Datapath {
             let pin = self.pins.link(&link);
             let failed =
                 |reason| DatapathError::Attach { program: name.to_owned(), target: link.clone(), reason };
-            let program = classifier(&mut self.programs, name)?;
+            let program = program(&mut self.programs, name)?;
             let descriptor = program.fd().map_err(|error| failed(links::describe(&error)))?;
             let replaced = links::replace(&pin, &target, descriptor.as_fd())
                 .map_err(|error| failed(error.to_string()))?;
@@ -409,6 +479,10 @@ fn socket_program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Cgro
 }
 
 fn classifier<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DatapathError> {
+    program(programs, name)?.try_into().map_err(|error| load_failed(name, error))
+}
+
+fn xdp<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, DatapathError> {
     program(programs, name)?.try_into().map_err(|error| load_failed(name, error))
 }
 

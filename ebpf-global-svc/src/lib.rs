@@ -15,7 +15,7 @@ mod events;
 mod options;
 mod sys;
 
-pub use datapath::{Arrival, Datapath, Migrated, ProgramInfo, Remains, Trial};
+pub use datapath::{Acceleration, Arrival, Datapath, Migrated, ProgramInfo, Remains, Trial};
 pub use ebpf_global_svc_abi as abi;
 pub use error::DatapathError;
 pub use events::{EventRing, EventRules, KINDS};

@@ -21,6 +21,8 @@ pub struct DatapathOptions {
     pub node_ip: Option<Ipv4Addr>,
     /// UDP port of the overlay.
     pub overlay_port: u16,
+    /// Whether something encrypts what goes to other nodes: then no packet goes there past the kernel.
+    pub encrypts: bool,
     /// Whether [`Datapath::set_strict`](crate::Datapath::set_strict) may stay on from an earlier life.
     pub strict: bool,
     /// Entries per map.
@@ -38,6 +40,7 @@ impl DatapathOptions {
             identity_shift: 16,
             node_ip: None,
             overlay_port: 8472,
+            encrypts: false,
             strict: false,
             sizes: MapSizes::default(),
         }

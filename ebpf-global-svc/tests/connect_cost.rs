@@ -7,12 +7,12 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use support::{
     Service, UDP,
     sockets::{LOCAL, Node, PORT, REMOTE, VIP4, VIP6, server4, server6},
+    spent,
 };
 
 const STICKY4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 3));
@@ -58,24 +58,4 @@ fn measure(node: &Node, program: &str, what: &str, to: IpAddr) {
         (time_after - time) / (runs_after - runs)
     });
     println!("{program:12} {what:32} {:5} ns", series.min().unwrap());
-}
-
-/// Runs and nanoseconds of a program that this process has loaded; others may have loaded theirs of that name.
-fn spent(program: &str) -> (u64, u64) {
-    let mut own = BTreeMap::new();
-    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
-        // The folder's own descriptor is gone again.
-        let Ok(text) = std::fs::read_to_string(entry.path()) else { continue };
-        let field = |name: &str| -> Option<u64> {
-            text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
-        };
-        if let (Some(id), Some(runs), Some(time)) =
-            (field("prog_id:"), field("run_cnt:"), field("run_time_ns:"))
-        {
-            own.insert(id, (runs, time));
-        }
-    }
-    let mut named =
-        aya::programs::loaded_programs().flatten().filter(|info| info.name_as_str() == Some(program));
-    named.find_map(|info| own.get(&info.id().into()).copied()).unwrap()
 }

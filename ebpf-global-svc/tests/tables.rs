@@ -183,7 +183,7 @@ fn programs_stay_far_below_the_verifiers_limit() {
     let datapath = Datapath::open(&root.options(1)).unwrap();
     let mut programs = datapath.programs().unwrap();
     programs.sort_by(|a, b| a.name.cmp(&b.name));
-    assert_eq!(programs.len(), 14);
+    assert_eq!(programs.len(), 16);
     for program in programs {
         println!(
             "{:16} {:6} verified, {:5} long",

@@ -123,6 +123,19 @@ impl Netlink {
         Ok(Some(found.header.index))
     }
 
+    /// Whether a device is one end of a veth pair; false if it is gone.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn is_veth(&self, index: u32) -> Result<bool, NetlinkError> {
+        let mut links = self.handle.link().get().match_index(index).execute();
+        match links.try_next().await {
+            Ok(link) => Ok(link.is_some_and(|link| is_of_kind(&link, &InfoKind::Veth))),
+            Err(e) if errno(&e) == Some(libc_errno::ENODEV) => Ok(false),
+            Err(e) => Err(request("cannot look up a device")(e)),
+        }
+    }
+
     pub(super) async fn link_by_name(&self, name: &str) -> Result<Option<LinkMessage>, NetlinkError> {
         let mut links = self.handle.link().get().match_name(name).execute();
         match links.try_next().await {
@@ -131,6 +144,15 @@ impl Netlink {
             Err(e) => Err(request(format!("cannot look up device {name}"))(e)),
         }
     }
+}
+
+fn is_of_kind(link: &LinkMessage, kind: &InfoKind) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(info) => {
+            info.iter().any(|info| matches!(info, LinkInfo::Kind(other) if other == kind))
+        }
+        _ => false,
+    })
 }
 
 fn is_overlay(link: &LinkMessage, port: u16) -> bool {

@@ -18,6 +18,7 @@ mod container;
 mod down;
 mod effective;
 mod encrypt;
+mod ethtool;
 mod exec;
 pub(crate) mod layout;
 mod netns;

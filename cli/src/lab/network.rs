@@ -13,10 +13,10 @@ use std::net::IpAddr;
 
 use super::addressing::{mac, short_hash};
 use super::layout::{Layout, cluster_switch, cluster_uplink, core_port, node_port};
-use super::netns;
 use super::objects::ObjectName;
 use super::state::PodState;
 use super::topology::{Cluster, Node, Topology};
+use super::{ethtool, netns};
 
 const POD_MTU: u16 = 1450;
 const GATEWAY_V4: &str = "169.254.1.1";
@@ -82,6 +82,8 @@ pub(crate) async fn create(layout: &Layout, topology: &Topology) -> anyhow::Resu
     }
     netns::ip(None, &links).await?;
     netns::ip(Some(&layout.fabric()), &(fabric + &ports)).await?;
+    // From outside packets come finished, as over a wire: programs ahead of a node's kernel see them as they are.
+    ethtool::finish_checksums(&layout.fabric(), "core")?;
     let nodes = topology.clusters.iter().flat_map(|c| c.nodes.iter().map(move |n| (c, n)));
     let batches = nodes.map(|(cluster, node)| async move {
         let netns = layout.node_netns(cluster.name.as_str(), &node.name);

@@ -102,7 +102,7 @@ pub struct Config {
     pub node_ip: [u8; 4],
     /// UDP port of the overlay, host order; 0: unknown.
     pub overlay_port: u16,
-    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`], [`CONFIG_PMTU_DISCOVERY`].
+    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`], [`CONFIG_PMTU_DISCOVERY`], [`CONFIG_ENCRYPTS`].
     pub flags: u16,
     /// Which events are wanted: a bit for each [`event_kind`].
     pub events: u32,
@@ -117,6 +117,8 @@ pub const CONFIG_PACKET_SERVICES: u16 = 2;
 /// [`Config::flags`]: pods are told of packets that the overlay would have to fragment, and that must not or cannot be
 /// fragmented on their way.
 pub const CONFIG_PMTU_DISCOVERY: u16 = 4;
+/// [`Config::flags`]: tunnel packets to some node may have to be encrypted, so all of them go through the kernel.
+pub const CONFIG_ENCRYPTS: u16 = 8;
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx`, `cm_verdict` and `cm_calls` value.
 #[repr(C)]

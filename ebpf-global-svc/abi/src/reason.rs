@@ -30,6 +30,8 @@ pub const LB_AFFINITY: u8 = 11;
 pub const SERVED: u8 = 12;
 /// An answer got the frontend's address, and was sent on.
 pub const ANSWERED: u8 = 13;
+/// One of those that were served and encapsulated, by the XDP program.
+pub const ACCELERATED: u8 = 14;
 /// Drop: a pod sent from an address that is not its own, or a node from one of another cluster.
 pub const INVALID_SOURCE_IP: u8 = 132;
 /// Drop: no rule of a policy that selects the pod allows it.
@@ -85,6 +87,7 @@ pub const fn name(reason: u8) -> Option<&'static str> {
         LB_AFFINITY => "lb-affinity",
         SERVED => "served",
         ANSWERED => "answered",
+        ACCELERATED => "accelerated",
         NO_BACKEND => "no-backend",
         INVALID_SOURCE_IP => "invalid-source-ip",
         POLICY => "policy",

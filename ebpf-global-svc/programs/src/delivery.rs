@@ -19,7 +19,7 @@ use crate::{counters::count, events::drop_packet, maps::node, nat, pmtu, zero::z
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
-const TUNNEL_TTL: u8 = 64;
+pub const TUNNEL_TTL: u8 = 64;
 /// A VNI has 24 bits.
 const MAX_VNI: u32 = (1 << 24) - 1;
 

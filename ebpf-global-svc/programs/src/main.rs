@@ -6,6 +6,7 @@
 //! * `pod`: traffic that leaves a pod of this node, or reaches one through the stack.
 //! * `overlay`: traffic that enters or leaves the VXLAN device.
 //! * `nat`: services for packets that no socket hook has seen; `netdev`: those from outside of the mesh.
+//! * `xdp`: what `netdev` has let in, before the kernel has made anything of it.
 //! * `policy`: whether a pod may send or receive it; `peer` says who the other end is, `flow` what it is,
 //!   `conntrack` whether it is an answer.
 //! * `mark`: what a packet carries through the stack.
@@ -40,6 +41,7 @@ mod rewrite;
 mod selection;
 mod sockets;
 mod translate;
+mod xdp;
 mod zero;
 
 /// The kernel lends most helpers to programs under its own licence only.

@@ -29,7 +29,7 @@ use crate::{
 
 const SECOND: u64 = 1_000_000_000;
 /// How long `NatValue::used` may lag behind.
-const REFRESH: u64 = SECOND;
+pub const REFRESH: u64 = SECOND;
 /// Datagrams, and TCP that is only beginning or at its end: another flow after so long.
 const BRIEF: u64 = 60 * SECOND;
 /// TCP otherwise.
@@ -360,7 +360,7 @@ fn find(key: &NatKey, value: &mut NatValue, flow: &Flow, from_client: bool) -> b
         if from_client
             && (begins || flow.proto != TCP)
             && value.node_ip == [0; 4]
-            && !still_serves(value, flow)
+            && !still_serves(value, flow.proto)
         {
             return false;
         }
@@ -389,12 +389,12 @@ fn peek(key: &NatKey, value: &mut NatValue) -> bool {
 
 /// Whether what begins may go to the backend of an entry.
 #[inline(always)]
-fn still_serves(value: &NatValue, flow: &Flow) -> bool {
+pub fn still_serves(value: &NatValue, proto: u8) -> bool {
     let id = value.backend;
     // SAFETY: an element that is recycled has another generation.
     let Some(backend) = (unsafe { crate::maps::BACKEND.get(id) }) else { return false };
     backend.generation == id
-        && backend.proto == flow.proto
+        && backend.proto == proto
         && backend.state == backend_state::ACTIVE
         && crate::affinity::is_in_reach(backend.cluster)
 }

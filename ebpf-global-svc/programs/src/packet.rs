@@ -9,8 +9,8 @@ use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, IpKey};
 use crate::zero::zero;
 
 pub const ETHERNET: usize = 14;
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
+pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// What arrived.
 pub enum Packet<'a> {

@@ -10,7 +10,8 @@ use std::{
 
 use aya::{
     programs::{
-        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp,
+        XdpMode,
         links::FdLink,
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
@@ -74,6 +75,33 @@ pub(super) fn attach_interface(
     pins::detach(pin)?;
     let link = program
         .attach_with_options(&device, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))
+        .and_then(|id| program.take_link(id))
+        .map_err(|error| failed(describe(&error)))?;
+    let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
+    link.pin(pin).map_err(|error| failed(error.to_string()))?;
+    Ok(())
+}
+
+/// Attaches to an interface of this network namespace, ahead of the kernel, or replaces the program that is attached there.
+/// All kernels that we know have links for it.
+pub(super) fn attach_xdp(
+    program: &mut Xdp,
+    name: &str,
+    pin: &Path,
+    interface: u32,
+    mode: XdpMode,
+) -> Result<(), DatapathError> {
+    let device = sys::interface_name(interface).unwrap_or_else(|_| format!("interface {interface}"));
+    let failed = |reason: String| attach_failed(name, &device, reason);
+    let descriptor = program.fd().map_err(|error| failed(describe(&error)))?;
+    if replace(pin, &LinkTarget::Interface(interface), descriptor.as_fd())
+        .map_err(|error| failed(error.to_string()))?
+    {
+        return Ok(());
+    }
+    pins::detach(pin)?;
+    let link = program
+        .attach_to_if_index(interface, mode)
         .and_then(|id| program.take_link(id))
         .map_err(|error| failed(describe(&error)))?;
     let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;

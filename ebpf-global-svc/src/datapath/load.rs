@@ -5,15 +5,15 @@ use std::path::Path;
 use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError, programs::ProgramError, sys::SyscallError};
 
 use super::{
-    INTERFACE_PROGRAMS, OBJECT, SOCKET_PROGRAMS, classifier, links,
+    INTERFACE_PROGRAMS, OBJECT, SOCKET_PROGRAMS, XDP_PROGRAMS, classifier, links,
     maps::{self, MapSpec},
     migration::Migration,
     pins::Pins,
-    socket_program,
+    socket_program, xdp,
 };
 use crate::{
     DatapathError, DatapathOptions,
-    abi::{CONFIG_STRICT, Config, SCHEMA_VERSION},
+    abi::{CONFIG_ENCRYPTS, CONFIG_STRICT, Config, SCHEMA_VERSION},
 };
 
 /// Creates the maps that are not pinned yet; opens the others. With `flows_before`, for programs that also know that map
@@ -40,6 +40,13 @@ pub(super) fn load_maps(
 pub(super) fn configure(path: &Path, options: &DatapathOptions) -> Result<Config, DatapathError> {
     let before = maps::read_config(path)?;
     let node_ip = options.node_ip.map_or(before.node_ip, |ip| ip.octets());
+    let mut flags = before.flags & !CONFIG_ENCRYPTS;
+    if options.encrypts {
+        flags |= CONFIG_ENCRYPTS;
+    }
+    if !options.strict {
+        flags &= !CONFIG_STRICT;
+    }
     let config = Config {
         schema: SCHEMA_VERSION,
         cluster: options.cluster,
@@ -47,7 +54,7 @@ pub(super) fn configure(path: &Path, options: &DatapathOptions) -> Result<Config
         overlay_ifindex: before.overlay_ifindex,
         node_ip,
         overlay_port: options.overlay_port,
-        flags: if options.strict { before.flags } else { before.flags & !CONFIG_STRICT },
+        flags,
         events: before.events,
         reserved: [0; 2],
     };
@@ -62,6 +69,10 @@ pub(super) fn load_programs(programs: &mut Ebpf) -> Result<(), DatapathError> {
     }
     for name in INTERFACE_PROGRAMS {
         let program = classifier(programs, name)?;
+        uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
+    }
+    for name in XDP_PROGRAMS {
+        let program = xdp(programs, name)?;
         uninterrupted(|| program.load(), is_interrupted).map_err(|error| load_failed(name, error))?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Single packets through a loaded program, without a network.
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::{Program, ProgramError, TestRun as _, TestRunOptions, TestRunResult};
 
 use super::{Datapath, links};
 use crate::DatapathError;
@@ -8,7 +8,8 @@ use crate::DatapathError;
 /// What a program did to a packet that never was on a wire.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trial {
-    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected, -1 left to whoever comes next on the hook.
+    /// `TC_ACT_*`: 0 to the stack, 2 dropped, 7 redirected, -1 left to whoever comes next on the hook. Of `cm_xdp` `XDP_*`:
+    /// 2 left to the kernel, 3 sent back through its interface.
     pub verdict: i32,
     /// The packet afterwards.
     pub packet: Vec<u8>,
@@ -50,26 +51,41 @@ impl Datapath {
         };
         let loaded =
             self.programs.program(program).ok_or_else(|| failed("there is no such program".to_owned()))?;
-        let loaded = <&SchedClassifier>::try_from(loaded).map_err(|error| failed(error.to_string()))?;
         // struct __sk_buff: these are its third, tenth and eleventh word.
         let mut context = [0_u8; 192];
+        let mut length = context.len();
         context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
         context[36..40].copy_from_slice(&arrival.ingress_ifindex.to_ne_bytes());
         context[40..44].copy_from_slice(&arrival.ifindex.to_ne_bytes());
+        if matches!(loaded, Program::Xdp(_)) {
+            // struct xdp_md: the packet's bounds, and as its fourth word the interface.
+            context = [0; 192];
+            length = 24;
+            let size = u32::try_from(frame.len()).map_err(|error| failed(error.to_string()))?;
+            context[4..8].copy_from_slice(&size.to_ne_bytes());
+            context[12..16].copy_from_slice(&arrival.ifindex.to_ne_bytes());
+        }
         let mut after = [0_u8; 192];
         let mut packet = vec![0; frame.len() + 256];
-        let result = loaded
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut packet),
-                ctx_in: Some(&context),
-                ctx_out: Some(&mut after),
-                repeat,
-                ..TestRunOptions::new()
-            })
-            .map_err(|error| failed(links::describe(&error)))?;
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut packet),
+            ctx_in: Some(&context[..length]),
+            ctx_out: Some(&mut after[..length]),
+            repeat,
+            ..TestRunOptions::new()
+        };
+        let result = test_run(loaded, options).map_err(|error| failed(links::describe(&error)))?;
         packet.truncate(result.data_size_out as usize);
         let mark = u32::from_ne_bytes([after[8], after[9], after[10], after[11]]);
         Ok(Trial { verdict: result.return_value.cast_signed(), packet, mark, duration: result.duration })
+    }
+}
+
+fn test_run(program: &Program, options: TestRunOptions<'_>) -> Result<TestRunResult, ProgramError> {
+    match program {
+        Program::SchedClassifier(program) => program.test_run(options),
+        Program::Xdp(program) => program.test_run(options),
+        _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

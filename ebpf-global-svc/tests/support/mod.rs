@@ -8,6 +8,7 @@ pub mod pair;
 pub mod sockets;
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     net::{IpAddr, Ipv4Addr},
     os::fd::AsRawFd as _,
@@ -409,6 +410,26 @@ pub fn translation(
 pub fn metric(datapath: &Datapath, reason: u8) -> u64 {
     let metrics = datapath.metrics().unwrap();
     metrics.iter().find(|(code, _)| *code == reason).map_or(0, |(_, counter)| counter.packets)
+}
+
+/// Runs and nanoseconds of a program that this process has loaded; others may have loaded theirs of that name.
+pub fn spent(program: &str) -> (u64, u64) {
+    let mut own = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
+        // The folder's own descriptor is gone again.
+        let Ok(text) = std::fs::read_to_string(entry.path()) else { continue };
+        let field = |name: &str| -> Option<u64> {
+            text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+        };
+        if let (Some(id), Some(runs), Some(time)) =
+            (field("prog_id:"), field("run_cnt:"), field("run_time_ns:"))
+        {
+            own.insert(id, (runs, time));
+        }
+    }
+    let mut named =
+        aya::programs::loaded_programs().flatten().filter(|info| info.name_as_str() == Some(program));
+    named.find_map(|info| own.get(&info.id().into()).copied()).unwrap()
 }
 
 /// Waits for a condition, not for a guess of its time.
