@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use agent_sync::engine::{Core, Input};
+use agent_sync::mesh::Tunnels;
 use agent_sync::peers::OwnCluster;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
@@ -82,6 +83,7 @@ impl Bench {
             prefix: Box::new(counted("cm_prefix")),
             endpoint: Box::new(counted("cm_endpoint")),
             node: Box::new(counted("cm_node")),
+            underlay: Box::new(counted("cm_underlay")),
             service: Box::new(counted("cm_service")),
             slot: Box::new(counted("cm_slot")),
             backend: Box::new(counted("cm_backend")),
@@ -92,7 +94,7 @@ impl Bench {
             affinity: Box::new(counted("cm_affinity")),
         };
         let own = OwnCluster { name: name(1), id: id(1), max: MAX };
-        let core = Core::restore(own, "n0", None, Instant::now(), &tables).unwrap();
+        let core = Core::restore(own, "n0", Tunnels::default(), Instant::now(), &tables).unwrap();
         Self { core, tables, writes, waiting: 0 }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use crate::encryption::{
 };
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
-use crate::mesh::LetIn;
+use crate::mesh::{LetIn, Tunnels, UnderlayProtocol};
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::observe::{self, Hub, Limits, PodNames};
 use crate::peers::{Directory, OwnCluster, Peers};
@@ -33,6 +33,8 @@ use crate::serve::{self, ObserveDesk, ServeError, Source};
 const UNDERLAY_MTU: u32 = 1500;
 /// IPv6 packets of this size have to get through, and something has to be left of the underlay.
 const MIN_MTU: u32 = 1280;
+/// IPv6 header, UDP, VXLAN and the inner Ethernet header.
+const VXLAN_OVERHEAD_IPV6: u32 = 70;
 
 /// What the operator decides.
 #[derive(Clone, Debug)]
@@ -41,8 +43,8 @@ pub struct Options {
     pub own: OwnCluster,
     /// This node's name, as in its node record.
     pub node_name: String,
-    /// This node's underlay address: the source of its tunnels. None: the kernel chooses.
-    pub node_ip: Option<Ipv4Addr>,
+    /// The family of its tunnels, and this node's underlay address: their source. Without one the kernel chooses.
+    pub tunnels: Tunnels,
     /// The own etcd's configuration.
     pub etcd_config: PathBuf,
     /// The directory of remote clusters.
@@ -130,7 +132,7 @@ pub enum AgentError {
     NoDevice(String),
     /// The operator's: which of the node's devices it is cannot be told.
     #[error("--enable-node-port: no device has the address {0}: correct --node-ip, or name --devices")]
-    NoDeviceOf(Ipv4Addr),
+    NoDeviceOf(IpAddr),
     /// Calls from outside cannot be accelerated as the operator wants it.
     #[error(transparent)]
     Acceleration(#[from] AccelerationError),
@@ -241,7 +243,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let engine = Engine::new(Setup {
         own: options.own.clone(),
         node_name: options.node_name.clone(),
-        node_ip: options.node_ip,
+        tunnels: options.tunnels,
         datapath,
         pod_links,
         sizes: options.sizes,
@@ -315,7 +317,7 @@ fn outside(options: &Options) -> Option<LetIn> {
     let PacketServices { from_outside, algorithm, table_size, .. } =
         &options.kernel.as_ref()?.packet_services;
     from_outside.as_ref()?;
-    let addresses = options.node_ip.map(IpAddr::from).into_iter().collect();
+    let addresses = options.tunnels.node_ip.into_iter().collect();
     Some(LetIn { addresses, algorithm: *algorithm, table_size: *table_size })
 }
 
@@ -344,14 +346,19 @@ impl Node {
         routes: RouteBoard,
     ) -> Result<Self, AgentError> {
         let netlink = Netlink::open()?;
-        let (underlay, mtu) = mtus(&netlink, options.node_ip, kernel.encryption.as_ref()).await?;
+        let (underlay, mtu) = mtus(&netlink, options.tunnels, kernel.encryption.as_ref()).await?;
+        let node_ip = options.tunnels.node_ip;
+        let node_ip4 = node_ip.and_then(|ip| match ip {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        });
         // First: without it nothing is to be touched.
         let keeper = match (&kernel.encryption, keys) {
             (Some(encryption), Some(keys)) => {
                 let here = Here {
                     cluster: options.own.id.get(),
                     node: &options.node_name,
-                    ip: options.node_ip,
+                    ip: node_ip4,
                     tunnel_port: kernel.tunnel_port,
                     underlay,
                 };
@@ -363,7 +370,8 @@ impl Node {
             cgroup: kernel.cgroup_root.clone(),
             // At most 16.
             identity_shift: if options.own.max.get() == 511 { 15 } else { 16 },
-            node_ip: options.node_ip,
+            node_ip: node_ip4,
+            underlay_ipv6: options.tunnels.protocol == UnderlayProtocol::Ipv6,
             overlay_port: kernel.tunnel_port,
             sizes: options.sizes,
             encrypts: kernel.encryption.is_some(),
@@ -389,8 +397,7 @@ impl Node {
                 tokio::spawn(encryption::ipsec::leave_quietly());
             }
         }
-        let devices =
-            serve_packets(&netlink, &mut datapath, options.node_ip, &kernel.packet_services).await?;
+        let devices = serve_packets(&netlink, &mut datapath, node_ip, &kernel.packet_services).await?;
         let (wanted, encrypts) = (kernel.packet_services.acceleration, kernel.encryption.is_some());
         accelerate(&netlink, &mut datapath, &devices, wanted, encrypts).await?;
         let pod_links = netlink.watch_pod_links().await?;
@@ -404,7 +411,7 @@ impl Node {
 async fn serve_packets(
     netlink: &Netlink,
     datapath: &mut Datapath,
-    node_ip: Option<Ipv4Addr>,
+    node_ip: Option<IpAddr>,
     wanted: &PacketServices,
 ) -> Result<BTreeSet<u32>, AgentError> {
     let mut devices = BTreeSet::new();
@@ -428,15 +435,18 @@ async fn serve_packets(
 /// MTU of the underlay, and what tunnels, and perhaps encryption, leave of it.
 async fn mtus(
     netlink: &Netlink,
-    node_ip: Option<Ipv4Addr>,
+    tunnels: Tunnels,
     encryption: Option<&EncryptionOptions>,
 ) -> Result<(u32, u32), AgentError> {
-    let known = match node_ip {
+    let known = match tunnels.node_ip {
         Some(ip) => netlink.mtu_of(ip).await?,
         None => None,
     };
     let underlay = known.unwrap_or(UNDERLAY_MTU);
-    let left = overlay_mtu(underlay, encryption);
+    let left = match tunnels.protocol {
+        UnderlayProtocol::Ipv4 => overlay_mtu(underlay, encryption),
+        UnderlayProtocol::Ipv6 => underlay.saturating_sub(VXLAN_OVERHEAD_IPV6),
+    };
     if left < MIN_MTU { Err(AgentError::Mtu { underlay, left }) } else { Ok((underlay, left)) }
 }
 

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
     BACKEND_EXCLUSIVE, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue,
-    PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, TranslateKey, TranslateValue, backend_state,
+    PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, TranslateKey, TranslateValue, UnderlayKey,
+    UnderlayValue, backend_state,
 };
 
 use crate::encryption::EndChanges;
@@ -92,6 +93,8 @@ pub struct Changes {
     pub prefix: Vec<(PrefixKey, Option<PrefixValue>)>,
     /// Underlay addresses of nodes.
     pub node: Vec<(NodeKey, Option<NodeValue>)>,
+    /// Addresses of nodes by number.
+    pub underlay: Vec<(UnderlayKey, Option<UnderlayValue>)>,
     /// Pods of this node.
     pub endpoint: Vec<(IpKey, Option<EndpointValue>)>,
     /// Frontends.
@@ -116,6 +119,7 @@ impl Changes {
         self.ipcache.len()
             + self.prefix.len()
             + self.node.len()
+            + self.underlay.len()
             + self.endpoint.len()
             + self.service.len()
             + self.policy.len()
@@ -139,6 +143,8 @@ pub struct Restored {
     pub prefix: Vec<(PrefixKey, PrefixValue)>,
     /// `cm_node`.
     pub node: Vec<(NodeKey, NodeValue)>,
+    /// `cm_underlay`.
+    pub underlay: Vec<(UnderlayKey, UnderlayValue)>,
     /// `cm_endpoint`.
     pub endpoint: Vec<(IpKey, EndpointValue)>,
     /// `cm_service`, with its slots and backends followed.

@@ -8,13 +8,14 @@ mod observe_flags;
 mod outside_flags;
 
 use std::io::IsTerminal as _;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use agent_sync::agent::{self, AgentError, KernelOptions, Options};
 use agent_sync::liveness::LivenessOptions;
+use agent_sync::mesh::{Tunnels, UnderlayProtocol};
 use agent_sync::peers::OwnCluster;
 use anyhow::Context as _;
 use clap::builder::RangedU64ValueParser;
@@ -67,7 +68,11 @@ struct Flags {
     node_name: String,
     /// Underlay address of this node, the source of its tunnels [default: the kernel chooses]
     #[arg(long, env = "NODE_IP")]
-    node_ip: Option<Ipv4Addr>,
+    node_ip: Option<IpAddr>,
+    /// Family of the addresses between which tunnels run, the same in the whole mesh [default: that of --node-ip, or
+    /// ipv4]
+    #[arg(long, value_enum, value_name = "FAMILY")]
+    underlay_protocol: Option<UnderlayFlag>,
     /// etcd configuration of this cluster (Cilium's YAML)
     #[arg(long)]
     etcd_config: PathBuf,
@@ -159,6 +164,25 @@ enum DatapathFlag {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum UnderlayFlag {
+    Ipv4,
+    Ipv6,
+}
+
+/// Flags that make no sense together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum UnderlayError {
+    /// Tunnels would have no end here.
+    #[error("--node-ip {ip} is no address on an underlay of --underlay-protocol {family}")]
+    NodeIp { ip: IpAddr, family: &'static str },
+    /// Nobody encrypts those.
+    #[error(
+        "--enable-wireguard and --enable-ipsec need an IPv4 underlay: they do not encrypt tunnels over IPv6"
+    )]
+    Encryption,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Switch {
     On,
     Off,
@@ -246,6 +270,18 @@ fn start_log(format: LogFormat) {
     }
 }
 
+/// Where tunnels run.
+fn tunnels(protocol: Option<UnderlayFlag>, node_ip: Option<IpAddr>) -> Result<Tunnels, UnderlayError> {
+    let (protocol, family) = match (protocol, node_ip) {
+        (Some(UnderlayFlag::Ipv6), _) | (None, Some(IpAddr::V6(_))) => (UnderlayProtocol::Ipv6, "ipv6"),
+        _ => (UnderlayProtocol::Ipv4, "ipv4"),
+    };
+    match node_ip.filter(|ip| !protocol.takes(*ip)) {
+        Some(ip) => Err(UnderlayError::NodeIp { ip, family }),
+        None => Ok(Tunnels { protocol, node_ip }),
+    }
+}
+
 impl Flags {
     fn options(self) -> anyhow::Result<Options> {
         let max = self.max_connected_clusters;
@@ -258,20 +294,26 @@ impl Flags {
             probe_interval: asked.unwrap_or(LivenessOptions::default().probe_interval.min(dead_after / 3)),
             probe_port: self.liveness_probe_port,
         };
+        let wireguard_device = self.encryption.device().to_owned();
+        let tunnels = tunnels(self.underlay_protocol, self.node_ip)?;
+        let encryption = self.encryption.options(self.tunnel_port)?;
+        if encryption.is_some() && tunnels.protocol == UnderlayProtocol::Ipv6 {
+            return Err(UnderlayError::Encryption.into());
+        }
         let kernel = KernelOptions {
             bpf_root: self.bpf_root,
             cgroup_root: self.cgroup_root,
             tunnel_device: self.tunnel_device,
             tunnel_port: self.tunnel_port,
             pmtu_discovery: self.pmtu_discovery == Switch::On,
-            wireguard_device: self.encryption.device().to_owned(),
-            encryption: self.encryption.options(self.tunnel_port)?,
+            wireguard_device,
+            encryption,
             packet_services: self.outside.options(),
         };
         Ok(Options {
             own,
             node_name: self.node_name,
-            node_ip: self.node_ip,
+            tunnels,
             etcd_config: self.etcd_config,
             clustermesh_config: self.clustermesh_config,
             import_policy: PolicySource { path: self.import_policy, dry_run: self.import_policy_dry_run },
@@ -286,5 +328,28 @@ impl Flags {
             audit_policies: self.policy_audit_mode == Switch::On,
             observe: self.observe.limits(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tunnels_have_the_family_of_the_nodes_address_unless_told_otherwise() {
+        let family = |flag, ip: Option<&str>| tunnels(flag, ip.map(|ip| ip.parse().unwrap()));
+        let protocol = |flag, ip| family(flag, ip).map(|tunnels| tunnels.protocol);
+        assert_eq!(protocol(None, None), Ok(UnderlayProtocol::Ipv4));
+        assert_eq!(protocol(None, Some("192.0.2.1")), Ok(UnderlayProtocol::Ipv4));
+        assert_eq!(protocol(None, Some("fd00::1")), Ok(UnderlayProtocol::Ipv6));
+        assert_eq!(protocol(Some(UnderlayFlag::Ipv6), None), Ok(UnderlayProtocol::Ipv6));
+        for (flag, ip) in [
+            (Some(UnderlayFlag::Ipv6), "192.0.2.1"),
+            (Some(UnderlayFlag::Ipv4), "fd00::1"),
+            (None, "fe80::1"),
+        ] {
+            let error = family(flag, Some(ip)).unwrap_err().to_string();
+            assert!(error.contains(ip) && error.contains("--underlay-protocol ipv"), "{error}");
+        }
     }
 }

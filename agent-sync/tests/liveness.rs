@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a world that cannot be made fails its test")]
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use agent_sync::liveness::core::{ANSWER, Core, Member};
@@ -37,7 +37,7 @@ struct World {
     etcd_heard: Option<Instant>,
     etcd_due: Instant,
     last_answer: Option<Instant>,
-    on_their_way: VecDeque<(Instant, Ipv4Addr)>,
+    on_their_way: VecDeque<(Instant, IpAddr)>,
     core: Core,
     deaths: Vec<Instant>,
     /// How bad it was then, and when.
@@ -53,7 +53,7 @@ impl World {
             probe_interval: Duration::from_secs(rng.random_range(1..3)),
             ..LivenessOptions::default()
         };
-        let nodes = (1..=rng.random_range(1..=30)).map(|n| Ipv4Addr::new(192, 0, 2, n)).collect();
+        let nodes = (1..=rng.random_range(1..=30)).map(|n| IpAddr::from([192, 0, 2, n])).collect();
         let name: ClusterName = "beta".parse().unwrap();
         let id = ClusterId::new(2, MaxConnectedClusters::C255).unwrap();
         let mut core = Core::new(options, now);
@@ -276,7 +276,7 @@ fn a_cluster_that_was_dead_before_the_restart_stays_dead_until_it_is_heard() {
     let mut now = Instant::now();
     let mut core = Core::new(options, now);
     let name: ClusterName = "beta".parse().unwrap();
-    let ip = Ipv4Addr::new(192, 0, 2, 1);
+    let ip = IpAddr::from([192, 0, 2, 1]);
     let id = ClusterId::new(2, MaxConnectedClusters::C255).unwrap();
     let dead = Member { id: Some(id), dead: true, nodes: vec![ip] };
     core.set_members(BTreeMap::from([(name.clone(), Member::default())]), now);

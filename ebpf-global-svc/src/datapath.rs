@@ -16,7 +16,7 @@ mod remains;
 mod trial;
 
 use std::{
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
@@ -326,15 +326,20 @@ impl Datapath {
         self.set_flag(CONFIG_PMTU_DISCOVERY, on)
     }
 
-    /// Tells the programs this node's underlay address; the one they have already is fine.
+    /// Tells the programs this node's underlay address, and what the tables call it: its number, or an IPv4 address
+    /// itself. What they have already is fine.
     ///
     /// # Errors
     /// [`DatapathError::Map`].
-    pub fn set_node_ip(&mut self, node_ip: Ipv4Addr) -> Result<(), DatapathError> {
-        if self.config.node_ip == node_ip.octets() {
+    pub fn set_node(&mut self, node_ip: [u8; 4], address: IpAddr) -> Result<(), DatapathError> {
+        let node_ip6 = match address {
+            IpAddr::V4(_) => [0; 16],
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        if (self.config.node_ip, self.config.node_ip6) == (node_ip, node_ip6) {
             return Ok(());
         }
-        let config = Config { node_ip: node_ip.octets(), ..self.config };
+        let config = Config { node_ip, node_ip6, ..self.config };
         maps::write_config(&self.pins.map("cm_config"), &config)?;
         self.config = config;
         Ok(())
@@ -371,6 +376,7 @@ impl Datapath {
             prefix: Box::new(self.table("cm_prefix")?),
             endpoint: Box::new(self.table("cm_endpoint")?),
             node: Box::new(self.table("cm_node")?),
+            underlay: Box::new(self.table("cm_underlay")?),
             service: Box::new(self.table("cm_service")?),
             slot: Box::new(self.table("cm_slot")?),
             backend: Box::new(self.table("cm_backend")?),

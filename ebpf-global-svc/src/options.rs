@@ -16,9 +16,11 @@ pub struct DatapathOptions {
     pub cluster: u16,
     /// Bits of the cluster-local part of an identity: 16 (255 clusters) or 15 (511 clusters).
     pub identity_shift: u16,
-    /// Own underlay address; `None` leaves the one that an earlier life set, if any: see
-    /// [`Datapath::set_node_ip`](crate::Datapath::set_node_ip).
+    /// Own address on an IPv4 underlay; `None` leaves the one that an earlier life set, if any: see
+    /// [`Datapath::set_node`](crate::Datapath::set_node), which alone tells that on an IPv6 one.
     pub node_ip: Option<Ipv4Addr>,
+    /// Whether tunnels run over IPv6: the tables have [numbers](crate::abi::UnderlayValue) of nodes then.
+    pub underlay_ipv6: bool,
     /// UDP port of the overlay.
     pub overlay_port: u16,
     /// Whether something encrypts what goes to other nodes: then no packet goes there past the kernel.
@@ -39,6 +41,7 @@ impl DatapathOptions {
             cluster,
             identity_shift: 16,
             node_ip: None,
+            underlay_ipv6: false,
             overlay_port: 8472,
             encrypts: false,
             strict: false,

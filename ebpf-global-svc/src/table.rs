@@ -16,7 +16,7 @@ use crate::{
     abi::{
         AffinityKey, AffinityValue, BackendValue, ClusterState, EndpointValue, IpKey, IpValue, MAX_CLUSTERS,
         NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue,
-        SlotKey, TranslateKey, TranslateValue,
+        SlotKey, TranslateKey, TranslateValue, UnderlayKey, UnderlayValue,
     },
     sys,
 };
@@ -107,6 +107,8 @@ pub struct Tables {
     pub endpoint: Box<dyn Table<IpKey, EndpointValue>>,
     /// `cm_node`: underlay addresses of all nodes.
     pub node: Box<dyn Table<NodeKey, NodeValue>>,
+    /// `cm_underlay`: addresses of nodes by number, with an IPv6 underlay.
+    pub underlay: Box<dyn Table<UnderlayKey, UnderlayValue>>,
     /// `cm_service`: frontends of this cluster.
     pub service: Box<dyn Table<ServiceKey, ServiceValue>>,
     /// `cm_slot`: (service, cluster, n) to backend ID.
@@ -135,6 +137,7 @@ impl Tables {
             prefix: Box::new(MemoryTable::new("cm_prefix", sizes.prefix.into())),
             endpoint: Box::new(MemoryTable::new("cm_endpoint", sizes.endpoint.into())),
             node: Box::new(MemoryTable::new("cm_node", sizes.node.into())),
+            underlay: Box::new(MemoryTable::new("cm_underlay", sizes.node.into())),
             service: Box::new(MemoryTable::new("cm_service", sizes.service.into())),
             slot: Box::new(MemoryTable::new("cm_slot", sizes.slot.into())),
             backend: Box::new(MemoryTable::new("cm_backend", sizes.backend.into())),

@@ -155,7 +155,7 @@ fn what_is_left_can_be_looked_at_and_removed_once_no_agent_runs() {
     drop(datapath);
 
     let remains = Datapath::remains(root.path()).unwrap().unwrap();
-    assert_eq!((remains.maps().len(), remains.links()), (26, &[][..]));
+    assert_eq!((remains.maps().len(), remains.links()), (27, &[][..]));
     assert_eq!(remains.config().unwrap().cluster, 7);
     let error = Datapath::open(&root.options(7)).unwrap_err();
     assert!(matches!(error, DatapathError::InUse { .. }), "nobody starts on it meanwhile: {error}");

@@ -22,7 +22,7 @@ use super::members::Members;
 use crate::encryption::{EndChanges, Scope};
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
-use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges};
+use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges, Tunnels};
 use crate::peers::{OwnCluster, Wish};
 use crate::reconcile::Reconciler;
 use crate::reconcile::drift::{Drift, Scan};
@@ -56,15 +56,14 @@ pub struct Stepped {
 }
 
 impl Core {
-    /// Takes over what is installed. `node_ip` is this node's underlay address if it is known before the
-    /// node's record is.
+    /// Takes over what is installed.
     ///
     /// # Errors
     /// If the tables cannot be read.
     pub fn restore(
         own: OwnCluster,
         node_name: &str,
-        node_ip: Option<Ipv4Addr>,
+        tunnels: Tunnels,
         now: Instant,
         tables: &Tables,
     ) -> Result<Self, DatapathError> {
@@ -74,7 +73,7 @@ impl Core {
             ipcache = restored.ipcache.len(),
             "read back what is installed"
         );
-        let mesh = Mesh::new(own.id, own.max, node_name, node_ip, restored);
+        let mesh = Mesh::new(own.id, own.max, node_name, tunnels, restored);
         Ok(Self {
             members: Members::new(own.clone()),
             own,

@@ -8,7 +8,7 @@ use ebpf_global_svc::{MapSizes, Tables};
 
 use super::*;
 use crate::engine::Input;
-use crate::mesh::Links;
+use crate::mesh::{Links, Tunnels};
 use crate::observe::{Kind as FlowKind, Verdict};
 use crate::peers::OwnCluster;
 
@@ -30,7 +30,7 @@ fn shop() -> (Core, Tables) {
     let own = OwnCluster { name: "alpha".parse().unwrap(), id: ClusterId::new(1, max).unwrap(), max };
     let (name, id) = (own.name.clone(), own.id);
     let (mut tables, now) = (Tables::memory(&MapSizes::default()), Instant::now());
-    let mut core = Core::restore(own, "alpha-n1", None, now, &tables).unwrap();
+    let mut core = Core::restore(own, "alpha-n1", Tunnels::default(), now, &tables).unwrap();
     core.set_links(Links::Absent);
     core.apply(Input::Configured(name.clone()));
     core.apply(Input::Accepted { name: name.clone(), id });

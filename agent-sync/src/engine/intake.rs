@@ -39,9 +39,9 @@ impl Intake {
         kind: Kind,
         suffix: &str,
         value: &[u8],
-        mesh: &Mesh,
+        mesh: &mut Mesh,
     ) -> Verdict {
-        let (fact, mut audited) = match self.read(peer, kind, suffix, value) {
+        let (fact, mut audited) = match self.read(peer, kind, suffix, value, mesh) {
             Ok((Some(fact), audited)) => (fact, audited),
             Ok((None, _)) => return Verdict::Keep,
             Err(refusal) => {
@@ -81,6 +81,7 @@ impl Intake {
         kind: Kind,
         suffix: &str,
         value: &[u8],
+        mesh: &mut Mesh,
     ) -> Result<(Option<Fact>, Option<Refusal>), Refusal> {
         if kind == Kind::Services {
             let (service, audited) = import_policy::admit_service(&mut self.services, suffix, value, peer)?;
@@ -89,7 +90,7 @@ impl Intake {
             return Ok((Some(Fact::Service(service.name.clone(), fact)), audited));
         }
         let admitted = import_policy::admit(kind, suffix, value, peer)?;
-        Ok((fact(peer, kind, admitted.record), admitted.audited))
+        Ok((fact(peer, kind, admitted.record, mesh), admitted.audited))
     }
 
     fn note(&mut self, peer: &PeerPolicy, kind: Kind, suffix: &str, refusal: &Refusal, audited: bool) {
@@ -123,11 +124,11 @@ fn name(suffix: &str) -> Option<NamespacedName> {
 }
 
 /// What the agent uses of a record; none of a kind that it does not read, or not in this way.
-fn fact(peer: &PeerPolicy, kind: Kind, record: Imported) -> Option<Fact> {
+fn fact(peer: &PeerPolicy, kind: Kind, record: Imported, mesh: &mut Mesh) -> Option<Fact> {
     Some(match record {
         Imported::Node(node) => node_fact(node, peer),
         Imported::Ip(record) => {
-            let (ip, value) = ip_fact(peer, &record);
+            let (ip, value) = ip_fact(peer, &record, mesh);
             if kind == Kind::LocalIp { Fact::LocalIp(ip, value) } else { Fact::Ip(ip, value) }
         }
         Imported::Identity(record) => {
@@ -168,12 +169,9 @@ fn node_fact(node: Node, peer: &PeerPolicy) -> Fact {
     Fact::Node(node.name, fact)
 }
 
-fn ip_fact(peer: &PeerPolicy, record: &IpRecord) -> (IpAddr, IpValue) {
-    let node_ip = match record.host_ip {
-        Some(IpAddr::V4(host)) => host.octets(),
-        // The underlay is IPv4; the pod's prefix says which node to go to.
-        Some(IpAddr::V6(_)) | None => [0; 4],
-    };
+fn ip_fact(peer: &PeerPolicy, record: &IpRecord, mesh: &mut Mesh) -> (IpAddr, IpValue) {
+    // Of one that is not on the underlay the pod's prefix says which node to go to.
+    let node_ip = record.host_ip.map_or([0; 4], |host| mesh.name_node(host));
     let identity = peer.identity_of(record).0;
     let value = IpValue { identity, node_ip, key: record.key, flags: 0, pad: 0 };
     let ip = record.prefix.addr();

@@ -33,7 +33,7 @@ use tracing::warn;
 
 use crate::encryption::{Scope, TunnelBoard};
 use crate::histogram::Histogram;
-use crate::mesh::{LetIn, Link, Links, Macs};
+use crate::mesh::{LetIn, Link, Links, Macs, Tunnels};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
 use counted::CallCounts;
@@ -126,8 +126,8 @@ pub struct Setup {
     pub own: OwnCluster,
     /// This node's name, as in its node record.
     pub node_name: String,
-    /// This node's underlay address, if the operator gave it.
-    pub node_ip: Option<Ipv4Addr>,
+    /// What the operator says of this node's tunnels.
+    pub tunnels: Tunnels,
     /// The kernel's side; none: tables in memory.
     pub datapath: Option<Datapath>,
     /// Pods that this node routes to; none: there is no network to look at.
@@ -184,14 +184,14 @@ impl Engine {
     /// # Errors
     /// If the tables cannot be read.
     pub fn new(setup: Setup) -> Result<Self, DatapathError> {
-        let Setup { own, node_name, node_ip, datapath, pod_links, sizes, .. } = setup;
+        let Setup { own, node_name, tunnels, datapath, pod_links, sizes, .. } = setup;
         let tables = match &datapath {
             Some(datapath) => datapath.tables()?,
             None => Tables::memory(&sizes),
         };
         let started = Instant::now();
         let hooks = PodHooks::new(datapath.as_ref())?;
-        let mut core = Core::restore(own, &node_name, node_ip, started, &tables)?;
+        let mut core = Core::restore(own, &node_name, tunnels, started, &tables)?;
         if let Some(how) = setup.outside {
             core.let_in(how);
         }
@@ -274,7 +274,7 @@ impl Engine {
         let mesh = self.core.mesh();
         let (Some(datapath), Some(links)) = (&mut self.datapath, &self.pod_links) else { return };
         // Without its address, no pod is this node's.
-        let may_detach = self.core.knows_own_addresses() && mesh.node_ip().is_some();
+        let may_detach = self.core.knows_own_addresses() && mesh.node().is_some();
         if stepped.pods_moved || self.hooks.wants_sync(may_detach, now) {
             let links = links.borrow().clone();
             let wanted = mesh.local_pods().iter().filter_map(|ip| Some(links.get(ip)?.ifindex));
@@ -288,7 +288,7 @@ impl Engine {
             warn!(%error, "cannot tell the datapath to drop what is not encrypted");
         }
         // Known with the node's record at the latest; until then an earlier life's holds.
-        if let Some(Err(error)) = mesh.node_ip().map(|ip| datapath.set_node_ip(ip)) {
+        if let Some(Err(error)) = mesh.node().map(|(node_ip, address)| datapath.set_node(node_ip, address)) {
             warn!(%error, "cannot tell the datapath this node's address");
         }
     }

@@ -45,7 +45,7 @@ impl Engine {
             let kind = if key.kind == nat_kind::SERVED { "served" } else { "answered" };
             let becomes = match value.node_ip {
                 [0, 0, 0, 0] => end(key.family, value.ip, value.port),
-                ip => format!("by node {}", std::net::Ipv4Addr::from(ip)),
+                ip => format!("by node {}", self.node_text(ip)),
             };
             let idle = ebpf_global_svc::program_time().saturating_sub(Duration::from_nanos(value.used));
             vec![

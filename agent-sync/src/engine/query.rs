@@ -60,7 +60,7 @@ pub struct Fill {
 pub type Row = Vec<(&'static str, String)>;
 
 /// Tables that can be dumped.
-pub const TABLES: [&str; 20] = [
+pub const TABLES: [&str; 21] = [
     "service",
     "slot",
     "backend",
@@ -69,6 +69,7 @@ pub const TABLES: [&str; 20] = [
     "prefix",
     "endpoint",
     "node",
+    "underlay",
     "cluster",
     "policy",
     "cidr",
@@ -245,10 +246,11 @@ impl Engine {
             "slot" => rows(&*tables.slot, slot_row)?,
             "backend" => rows(&*tables.backend, backend_row)?,
             "affinity" => rows(&*tables.affinity, affinity_row)?,
-            "ipcache" => rows(&*tables.ipcache, ipcache_row)?,
-            "prefix" => rows(&*tables.prefix, prefix_row)?,
+            "ipcache" => rows(&*tables.ipcache, |key, value| self.ipcache_row(key, value))?,
+            "prefix" => rows(&*tables.prefix, |key, value| self.prefix_row(key, value))?,
             "endpoint" => rows(&*tables.endpoint, endpoint_row)?,
             "node" => rows(&*tables.node, node_row)?,
+            "underlay" => rows(&*tables.underlay, underlay_row)?,
             "cluster" => rows(&*tables.cluster, cluster_row)?,
             "policy" => self.policy_rows()?,
             "cidr" => rows(&*tables.cidr, policy_rows::range)?,
@@ -271,7 +273,7 @@ impl Engine {
             vec![
                 ("identity", key.identity.to_string()),
                 ("cluster", self.cluster_of(key.identity)),
-                ("sender", std::net::Ipv4Addr::from(key.node_ip).to_string()),
+                ("sender", self.node_text(key.node_ip)),
                 ("packets", counter.packets.to_string()),
                 ("bytes", counter.bytes.to_string()),
             ]
@@ -306,6 +308,28 @@ impl Engine {
             ]
         });
         Ok(rows.collect())
+    }
+
+    pub(super) fn ipcache_row(&self, key: IpKey, value: abi::IpValue) -> Row {
+        let mut row = address_columns(&key);
+        row.push(("identity", value.identity.to_string()));
+        row.push(("tunnel_endpoint", self.node_text(value.node_ip)));
+        row.push(("key", value.key.to_string()));
+        row
+    }
+
+    fn prefix_row(&self, key: abi::PrefixKey, value: abi::PrefixValue) -> Row {
+        vec![
+            ("prefix", wire_key::prefix(&key).map_or_else(|| "?".into(), |prefix| prefix.to_string())),
+            ("cluster", value.cluster.to_string()),
+            ("tunnel_endpoint", self.node_text(value.node_ip)),
+        ]
+    }
+
+    /// A node that tables name: its underlay address or, if that is not known, what they call it.
+    pub(super) fn node_text(&self, node_ip: [u8; 4]) -> String {
+        let end = self.core.mesh().tunnel_end(node_ip);
+        end.unwrap_or_else(|| std::net::Ipv4Addr::from(node_ip).into()).to_string()
     }
 
     fn cluster_of(&self, identity: u32) -> String {
@@ -397,22 +421,6 @@ fn address_columns(key: &IpKey) -> Row {
     vec![("cluster", key.cluster.to_string()), ("address", shown(wire_key::address(key.family, key.ip)))]
 }
 
-pub(super) fn ipcache_row(key: IpKey, value: abi::IpValue) -> Row {
-    let mut row = address_columns(&key);
-    row.push(("identity", value.identity.to_string()));
-    row.push(("tunnel_endpoint", std::net::Ipv4Addr::from(value.node_ip).to_string()));
-    row.push(("key", value.key.to_string()));
-    row
-}
-
-fn prefix_row(key: abi::PrefixKey, value: abi::PrefixValue) -> Row {
-    vec![
-        ("prefix", wire_key::prefix(&key).map_or_else(|| "?".into(), |prefix| prefix.to_string())),
-        ("cluster", value.cluster.to_string()),
-        ("tunnel_endpoint", std::net::Ipv4Addr::from(value.node_ip).to_string()),
-    ]
-}
-
 pub(super) fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
     let mac = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
     let via_stack = value.flags & abi::ENDPOINT_VIA_STACK != 0;
@@ -424,6 +432,13 @@ pub(super) fn endpoint_row(key: IpKey, value: abi::EndpointValue) -> Row {
     row.push(("delivery", if via_stack { "stack" } else { "direct" }.to_owned()));
     row.push(("policy", policy_rows::enforced(value.flags)));
     row
+}
+
+fn underlay_row(key: abi::UnderlayKey, value: abi::UnderlayValue) -> Row {
+    vec![
+        ("number", std::net::Ipv4Addr::from(key.number).to_string()),
+        ("address", std::net::Ipv6Addr::from(value.ip).to_string()),
+    ]
 }
 
 fn node_row(key: abi::NodeKey, value: abi::NodeValue) -> Row {
@@ -468,6 +483,7 @@ fn fills(tables: &Tables) -> Vec<Box<dyn FnOnce() -> Fill + Send>> {
         fill(&*tables.prefix),
         fill(&*tables.endpoint),
         fill(&*tables.node),
+        fill(&*tables.underlay),
         fill(&*tables.policy),
         fill(&*tables.cidr),
         fill(&*tables.translate),

@@ -4,7 +4,7 @@
 //! health changed. No I/O, no clock.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
@@ -27,7 +27,7 @@ pub struct Member {
     /// The installed tables say that it is dead.
     pub dead: bool,
     /// Underlay addresses of its nodes, see [`super::nodes::candidates`].
-    pub nodes: Vec<Ipv4Addr>,
+    pub nodes: Vec<IpAddr>,
 }
 
 /// A health that changed.
@@ -114,7 +114,7 @@ impl Core {
     }
 
     /// A node answered.
-    pub fn answered(&mut self, ip: Ipv4Addr, now: Instant) {
+    pub fn answered(&mut self, ip: IpAddr, now: Instant) {
         for cluster in self.clusters.values_mut() {
             // An address is one cluster's only.
             if cluster.nodes.answered(ip, now) {
@@ -124,7 +124,7 @@ impl Core {
     }
 
     /// Ends rounds and begins others; gives whom to ask, and whose health changed.
-    pub fn step(&mut self, now: Instant) -> (Vec<Ipv4Addr>, Vec<Transition>) {
+    pub fn step(&mut self, now: Instant) -> (Vec<IpAddr>, Vec<Transition>) {
         if now.duration_since(self.budget_from) >= ANSWER {
             (self.budget_from, self.budget) = (now, BUDGET);
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Instant;
 
 /// Nodes of a cluster that are ever asked from here.
@@ -25,13 +25,13 @@ pub struct NodeEvidence {
 
 /// Which of many nodes are asked from here, at most [`CANDIDATES`]: on one node the same ones always, on
 /// other nodes others, so that the agents of a cluster together watch all of them.
-pub fn candidates(nodes: impl Iterator<Item = Ipv4Addr>, here: &str) -> Vec<Ipv4Addr> {
-    let rank = |ip: Ipv4Addr| {
+pub fn candidates(nodes: impl Iterator<Item = IpAddr>, here: &str) -> Vec<IpAddr> {
+    let rank = |ip: IpAddr| {
         let mut hasher = DefaultHasher::new();
         (here, ip).hash(&mut hasher);
         (hasher.finish(), ip)
     };
-    let mut first: BTreeSet<(u64, Ipv4Addr)> = BTreeSet::new();
+    let mut first: BTreeSet<(u64, IpAddr)> = BTreeSet::new();
     for ip in nodes {
         first.insert(rank(ip));
         if first.len() > CANDIDATES {
@@ -44,9 +44,9 @@ pub fn candidates(nodes: impl Iterator<Item = Ipv4Addr>, here: &str) -> Vec<Ipv4
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Nodes {
-    known: BTreeMap<Ipv4Addr, Node>,
+    known: BTreeMap<IpAddr, Node>,
     /// Who was asked, and whether somebody answered since; none: no round is open.
-    round: Option<(Vec<Ipv4Addr>, bool)>,
+    round: Option<(Vec<IpAddr>, bool)>,
     evidence: NodeEvidence,
 }
 
@@ -60,7 +60,7 @@ struct Node {
 
 impl Nodes {
     /// The cluster has these nodes now; of more than [`CANDIDATES`] the first count.
-    pub fn set(&mut self, addresses: impl IntoIterator<Item = Ipv4Addr>) {
+    pub fn set(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         let mut before = std::mem::take(&mut self.known);
         self.known = addresses
             .into_iter()
@@ -71,10 +71,10 @@ impl Nodes {
 
     /// Begins a round. Half of the nodes asked are those that answered last, so that a cluster with one
     /// reachable node counts as reachable; the others take turns.
-    pub fn ask(&mut self, now: Instant) -> Vec<Ipv4Addr> {
+    pub fn ask(&mut self, now: Instant) -> Vec<IpAddr> {
         let mut by_answer: Vec<_> = self.known.iter().map(|(ip, node)| (node.answered, *ip)).collect();
         by_answer.sort_unstable_by(|a, b| b.cmp(a));
-        let mut asked: Vec<Ipv4Addr> = by_answer.iter().take(SAMPLE / 2).map(|(_, ip)| *ip).collect();
+        let mut asked: Vec<IpAddr> = by_answer.iter().take(SAMPLE / 2).map(|(_, ip)| *ip).collect();
         let others = self.known.iter().filter(|(ip, _)| !asked.contains(ip));
         let mut by_turn: Vec<_> = others.map(|(ip, node)| (node.asked, *ip)).collect();
         by_turn.sort_unstable();
@@ -89,7 +89,7 @@ impl Nodes {
     }
 
     /// A node answered. Tells whether it is one of this cluster.
-    pub fn answered(&mut self, ip: Ipv4Addr, now: Instant) -> bool {
+    pub fn answered(&mut self, ip: IpAddr, now: Instant) -> bool {
         let Some(node) = self.known.get_mut(&ip) else { return false };
         node.answered = Some(now);
         // A late answer is as good a sign of life as any.
@@ -143,8 +143,8 @@ mod tests {
 
     use super::*;
 
-    fn ip(n: u8) -> Ipv4Addr {
-        Ipv4Addr::new(192, 0, 2, n)
+    fn ip(n: u8) -> IpAddr {
+        IpAddr::from([192, 0, 2, n])
     }
 
     #[test]

@@ -87,11 +87,16 @@ impl Addresses {
         v4.chain(v6)
     }
 
-    /// Addresses whose records name a node of this underlay address.
+    /// Addresses whose records name this node.
     pub(super) fn behind(&self, node_ip: [u8; 4]) -> impl Iterator<Item = (IpAddr, IpValue)> {
         let v4 = self.v4.behind(node_ip).map(|(ip, value)| (Ipv4Addr::from(ip).into(), value));
         let v6 = self.v6.behind(node_ip).map(|(ip, value)| (Ipv6Addr::from(ip).into(), value));
         v4.chain(v6)
+    }
+
+    /// Nodes that records name, as tables call them.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = [u8; 4]> {
+        self.v4.nodes().chain(self.v6.nodes())
     }
 
     /// Addresses inside a prefix. Costs what it has room for, or what there is at all, if that is less.

@@ -1,7 +1,7 @@
 //! Pods of this node: the own cluster's addresses behind this node, and the interface of each.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
     ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, ENDPOINT_VIA_STACK, EndpointValue,
@@ -16,7 +16,8 @@ use crate::wire_key;
 #[derive(Debug, Default)]
 pub(super) struct Endpoints {
     own: u16,
-    node_ip: Option<Ipv4Addr>,
+    /// This node, as tables call it.
+    node_ip: Option<[u8; 4]>,
     /// Pods that should have a link.
     local: BTreeSet<IpAddr>,
     links: Links,
@@ -29,7 +30,7 @@ pub(super) struct Endpoints {
 impl Endpoints {
     pub(super) fn new(
         own: u16,
-        node_ip: Option<Ipv4Addr>,
+        node_ip: Option<[u8; 4]>,
         restored: Vec<(IpKey, EndpointValue)>,
     ) -> (Self, Vec<(IpKey, Option<EndpointValue>)>) {
         let mut endpoints = Self { own, node_ip, ..Self::default() };
@@ -47,7 +48,7 @@ impl Endpoints {
     }
 
     /// The own node's record says where its tunnels end.
-    pub(super) fn set_node_ip(&mut self, node_ip: Ipv4Addr, own: &Records) {
+    pub(super) fn set_node_ip(&mut self, node_ip: [u8; 4], own: &Records) {
         if self.node_ip != Some(node_ip) {
             self.node_ip = Some(node_ip);
             self.dirty.extend(own.addresses().map(|(ip, _)| ip));
@@ -55,7 +56,7 @@ impl Endpoints {
         }
     }
 
-    pub(super) fn node_ip(&self) -> Option<Ipv4Addr> {
+    pub(super) fn node_ip(&self) -> Option<[u8; 4]> {
         self.node_ip
     }
 
@@ -133,7 +134,7 @@ impl Endpoints {
     }
 
     fn is_here(&self, value: &IpValue) -> bool {
-        self.node_ip.is_some_and(|node_ip| value.node_ip == node_ip.octets())
+        self.node_ip == Some(value.node_ip)
     }
 
     /// Identity of the pod that is behind an address on this node. Until it is known who is here, a pod that

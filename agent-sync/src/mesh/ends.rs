@@ -1,7 +1,7 @@
 //! Who is at the other ends of tunnels, for those who encrypt what goes there.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use super::Mesh;
 use crate::encryption::{EndChanges, EndNode, Scope, TunnelEnd};
@@ -23,7 +23,11 @@ impl Mesh {
         let node = name.and_then(|name| {
             let fact = self.clusters.get(&cluster)?.nodes.get(&String::from(name.clone()))?;
             let (key, ipsec) = (fact.wireguard, fact.ipsec);
-            Some(EndNode { name: name.into(), tunnel_ip: fact.tunnel_ip(), key, ipsec })
+            let tunnel_ip = match fact.tunnel_ip(self.topology.underlay.protocol()) {
+                Some(IpAddr::V4(ip)) => Some(ip),
+                _ => None,
+            };
+            Some(EndNode { name: name.into(), tunnel_ip, key, ipsec })
         });
         TunnelEnd { cluster, node }
     }

@@ -2,7 +2,7 @@
 //! agent uses.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::NamespacedName;
 use clustermesh_kvstore::key::Kind;
@@ -10,6 +10,8 @@ use clustermesh_kvstore::record::{Backends, IpsecKey, LocalPolicy, LocalService,
 use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
+
+use super::underlay::UnderlayProtocol;
 
 /// A record that may become state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,7 +90,7 @@ impl FactKey {
 /// What the agent uses of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeFact {
-    /// Underlay addresses: tunnels end at the first IPv4 one.
+    /// Underlay addresses: tunnels end at the first one of the underlay's family.
     pub internal_ips: Vec<IpAddr>,
     /// The node's own addresses out of its pod CIDRs: sources of host traffic into the mesh.
     pub mesh_ips: Vec<IpAddr>,
@@ -105,12 +107,9 @@ pub struct NodeFact {
 }
 
 impl NodeFact {
-    /// Where tunnels to the node end; the underlay is IPv4.
-    pub fn tunnel_ip(&self) -> Option<Ipv4Addr> {
-        self.internal_ips.iter().find_map(|ip| match ip {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        })
+    /// Where tunnels to the node end.
+    pub fn tunnel_ip(&self, underlay: UnderlayProtocol) -> Option<IpAddr> {
+        self.internal_ips.iter().copied().find(|ip| underlay.takes(*ip))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Answers about single things, for those who ask why.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterId, NamespacedName};
 use clustermesh_kvstore::record::LocalService;
@@ -61,9 +61,13 @@ impl Mesh {
     }
 
     /// The node of a cluster whose tunnels end at an address.
-    pub fn node_at(&self, cluster: ClusterId, tunnel_ip: Ipv4Addr) -> Option<&str> {
+    pub fn node_at(&self, cluster: ClusterId, tunnel_ip: IpAddr) -> Option<&str> {
+        let protocol = self.topology.underlay.protocol();
         let nodes = self.clusters.get(&cluster.get())?.nodes.iter();
-        nodes.filter(|(_, node)| node.tunnel_ip() == Some(tunnel_ip)).map(|(name, _)| name.as_str()).min()
+        nodes
+            .filter(|(_, node)| node.tunnel_ip(protocol) == Some(tunnel_ip))
+            .map(|(name, _)| name.as_str())
+            .min()
     }
 
     /// The node of a cluster that has an address: of the underlay, or its own out of its pod CIDRs.

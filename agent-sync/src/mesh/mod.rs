@@ -23,11 +23,12 @@ mod routes;
 mod service;
 mod topology;
 mod translate;
+mod underlay;
 mod view;
 mod wanted;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters};
 use clustermesh_kvstore::key::Kind;
@@ -44,6 +45,7 @@ use records::{Change, Records};
 use service::{Here, Services};
 use topology::Topology;
 use translate::Translations;
+use underlay::Underlay;
 
 pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
 pub use lookup::InUse;
@@ -52,6 +54,7 @@ pub use placement::PlacementRules;
 pub use routes::{RouteChanges, Routes};
 pub use service::{LeftOut, LetIn};
 pub use topology::Conflict;
+pub use underlay::{Tunnels, UnderlayProtocol};
 pub use view::Counts;
 
 /// Merged state of all clusters.
@@ -64,6 +67,8 @@ pub struct Mesh {
     clusters: BTreeMap<u16, Records>,
     topology: Topology,
     own_node_changed: bool,
+    /// Since changes were computed last.
+    list_ended: bool,
     /// This node's, as its record says.
     zone: Option<String>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
@@ -81,24 +86,29 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Starts from what is installed. `node_ip` is this node's underlay address if it is known before
-    /// the node's record is.
+    /// Starts from what is installed.
     pub fn new(
         own: ClusterId,
         max: MaxConnectedClusters,
         node_name: &str,
-        node_ip: Option<Ipv4Addr>,
+        tunnels: Tunnels,
         restored: Restored,
     ) -> Self {
         let own = own.get();
+        let named = restored.ipcache.iter().map(|(_, value)| value.node_ip);
+        let named = named.chain(restored.prefix.iter().map(|(_, value)| value.node_ip));
+        let named = named.chain(restored.node.iter().map(|(_, value)| value.number.to_ne_bytes()));
+        let mut underlay = Underlay::restore(tunnels.protocol, restored.underlay, named);
+        let node_ip = tunnels.node_ip.map(|ip| underlay.name(ip)).filter(|node_ip| *node_ip != [0; 4]);
         let (endpoints, foreign_endpoints) = Endpoints::new(own, node_ip, restored.endpoint);
         let mut mesh = Self {
             own,
             node_name: node_name.to_owned(),
             names: BTreeMap::new(),
             clusters: BTreeMap::new(),
-            topology: Topology::default(),
+            topology: Topology::new(underlay),
             own_node_changed: false,
+            list_ended: false,
             zone: None,
             ipcache: HashMap::new(),
             placement: Placement::default(),
@@ -291,6 +301,7 @@ impl Mesh {
     /// The list of a kind is complete.
     pub fn finish_list(&mut self, cluster: ClusterId, kind: Kind) {
         let cluster = cluster.get();
+        self.list_ended = true;
         let records = self.clusters.entry(cluster).or_default();
         match kind {
             Kind::Identities | Kind::LocalIdentities => {
@@ -413,6 +424,7 @@ impl Mesh {
         changes.service.extend(self.services.compute(&self.clusters, &self.names, here, standing));
         let states = std::mem::take(&mut self.changed_states).into_iter();
         changes.cluster.extend(states.map(|cluster| (cluster.into(), self.states.get(&cluster).copied())));
+        self.compute_underlay(&mut changes);
         changes
     }
 
@@ -446,7 +458,7 @@ impl Mesh {
     fn compute_topology(&mut self, changes: &mut Changes) {
         self.topology.resolve(self.own, changes);
         if self.own_node_changed {
-            let node_ip = self.own_node().and_then(NodeFact::tunnel_ip);
+            let node_ip = self.own_node().and_then(|node| self.topology.node_ip_of(node));
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
                 self.endpoints.set_node_ip(node_ip, own);
             }
@@ -456,6 +468,26 @@ impl Mesh {
                 self.plan_again(|service| service.balancing.nearness != Nearness::Any);
             }
         }
+    }
+
+    /// Numbers of nodes: those that what is installed names from now on, without those that nothing names any more.
+    fn compute_underlay(&mut self, changes: &mut Changes) {
+        let list_ended = std::mem::take(&mut self.list_ended);
+        let underlay = &mut self.topology.underlay;
+        if underlay.protocol() == UnderlayProtocol::Ipv6 {
+            let addresses = changes.ipcache.iter().filter_map(|(_, value)| Some((*value)?.node_ip));
+            let prefixes = changes.prefix.iter().filter_map(|(_, value)| Some((*value)?.node_ip));
+            let nodes = changes.node.iter().filter_map(|(_, value)| Some((*value)?.number.to_ne_bytes()));
+            addresses.chain(prefixes).chain(nodes).for_each(|node_ip| underlay.install(node_ip));
+        }
+        if underlay.wants_sweep(list_ended) {
+            let records = self.clusters.values();
+            let of_pods = records.flat_map(|records| records.ips.nodes().chain(records.local_ips.nodes()));
+            let named = of_pods.chain(self.topology.named()).chain(self.endpoints.node_ip());
+            let named: HashSet<[u8; 4]> = named.collect();
+            self.topology.underlay.sweep(&named);
+        }
+        changes.underlay.extend(self.topology.underlay.take_changes());
     }
 
     fn set_state(&mut self, cluster: u16, state: Option<ClusterState>) {
@@ -473,6 +505,7 @@ impl Mesh {
         self.names.remove(&cluster);
         self.translations.set(cluster, &VirtualCidrs::default());
         let Some(records) = self.clusters.remove(&cluster) else { return };
+        self.topology.underlay.forget_some();
         for (ip, _) in records.addresses() {
             self.address_changed(cluster, ip, None);
         }

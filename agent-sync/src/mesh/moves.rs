@@ -32,11 +32,13 @@ impl Mesh {
         }
         let mut again: Vec<(u16, IpAddr)> = Vec::new();
         for (key, value) in &changes.node {
-            if let (Some(value), Some(IpAddr::V4(ip))) = (value, wire_key::address(key.family, key.ip)) {
-                let ips = self.placement.awaiting_node(value.cluster, ip.octets());
+            if let (Some(value), Some(ip)) = (value, wire_key::address(key.family, key.ip))
+                && let Some(node_ip) = self.topology.underlay.find(ip)
+            {
+                let ips = self.placement.awaiting_node(value.cluster, node_ip);
                 // A pod in its host's network.
-                if self.placement.is_misplaced(value.cluster, ip.into()) {
-                    again.push((value.cluster, ip.into()));
+                if self.placement.is_misplaced(value.cluster, ip) {
+                    again.push((value.cluster, ip));
                 }
                 again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
             }
@@ -70,12 +72,12 @@ impl Mesh {
         let needs_prefix = self.placement.at_own_nodes(cluster);
         match lost {
             Lost::Prefix(net) if needs_prefix => records.ips.inside(net),
-            Lost::Prefix(_) | Lost::Address(IpAddr::V6(_)) => Vec::new(),
-            Lost::Address(IpAddr::V4(node)) => {
-                let host = IpAddr::from(node);
+            Lost::Prefix(_) => Vec::new(),
+            Lost::Address(host) => {
+                let Some(node_ip) = self.topology.underlay.find(host) else { return Vec::new() };
                 // A pod in its host's network.
                 let host = records.ips.get(&host).filter(|_| needs_prefix).map(|value| (host, value));
-                records.ips.behind(node.octets()).chain(host).collect()
+                records.ips.behind(node_ip).chain(host).collect()
             }
         }
     }

@@ -131,9 +131,11 @@ impl Placement {
         if self.at_own_nodes(cluster) && topology.holder(ip) != Some(cluster) {
             return None;
         }
-        let host = IpAddr::V4(Ipv4Addr::from(value.node_ip));
-        let listed = || self.rules.get(&cluster).is_some_and(|rules| contains(&rules.hosts, host));
-        if value.node_ip == NOWHERE || topology.address_holder(host) == Some(cluster) || listed() {
+        let is_its = |host| {
+            let listed = || self.rules.get(&cluster).is_some_and(|rules| contains(&rules.hosts, host));
+            topology.address_holder(host) == Some(cluster) || listed()
+        };
+        if value.node_ip == NOWHERE || topology.underlay.address(value.node_ip).is_some_and(is_its) {
             return Some(value);
         }
         Some(IpValue { node_ip: NOWHERE, ..value })

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Mesh, NodeFact};
+use super::Mesh;
 use crate::desired::Changes;
 use crate::wire_key;
 
@@ -39,7 +39,7 @@ impl Mesh {
     /// what is elsewhere, is unknown.
     pub fn routes(&self) -> Option<Routes> {
         let here = self.own_node()?;
-        let node_ip = here.tunnel_ip()?.octets();
+        let node_ip = self.topology.node_ip_of(here)?;
         let elsewhere = self.topology.prefixes().filter(|(_, _, carrier)| *carrier != node_ip);
         let prefixes = elsewhere.map(|(net, _, _)| net).collect();
         Some(Routes { prefixes, sources: here.mesh_ips.clone() })
@@ -50,11 +50,11 @@ impl Mesh {
         if std::mem::take(&mut self.own_node_changed) {
             return self.routes().map_or_else(RouteChanges::default, RouteChanges::All);
         }
-        let Some(here) = self.own_node().and_then(NodeFact::tunnel_ip) else {
+        let Some(here) = self.own_node().and_then(|node| self.topology.node_ip_of(node)) else {
             return RouteChanges::default();
         };
         let route = |(key, value): &(_, Option<ebpf_global_svc::abi::PrefixValue>)| {
-            Some((wire_key::prefix(key)?, value.is_some_and(|value| value.node_ip != here.octets())))
+            Some((wire_key::prefix(key)?, value.is_some_and(|value| value.node_ip != here)))
         };
         RouteChanges::Some(changes.prefix.iter().filter_map(route).collect())
     }

@@ -17,6 +17,7 @@ use ebpf_global_svc::abi::{
 use ipnet::IpNet;
 
 use super::fact::NodeFact;
+use super::underlay::Underlay;
 use crate::desired::Changes;
 use crate::encryption::Scope;
 use crate::wire_key;
@@ -24,6 +25,8 @@ use crate::wire_key;
 /// All claims, and who holds what.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Topology {
+    /// What nodes are called.
+    pub(super) underlay: Underlay,
     prefix_claims: BTreeMap<IpNet, Claims<Carrier>>,
     address_claims: BTreeMap<IpAddr, Claims<Speaker>>,
     /// Accepted.
@@ -82,7 +85,7 @@ struct Holder {
 /// What carries a prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Carrier {
-    /// Underlay address of the node.
+    /// The node, as tables call it.
     node_ip: [u8; 4],
     /// Pods have other addresses there.
     is_virtual: bool,
@@ -114,6 +117,10 @@ pub struct Conflict {
 }
 
 impl Topology {
+    pub(super) fn new(underlay: Underlay) -> Self {
+        Self { underlay, ..Self::default() }
+    }
+
     /// A prefix that was installed before; false if it is none that we would install.
     pub(super) fn restore_prefix(&mut self, key: PrefixKey, value: PrefixValue) -> bool {
         let Some(net) = wire_key::prefix(&key).filter(|net| wire_key::prefix_key(*net) == key) else {
@@ -141,7 +148,8 @@ impl Topology {
         self.address_claims.entry(ip).or_default().insert((value.cluster, None), speaker);
         self.restored.entry(value.cluster).or_default().1.push(ip);
         let known = NODE_CLEAR | NODE_ENCRYPTED | NODE_VIRTUAL;
-        if value == (NodeValue { flags: value.flags & known, ..node_value(value.cluster, speaker) }) {
+        let wanted = self.node_value(value.cluster, ip, speaker);
+        if value == (NodeValue { flags: value.flags & known, ..wanted }) {
             self.addresses.insert(ip, value);
         }
         self.dirty_addresses.insert(ip);
@@ -182,7 +190,8 @@ impl Topology {
             }
         }
         if let Some(after) = after {
-            let node_ip = after.tunnel_ip().map_or([0; 4], |ip| ip.octets());
+            let tunnel_ip = after.tunnel_ip(self.underlay.protocol());
+            let node_ip = tunnel_ip.map_or([0; 4], |ip| self.underlay.name(ip));
             for net in after.pod_cidrs.iter().map(IpNet::trunc) {
                 let carrier = Carrier { node_ip, is_virtual: after.virtual_cidrs.is_virtual(net) };
                 self.prefix_claims.entry(net).or_default().insert(claimant(), carrier);
@@ -190,6 +199,7 @@ impl Topology {
             }
             let speaker = Speaker { is_virtual: !after.virtual_cidrs.is_empty() };
             for ip in &after.internal_ips {
+                self.underlay.name(*ip);
                 self.address_claims.entry(*ip).or_default().insert(claimant(), speaker);
                 self.dirty_addresses.insert(*ip);
             }
@@ -248,7 +258,18 @@ impl Topology {
         std::mem::take(&mut self.lost)
     }
 
-    /// Accepted pod prefixes, with the cluster and the underlay address of the node.
+    /// What tables call a node; none if it has no tunnel.
+    pub(super) fn node_ip_of(&self, node: &NodeFact) -> Option<[u8; 4]> {
+        self.underlay.find(node.tunnel_ip(self.underlay.protocol())?)
+    }
+
+    /// Nodes that claims name, as tables call them: those of prefixes, and of addresses.
+    pub(super) fn named(&self) -> impl Iterator<Item = [u8; 4]> {
+        let carriers = self.prefix_claims.values().flat_map(BTreeMap::values).map(|carrier| carrier.node_ip);
+        carriers.chain(self.address_claims.keys().filter_map(|ip| self.underlay.find(*ip)))
+    }
+
+    /// Accepted pod prefixes, with the cluster and the node, as tables call it.
     pub(super) fn prefixes(&self) -> impl Iterator<Item = (IpNet, u16, [u8; 4])> {
         self.prefixes.iter().map(|(net, holder)| (*net, holder.cluster, holder.carrier.node_ip))
     }
@@ -299,6 +320,19 @@ impl Topology {
             holder: *holder,
         });
         prefixes.chain(addresses)
+    }
+
+    fn node_value(&self, cluster: u16, ip: IpAddr, speaker: Speaker) -> NodeValue {
+        let number = match ip {
+            // It names itself.
+            IpAddr::V4(_) => None,
+            IpAddr::V6(_) => self.underlay.find(ip),
+        };
+        NodeValue {
+            cluster,
+            flags: if speaker.is_virtual { NODE_VIRTUAL } else { 0 },
+            number: number.map_or(0, u32::from_ne_bytes),
+        }
     }
 
     /// The widest prefix around `net` that is claimed, or was until now.
@@ -381,7 +415,7 @@ impl Topology {
             self.lost.extend(before.map(|cluster| (cluster, Lost::Address(ip))));
         }
         let wanted = holder.map(|(cluster, speaker)| {
-            let value = node_value(cluster, speaker);
+            let value = self.node_value(cluster, ip, speaker);
             NodeValue { flags: value.flags | self.encryption.flags(own, cluster, ip), ..value }
         });
         if wanted != value {
@@ -405,10 +439,6 @@ impl Holder {
         let flags = if is_virtual { PREFIX_VIRTUAL } else { 0 };
         PrefixValue { cluster: self.cluster, flags, pad: 0, node_ip, reserved: 0 }
     }
-}
-
-fn node_value(cluster: u16, speaker: Speaker) -> NodeValue {
-    NodeValue { cluster, flags: if speaker.is_virtual { NODE_VIRTUAL } else { 0 }, reserved: 0 }
 }
 
 /// Entries whose prefix lies in `root`; `from` is the first key there can be.

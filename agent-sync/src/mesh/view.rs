@@ -1,7 +1,7 @@
 //! What others ask the mesh.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::ClusterId;
 use clustermesh_kvstore::key::Kind;
@@ -45,9 +45,20 @@ impl Mesh {
         &self.node_name
     }
 
-    /// This node's underlay address.
-    pub fn node_ip(&self) -> Option<Ipv4Addr> {
-        self.endpoints.node_ip()
+    /// What tables call this node, and its underlay address.
+    pub fn node(&self) -> Option<([u8; 4], IpAddr)> {
+        let node_ip = self.endpoints.node_ip()?;
+        Some((node_ip, self.tunnel_end(node_ip)?))
+    }
+
+    /// The underlay address of a node that tables name; none: it is nowhere, or not known.
+    pub fn tunnel_end(&self, node_ip: [u8; 4]) -> Option<IpAddr> {
+        self.topology.underlay.address(node_ip)
+    }
+
+    /// What tables call the node at an underlay address; zero: no tunnel can end there.
+    pub fn name_node(&mut self, ip: IpAddr) -> [u8; 4] {
+        self.topology.underlay.name(ip)
     }
 
     /// Whether its backends are not to be chosen.
@@ -56,11 +67,12 @@ impl Mesh {
     }
 
     /// Where tunnels to the nodes of `cluster` end, without addresses that another cluster holds.
-    pub fn tunnel_ips(&self, cluster: ClusterId) -> impl Iterator<Item = Ipv4Addr> {
+    pub fn tunnel_ips(&self, cluster: ClusterId) -> impl Iterator<Item = IpAddr> {
         let records = self.clusters.get(&cluster.get());
         let ips = records.into_iter().flat_map(|records| records.nodes.iter());
-        ips.filter_map(|(_, node)| node.tunnel_ip())
-            .filter(move |ip| self.topology.address_holder((*ip).into()) == Some(cluster.get()))
+        let protocol = self.topology.underlay.protocol();
+        ips.filter_map(move |(_, node)| node.tunnel_ip(protocol))
+            .filter(move |ip| self.topology.address_holder(*ip) == Some(cluster.get()))
     }
 
     /// Whether the list of `kind` of `cluster` is complete.

@@ -2,7 +2,7 @@
 
 use ebpf_global_svc::abi::{
     ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PolicyKey, PolicyValue, PrefixKey,
-    PrefixValue,
+    PrefixValue, UnderlayKey, UnderlayValue,
 };
 
 use super::Mesh;
@@ -47,6 +47,16 @@ impl Mesh {
     /// Keys of `cm_node`.
     pub fn node_keys(&self) -> impl Iterator<Item = NodeKey> {
         self.topology.node_addresses().map(wire_key::node_key)
+    }
+
+    /// Of `cm_underlay`.
+    pub fn wanted_underlay(&self, key: &UnderlayKey) -> Option<UnderlayValue> {
+        self.topology.underlay.wanted(*key)
+    }
+
+    /// Keys of `cm_underlay`.
+    pub fn underlay_keys(&self) -> impl Iterator<Item = UnderlayKey> {
+        self.topology.underlay.keys()
     }
 
     /// Of `cm_endpoint`.

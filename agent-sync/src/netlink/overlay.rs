@@ -1,6 +1,6 @@
 //! The VXLAN device: one per node, in external mode, so that each packet names its own tunnel end and VNI.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use futures::TryStreamExt as _;
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
@@ -15,7 +15,8 @@ pub struct OverlaySpec {
     pub name: String,
     /// UDP port, the same on all nodes of the mesh.
     pub port: u16,
-    /// MTU of the device: the underlay's, or the WireGuard device's, less 50 bytes of VXLAN over IPv4.
+    /// MTU of the device: the underlay's, or the WireGuard device's, less what VXLAN adds: 50 bytes over IPv4, 70 over
+    /// IPv6.
     pub mtu: u32,
 }
 
@@ -89,7 +90,7 @@ impl Netlink {
     ///
     /// # Errors
     /// A dump that the kernel refused.
-    pub async fn mtu_of(&self, address: Ipv4Addr) -> Result<Option<u32>, NetlinkError> {
+    pub async fn mtu_of(&self, address: IpAddr) -> Result<Option<u32>, NetlinkError> {
         let Some(index) = self.device_of(address).await? else { return Ok(None) };
         let mut links = self.handle.link().get().match_index(index).execute();
         let link = links.try_next().await.map_err(request("cannot look up a device"))?;
@@ -113,9 +114,9 @@ impl Netlink {
     ///
     /// # Errors
     /// What the kernel refused.
-    pub async fn device_of(&self, address: Ipv4Addr) -> Result<Option<u32>, NetlinkError> {
+    pub async fn device_of(&self, address: IpAddr) -> Result<Option<u32>, NetlinkError> {
         let _one_dump = self.dumping.lock().await;
-        let mut addresses = self.handle.address().get().set_address_filter(address.into()).execute();
+        let mut addresses = self.handle.address().get().set_address_filter(address).execute();
         let found = addresses.try_next().await.map_err(request("cannot list addresses"))?;
         let Some(found) = found else { return Ok(None) };
         // The rest of the dump, for the next one.

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use ebpf_global_svc::abi::{
     ClusterState, EndpointValue, IpKey, IpValue, NodeKey, NodeValue, PrefixKey, PrefixValue, ServiceKey,
-    TranslateKey, TranslateValue,
+    TranslateKey, TranslateValue, UnderlayKey, UnderlayValue,
 };
 use ebpf_global_svc::{DatapathError, Tables};
 
@@ -43,6 +43,7 @@ pub struct Reconciler {
     ipcache: Plain<IpKey, IpValue>,
     prefix: Plain<PrefixKey, PrefixValue>,
     node: Plain<NodeKey, NodeValue>,
+    underlay: Plain<UnderlayKey, UnderlayValue>,
     endpoint: Plain<IpKey, EndpointValue>,
     policy: Policy,
     cidr: Plain<PrefixKey, u32>,
@@ -69,6 +70,7 @@ impl Reconciler {
             ipcache: tables.ipcache.dump()?,
             prefix: tables.prefix.dump()?,
             node: tables.node.dump()?,
+            underlay: tables.underlay.dump()?,
             endpoint: tables.endpoint.dump()?,
             policy: tables.policy.dump()?,
             cidr: tables.cidr.dump()?,
@@ -83,6 +85,7 @@ impl Reconciler {
         self.ipcache.accept(changes.ipcache);
         self.prefix.accept(changes.prefix);
         self.node.accept(changes.node);
+        self.underlay.accept(changes.underlay);
         self.endpoint.accept(changes.endpoint);
         self.policy.accept(changes.policy);
         self.cidr.accept(changes.cidr);
@@ -99,6 +102,7 @@ impl Reconciler {
             self.ipcache.retry();
             self.prefix.retry();
             self.node.retry();
+            self.underlay.retry();
             self.endpoint.retry();
             self.policy.retry();
             self.cidr.retry();
@@ -114,6 +118,8 @@ impl Reconciler {
         self.cidr.upsert(&mut *tables.cidr, &mut round);
         // Before what says that it has to be looked for there.
         self.translate.upsert(&mut *tables.translate, &mut round);
+        // Before anything names a number.
+        self.underlay.upsert(&mut *tables.underlay, &mut round);
         self.ipcache.upsert(&mut *tables.ipcache, &mut round);
         self.node.upsert(&mut *tables.node, &mut round);
         self.prefix.upsert(&mut *tables.prefix, &mut round);
@@ -123,6 +129,7 @@ impl Reconciler {
         self.prefix.remove(&mut *tables.prefix, &mut round);
         self.node.remove(&mut *tables.node, &mut round);
         self.ipcache.remove(&mut *tables.ipcache, &mut round);
+        self.underlay.remove(&mut *tables.underlay, &mut round);
         self.translate.remove(&mut *tables.translate, &mut round);
         self.cidr.remove(&mut *tables.cidr, &mut round);
         self.policy.remove(&mut *tables.policy, &mut round);
@@ -145,6 +152,7 @@ impl Reconciler {
         self.ipcache.pending()
             + self.prefix.pending()
             + self.node.pending()
+            + self.underlay.pending()
             + self.endpoint.pending()
             + self.policy.pending()
             + self.cidr.pending()

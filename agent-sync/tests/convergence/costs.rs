@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent_sync::mesh::{Fact, FactKey, Links, Mesh, RemoteService};
+use agent_sync::mesh::{Fact, FactKey, Links, Mesh, RemoteService, Tunnels};
 use agent_sync::reconcile::Reconciler;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
@@ -29,7 +29,7 @@ impl Agent {
     fn start(kernel: Arc<Mutex<Kernel>>, tables: Tables) -> Self {
         let now = kernel.lock().unwrap().now;
         let (reconciler, restored) = Reconciler::restore(&tables, now).unwrap();
-        let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "n1", None, restored);
+        let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "n1", Tunnels::default(), restored);
         mesh.set_links(Links::Absent);
         Self { kernel, tables, mesh, reconciler }
     }

@@ -214,6 +214,7 @@ pub(crate) fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         prefix: Box::new(MemoryTable::new("cm_prefix", 1 << 20)),
         endpoint: Box::new(MemoryTable::new("cm_endpoint", 1 << 20)),
         node: Box::new(MemoryTable::new("cm_node", 1 << 20)),
+        underlay: Box::new(MemoryTable::new("cm_underlay", 1 << 20)),
         policy: Box::new(MemoryTable::new("cm_policy", 1 << 20)),
         cidr: Box::new(MemoryTable::new("cm_cidr", 1 << 20)),
         translate: Box::new(MemoryTable::new("cm_translate", 1 << 20)),

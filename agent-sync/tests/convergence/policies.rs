@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use agent_sync::mesh::{Fact, FactKey, Links, Mesh, NodeFact};
+use agent_sync::mesh::{Fact, FactKey, Links, Mesh, NodeFact, Tunnels};
 use agent_sync::reconcile::Reconciler;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
 use clustermesh_kvstore::key::Kind;
@@ -114,6 +114,7 @@ fn tables(log: &Log) -> Tables {
         affinity: Box::new(MemoryTable::new("cm_affinity", 1)),
         prefix: Box::new(MemoryTable::new("cm_prefix", 1 << 10)),
         node: Box::new(MemoryTable::new("cm_node", 1 << 10)),
+        underlay: Box::new(MemoryTable::new("cm_underlay", 1 << 10)),
         ipcache: told("cm_ipcache", log, |_: &IpKey, value: Option<&IpValue>| {
             value.map_or(Write::AddressGone, |value| Write::Address(value.identity))
         }),
@@ -149,7 +150,7 @@ impl Agent {
     fn start(log: Log, tables: Tables) -> Self {
         let now = Instant::now();
         let (reconciler, restored) = Reconciler::restore(&tables, now).unwrap();
-        let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "n1", None, restored);
+        let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "n1", Tunnels::default(), restored);
         mesh.set_links(Links::Absent);
         Self { log, tables, mesh, reconciler, now }
     }

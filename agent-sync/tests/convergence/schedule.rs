@@ -526,7 +526,13 @@ impl World {
 
 fn start_agent(tables: &Tables, now: Instant) -> (Mesh, Reconciler) {
     let (reconciler, restored) = Reconciler::restore(tables, now).unwrap();
-    let mut mesh = Mesh::new(id(OWN), MaxConnectedClusters::C255, "n1", Some(NODE_IP.into()), restored);
+    let mut mesh = Mesh::new(
+        id(OWN),
+        MaxConnectedClusters::C255,
+        "n1",
+        std::net::Ipv4Addr::from(NODE_IP).into(),
+        restored,
+    );
     // There are no policies, and nobody but they asks for identities.
     for kind in [Kind::Identities, Kind::LocalIdentities, Kind::LocalPolicies] {
         mesh.begin_list(id(OWN), kind);

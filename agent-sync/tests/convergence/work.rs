@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use agent_sync::desired::{Changes, Restored};
 use agent_sync::mesh::{
-    Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, RouteChanges, Work,
+    Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, RouteChanges, Tunnels, Work,
 };
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
@@ -50,7 +50,8 @@ fn name(number: u16) -> NamespacedName {
 
 /// Each node has pods, and a service of its own with two of them as backends.
 fn mesh(size: u16, rules: PlacementRules) -> Mesh {
-    let mut mesh = Mesh::new(id(1), MaxConnectedClusters::C255, "here", None, Default::default());
+    let mut mesh =
+        Mesh::new(id(1), MaxConnectedClusters::C255, "here", Tunnels::default(), Default::default());
     let here = NodeFact { internal_ips: vec![Ipv4Addr::new(198, 51, 100, 1).into()], ..NodeFact::default() };
     mesh.upsert(id(1), Fact::Node("here".into(), here), 0);
     mesh.set_placement(id(2), rules);
@@ -180,7 +181,7 @@ fn pods_that_a_restart_finds_again_have_come_although_nothing_is_written() {
         id(1),
         MaxConnectedClusters::C255,
         "n3",
-        None,
+        Tunnels::default(),
         Restored { endpoint, ..Restored::default() },
     );
     mesh.set_links(Links::Absent);

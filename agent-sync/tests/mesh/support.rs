@@ -237,7 +237,7 @@ impl Agent {
             relist_interval: Some(Duration::from_secs(1)),
             own: OwnCluster { name: own.name.clone(), id: ClusterId::new(own.id, max).unwrap(), max },
             node_name: "n1".into(),
-            node_ip: None,
+            tunnels: Default::default(),
             etcd_config: dir.path().join("etcd.yaml"),
             clustermesh_config: dir.path().join("clustermesh"),
             import_policy: PolicySource { path: Some(dir.path().join("policy.yaml")), dry_run: false },

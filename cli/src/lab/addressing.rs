@@ -40,6 +40,15 @@ impl Cidrs {
     }
 }
 
+impl From<IpNet> for Cidrs {
+    fn from(net: IpNet) -> Self {
+        match net {
+            IpNet::V4(net) => Self { v4: Some(net), v6: None },
+            IpNet::V6(net) => Self { v4: None, v6: Some(net) },
+        }
+    }
+}
+
 impl fmt::Display for Cidrs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let texts: Vec<String> = self.iter().map(|net| net.to_string()).collect();
@@ -76,24 +85,35 @@ pub(crate) fn node_cidrs(cluster: &Cidrs, (index, count): (usize, usize)) -> Res
 }
 
 /// Underlay address of node `node` of cluster `cluster.0` of `cluster.1`: in a /16 it is
-/// `a.b.CLUSTER.NODE`, both counted from one, which is easy to read in traces.
+/// `a.b.CLUSTER.NODE`, both counted from one, which is easy to read in traces. Of an IPv6 prefix these are the last two
+/// bytes.
 ///
 /// # Errors
 /// If the underlay is too small.
 pub(crate) fn underlay_address(
-    underlay: Ipv4Net,
+    underlay: IpNet,
     cluster: (usize, usize),
     node: usize,
-) -> Result<Ipv4Addr, String> {
-    let size = 1_usize << (32 - u32::from(underlay.prefix_len()));
+) -> Result<IpAddr, String> {
+    let bits = underlay.max_prefix_len() - underlay.prefix_len();
+    let size = 1_usize << bits.min(UNDERLAY_BITS);
     let stride = (size / (cluster.1 + 1).next_power_of_two()).min(256);
     let offset = (cluster.0 + 1) * stride + node + 1;
     if node + 2 > stride {
-        return Err(format!("{underlay} is too small for these clusters and nodes; use a /16"));
+        let larger = underlay.max_prefix_len() - UNDERLAY_BITS;
+        return Err(format!("{underlay} is too small for these clusters and nodes; use a /{larger}"));
     }
-    let offset = u32::try_from(offset).map_err(|e| e.to_string())?;
-    Ok(Ipv4Addr::from_bits(underlay.network().to_bits() + offset))
+    Ok(nth_address(underlay, u32::try_from(offset).map_err(|e| e.to_string())?))
 }
+
+/// The last address of an underlay that a host can have: it is no node's.
+pub(crate) fn last_of_underlay(underlay: IpNet) -> IpAddr {
+    let bits = underlay.max_prefix_len() - underlay.prefix_len();
+    nth_address(underlay, (1 << bits.min(UNDERLAY_BITS)) - 2)
+}
+
+/// So many bits of an underlay's addresses are used.
+const UNDERLAY_BITS: u8 = 16;
 
 /// The next free host number for a pod on a node: after `last`, round and round, so that an address
 /// is not handed out again right after its pod has gone.
@@ -210,10 +230,18 @@ mod tests {
 
     #[test]
     fn underlay_is_readable_and_bounded() {
-        let wide: Ipv4Net = "172.31.0.0/16".parse().unwrap();
-        assert_eq!(underlay_address(wide, (1, 3), 4).unwrap(), Ipv4Addr::new(172, 31, 2, 5));
-        let narrow: Ipv4Net = "192.0.2.0/24".parse().unwrap();
-        assert_eq!(underlay_address(narrow, (0, 2), 0).unwrap(), Ipv4Addr::new(192, 0, 2, 65));
+        let wide: IpNet = "172.31.0.0/16".parse().unwrap();
+        let address = |ip: &str| ip.parse::<IpAddr>().unwrap();
+        assert_eq!(underlay_address(wide, (1, 3), 4).unwrap(), address("172.31.2.5"));
+        assert_eq!(last_of_underlay(wide), address("172.31.255.254"));
+        let narrow: IpNet = "192.0.2.0/24".parse().unwrap();
+        assert_eq!(underlay_address(narrow, (0, 2), 0).unwrap(), address("192.0.2.65"));
+        assert_eq!(last_of_underlay(narrow), address("192.0.2.254"));
+        for v6 in ["fd00:172:31::/48", "fd00:172:31::/112"] {
+            let v6: IpNet = v6.parse().unwrap();
+            assert_eq!(underlay_address(v6, (1, 3), 4).unwrap(), address("fd00:172:31::205"));
+            assert_eq!(last_of_underlay(v6), address("fd00:172:31::fffe"));
+        }
         assert!(underlay_address(narrow, (1, 2), 63).is_err());
     }
 }

@@ -50,7 +50,7 @@ pub(crate) async fn create(layout: &Layout, topology: &Topology) -> anyhow::Resu
     );
     let mut ports = String::new();
     let (outside, length) = (topology.outside_address(), topology.underlay.prefix_len());
-    let _ = writeln!(fabric, "addr add {outside}/{length} dev core");
+    let _ = writeln!(fabric, "addr add {outside}/{length} dev core{}", at_once(outside));
     for cluster in &topology.clusters {
         let (switch, up, core) = (cluster_switch(cluster), cluster_uplink(cluster), core_port(cluster));
         let _ = writeln!(fabric, "link add {switch} type bridge stp_state 0 mcast_snooping 0");
@@ -176,7 +176,8 @@ fn node_commands(topology: &Topology, node: &Node) -> String {
     for ip in node.internal_ips() {
         let _ = writeln!(batch, "addr add {}", own_address(ip, "lo"));
     }
-    let _ = writeln!(batch, "addr add {}/{} dev eth0", node.address, topology.underlay.prefix_len());
+    let (address, length) = (node.address, topology.underlay.prefix_len());
+    let _ = writeln!(batch, "addr add {address}/{length} dev eth0{}", at_once(address));
     batch.push_str("link set eth0 up\n");
     batch
 }
@@ -212,8 +213,12 @@ fn host_commands(cluster: &str, node: &Node, pod: &PodState) -> String {
 
 /// An address that is usable at once, also before the other end of the link is up.
 fn own_address(ip: IpAddr, device: &str) -> String {
-    let flags = if ip.is_ipv6() { " nodad" } else { "" };
-    format!("{} dev {device}{flags}", host_prefix(ip))
+    format!("{} dev {device}{}", host_prefix(ip), at_once(ip))
+}
+
+/// What makes `ip` give an address without asking whether somebody else has it.
+fn at_once(ip: IpAddr) -> &'static str {
+    if ip.is_ipv6() { " nodad" } else { "" }
 }
 
 fn host_prefix(ip: IpAddr) -> String {

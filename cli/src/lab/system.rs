@@ -2,7 +2,7 @@
 //! on every node.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::str::FromStr;
@@ -378,7 +378,7 @@ pub(crate) fn prepare(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> 
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         Cgroup::at(layout.node_cgroup(name, &node.name)).create()?;
     }
-    pki::issue(layout, cluster, IpAddr::V4(cluster.first_node().address))?;
+    pki::issue(layout, cluster, cluster.first_node().address)?;
     let (endpoints, ca) = ([etcd_endpoint(cluster)], bundle(&layout.pki()));
     for role in [Role::Admin, Role::Agent] {
         let yaml = etcd_yaml(&endpoints, &ca, &certificate(layout, cluster, role));
@@ -432,5 +432,5 @@ pub(crate) fn binary(name: &str) -> anyhow::Result<String> {
 }
 
 fn etcd_endpoint(cluster: &Cluster) -> String {
-    format!("https://{}:{ETCD_PORT}", cluster.first_node().address)
+    format!("https://{}", SocketAddr::new(cluster.first_node().address, ETCD_PORT))
 }

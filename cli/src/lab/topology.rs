@@ -13,10 +13,10 @@ use clustermesh_kvstore::cluster::{ClusterId, ClusterName, MaxConnectedClusters}
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::addressing::{Cidrs, node_cidrs, underlay_address};
+use super::addressing::{Cidrs, last_of_underlay, node_cidrs, underlay_address};
 use crate::error::usage;
 
-const DEFAULT_UNDERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16);
+const DEFAULT_UNDERLAY: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16));
 
 /// Nodes have a directory each, beside these of their cluster.
 const RESERVED: [&str; 5] = ["clustermesh", "etcd", "kvstoremesh", "manifests", "volumes"];
@@ -82,7 +82,7 @@ pub(crate) struct ImageCommand {
 /// A checked topology.
 #[derive(Clone, Debug)]
 pub(crate) struct Topology {
-    pub(crate) underlay: Ipv4Net,
+    pub(crate) underlay: IpNet,
     pub(crate) clusters: Vec<Cluster>,
     pub(crate) images: Vec<ImageCommand>,
     pub(crate) connect: Vec<(ClusterName, ClusterName)>,
@@ -90,8 +90,8 @@ pub(crate) struct Topology {
 
 impl Topology {
     /// The address of a host on the underlay that is no node: the last one there.
-    pub(crate) fn outside_address(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.underlay.broadcast().to_bits() - 1)
+    pub(crate) fn outside_address(&self) -> IpAddr {
+        last_of_underlay(self.underlay)
     }
 }
 
@@ -117,7 +117,7 @@ pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
     /// The node's address on the underlay, and its Kubernetes InternalIP.
-    pub(crate) address: Ipv4Addr,
+    pub(crate) address: IpAddr,
     pub(crate) pod_cidrs: Cidrs,
 }
 
@@ -142,11 +142,13 @@ impl Topology {
     pub(crate) fn check(file: &TopologyFile) -> Result<Self, Mistakes> {
         let mut mistakes = Mistakes::default();
         mistakes.expect("name", lab_name(&file.name));
-        let underlay = match file.underlay.as_deref().map(str::parse::<Ipv4Net>) {
+        let underlay = match file.underlay.as_deref().map(str::parse::<IpNet>) {
             None => DEFAULT_UNDERLAY,
-            Some(Ok(net)) if net.prefix_len() <= 24 => net.trunc(),
+            Some(Ok(net)) if net.max_prefix_len() - net.prefix_len() >= 8 => net.trunc(),
             Some(_) => {
-                mistakes.add("underlay", "write an IPv4 prefix of /24 or larger, for example 172.31.0.0/16");
+                let hint = "write an IPv4 prefix of /24 or larger, or an IPv6 prefix of /120 or larger, for example \
+                            172.31.0.0/16 or fd00:172:31::/48";
+                mistakes.add("underlay", hint);
                 DEFAULT_UNDERLAY
             }
         };
@@ -286,7 +288,7 @@ impl Mistakes {
 struct Shape {
     index: usize,
     clusters: usize,
-    underlay: Ipv4Net,
+    underlay: IpNet,
 }
 
 fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) -> Option<Cluster> {
@@ -310,8 +312,8 @@ fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) ->
     }
     for (field, net, other_field, other) in [
         ("serviceCIDRs", &service_cidrs, "podCIDRs", &pod_cidrs),
-        ("podCIDRs", &pod_cidrs, "underlay", &Cidrs { v4: Some(shape.underlay), v6: None }),
-        ("serviceCIDRs", &service_cidrs, "underlay", &Cidrs { v4: Some(shape.underlay), v6: None }),
+        ("podCIDRs", &pod_cidrs, "underlay", &Cidrs::from(shape.underlay)),
+        ("serviceCIDRs", &service_cidrs, "underlay", &Cidrs::from(shape.underlay)),
     ] {
         if net.overlaps(other) {
             mistakes.add(format!("{at}.{field}"), format!("{net} overlaps {other_field} {other}"));
@@ -484,9 +486,9 @@ connect: [[alpha, beta]]
         let topology = check(GOOD).unwrap();
         let [alpha, beta] = &topology.clusters[..] else { panic!("two clusters") };
         assert_eq!(alpha.nodes[1].name, "node2");
-        assert_eq!(alpha.nodes[1].address, Ipv4Addr::new(172, 31, 1, 2));
+        assert_eq!(alpha.nodes[1].address, IpAddr::from([172, 31, 1, 2]));
         assert_eq!(alpha.nodes[1].pod_cidrs.to_string(), "10.1.1.0/24, fd00:10:1:1::/64");
-        assert_eq!(beta.nodes[0].address, Ipv4Addr::new(172, 31, 2, 1));
+        assert_eq!(beta.nodes[0].address, IpAddr::from([172, 31, 2, 1]));
         assert_eq!(beta.nodes[0].labels["zone"], "w");
         assert_eq!(topology.connect.len(), 1);
     }

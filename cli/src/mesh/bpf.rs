@@ -45,6 +45,8 @@ enum TableName {
     Endpoint,
     /// Underlay addresses of nodes -> cluster.
     Node,
+    /// Numbers that stand for nodes on an IPv6 underlay -> their addresses.
+    Underlay,
     /// State of clusters: healthy, draining, dead.
     Cluster,
     /// What policies allow and deny each identity of this node's pods

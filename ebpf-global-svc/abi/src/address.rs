@@ -21,7 +21,8 @@ pub struct IpKey {
 pub struct IpValue {
     /// Security identity.
     pub identity: u32,
-    /// IPv4 underlay address of the node (network order); all zero: not behind a tunnel.
+    /// IPv4 underlay address of the node (network order), or its [number](UnderlayValue); all zero: not behind a
+    /// tunnel.
     pub node_ip: [u8; 4],
     /// Encryption key index; 0: plain.
     pub key: u8,
@@ -143,8 +144,9 @@ pub struct NodeValue {
     pub cluster: u16,
     /// [`NODE_CLEAR`] and [`NODE_ENCRYPTED`], which count while [`CONFIG_STRICT`](crate::CONFIG_STRICT) is set, and [`NODE_VIRTUAL`].
     pub flags: u16,
-    /// Zero.
-    pub reserved: u32,
+    /// Of an address of an IPv6 underlay: the [number](UnderlayValue) that stands for it, its bytes in memory order;
+    /// else zero.
+    pub number: u32,
 }
 /// [`NodeValue::flags`]: tunnel packets to and from it need not be encrypted.
 pub const NODE_CLEAR: u16 = 1;
@@ -152,3 +154,21 @@ pub const NODE_CLEAR: u16 = 1;
 pub const NODE_ENCRYPTED: u16 = 2;
 /// [`NodeValue::flags`]: pods of its cluster are known by virtual addresses: see [`TranslateKey`].
 pub const NODE_VIRTUAL: u16 = 4;
+
+/// `cm_underlay` (HASH) value: the address that a node number stands for. With an IPv6 underlay
+/// ([`CONFIG_UNDERLAY_V6`](crate::CONFIG_UNDERLAY_V6)) other tables have a number where they have a node's IPv4 address
+/// otherwise. Numbers are those of 0.0.0.0/8 but 0.0.0.0, which no underlay has as addresses; each node gives its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct UnderlayValue {
+    /// IPv6, network order.
+    pub ip: [u8; 16],
+}
+
+/// `cm_underlay` key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UnderlayKey {
+    /// As in [`IpValue::node_ip`].
+    pub number: [u8; 4],
+}

@@ -19,7 +19,7 @@ mod service;
 pub use address::{
     ENDPOINT_AUDIT, ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, ENDPOINT_VIA_STACK, EndpointValue,
     IpKey, IpValue, NODE_CLEAR, NODE_ENCRYPTED, NODE_VIRTUAL, NodeKey, NodeValue, PREFIX_VIRTUAL, PrefixKey,
-    PrefixValue, TranslateKey, TranslateValue, translate,
+    PrefixValue, TranslateKey, TranslateValue, UnderlayKey, UnderlayValue, translate,
 };
 pub use event::{
     EVENT_ANSWER, EVENT_BOUND, EVENT_DRAINING, EVENT_EGRESS, EVENT_KINDS, EVENT_POLICY, EVENT_STANDBY, Event,
@@ -71,10 +71,10 @@ macro_rules! plain {
 plain! {
     u32 = 4, IpKey = 20, IpValue = 12, PrefixKey = 24, PrefixValue = 12, EndpointValue = 24,
     NodeKey = 20, NodeValue = 8, ServiceKey = 24, ServiceValue = 264, Group = 8, SlotKey = 12,
-    BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 32,
+    BackendValue = 28, SockRevKey = 32, SockRevValue = 24, ClusterState = 4, Config = 48,
     Counter = 16, OverlayKey = 8, PolicyKey = 16, PolicyValue = 8, VerdictKey = 12, CtKey = 44,
     CtValue = 16, FragmentKey = 40, FragmentValue = 8, AffinityKey = 16, AffinityValue = 16,
-    TranslateKey = 24, TranslateValue = 16,
+    TranslateKey = 24, TranslateValue = 16, UnderlayKey = 4, UnderlayValue = 16,
     Event = 128, EventRule = 24, EventState = 48, CallKey = 8, NatKey = 44, NatValue = 48,
 }
 
@@ -98,16 +98,19 @@ pub struct Config {
     pub identity_shift: u16,
     /// Ifindex of the VXLAN device; 0: no overlay.
     pub overlay_ifindex: u32,
-    /// Own underlay IPv4 address.
+    /// Own underlay IPv4 address, or [number](UnderlayValue).
     pub node_ip: [u8; 4],
     /// UDP port of the overlay, host order; 0: unknown.
     pub overlay_port: u16,
-    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`], [`CONFIG_PMTU_DISCOVERY`], [`CONFIG_ENCRYPTS`].
+    /// [`CONFIG_STRICT`], [`CONFIG_PACKET_SERVICES`], [`CONFIG_PMTU_DISCOVERY`], [`CONFIG_ENCRYPTS`],
+    /// [`CONFIG_UNDERLAY_V6`].
     pub flags: u16,
     /// Which events are wanted: a bit for each [`event_kind`].
     pub events: u32,
     /// Zero.
     pub reserved: [u32; 2],
+    /// Own address on an IPv6 underlay, network order; else zero.
+    pub node_ip6: [u8; 16],
 }
 /// [`Config::flags`]: tunnel packets to a node go only if they are encrypted, and only such are taken in, but for
 /// nodes with [`NODE_CLEAR`].
@@ -119,6 +122,8 @@ pub const CONFIG_PACKET_SERVICES: u16 = 2;
 pub const CONFIG_PMTU_DISCOVERY: u16 = 4;
 /// [`Config::flags`]: tunnel packets to some node may have to be encrypted, so all of them go through the kernel.
 pub const CONFIG_ENCRYPTS: u16 = 8;
+/// [`Config::flags`]: tunnels run over IPv6, and nodes have [numbers](UnderlayValue).
+pub const CONFIG_UNDERLAY_V6: u16 = 16;
 
 /// `cm_metrics` (PERCPU_ARRAY of [`MAX_REASONS`]), `cm_overlay_rx`, `cm_verdict` and `cm_calls` value.
 #[repr(C)]
@@ -136,7 +141,7 @@ pub struct Counter {
 pub struct OverlayKey {
     /// The VNI.
     pub identity: u32,
-    /// The outer source, network order.
+    /// The outer source, network order, or its [number](UnderlayValue).
     pub node_ip: [u8; 4],
 }
 

@@ -4,7 +4,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::{BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
+    bindings::{BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
     helpers::{
         bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_set_tunnel_key,
         bpf_skb_store_bytes,
@@ -15,7 +15,13 @@ use ebpf_global_svc_abi::{
     CONFIG_STRICT, Config, ENDPOINT_VIA_STACK, EndpointValue, NODE_CLEAR, NODE_ENCRYPTED, reason,
 };
 
-use crate::{counters::count, events::drop_packet, maps::node, nat, pmtu, zero::zero};
+use crate::{
+    counters::count,
+    events::drop_packet,
+    maps::{node, over_ipv6, underlay, words},
+    nat, pmtu,
+    zero::zero,
+};
 
 /// As if the frame had been sent to this very device.
 const PACKET_HOST: u32 = 0;
@@ -88,7 +94,7 @@ pub fn to_outside(ifindex: u32) -> i32 {
 /// Sends the packet of a pod to a node through the overlay, under the sender's identity. Apart, so that its tunnel key does
 /// not lie on the stack while policy is asked.
 #[inline(never)]
-pub fn to_node(ctx: &TcContext, config: &Config, hook: u8, identity: u32, node_ip: [u8; 4]) -> i32 {
+pub fn to_node(ctx: &TcContext, config: &'static Config, hook: u8, identity: u32, node_ip: [u8; 4]) -> i32 {
     if config.overlay_ifindex == 0 {
         return drop(ctx, hook, reason::NO_TUNNEL_ENDPOINT, identity);
     }
@@ -118,23 +124,36 @@ pub fn may_go(config: &Config, node_ip: [u8; 4]) -> bool {
     if config.flags & CONFIG_STRICT == 0 {
         return true;
     }
-    node(node_ip).is_some_and(|node| node.flags & (NODE_CLEAR | NODE_ENCRYPTED) != 0)
+    let is_v6 = over_ipv6(config);
+    let ip = if is_v6 { underlay(node_ip) } else { Some([u32::from_ne_bytes(node_ip), 0, 0, 0]) };
+    let node = ip.and_then(|ip| node(is_v6, ip));
+    node.is_some_and(|node| node.flags & (NODE_CLEAR | NODE_ENCRYPTED) != 0)
 }
 
-/// Tells the VXLAN device where to send the packet and which identity to write into its VNI.
-#[inline(always)]
-pub fn set_tunnel(ctx: &TcContext, config: &Config, identity: u32, node_ip: [u8; 4]) -> bool {
+/// Tells the VXLAN device where to send the packet and which identity to write into its VNI. Apart, so that the key is on
+/// the stack no longer than it takes.
+#[inline(never)]
+pub fn set_tunnel(ctx: &TcContext, config: &'static Config, identity: u32, node_ip: [u8; 4]) -> bool {
     let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
     // SAFETY: integers only.
     let key = unsafe { zero(&mut key) };
     key.tunnel_id = identity;
-    key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(node_ip);
-    // Peers know this node by this address, whatever else its interfaces have.
-    key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node_ip);
     key.tunnel_ttl = TUNNEL_TTL;
+    // Peers know this node by this address, whatever else its interfaces have.
+    let flags = if over_ipv6(config) {
+        let Some(remote) = underlay(node_ip) else { return false };
+        key.__bindgen_anon_1.remote_ipv6 = remote;
+        key.__bindgen_anon_3.local_ipv6 = words(&config.node_ip6);
+        // With the outer UDP checksum: an IPv6 header has none of its own, and many drop what has neither (RFC 8200, 8.1).
+        BPF_F_TUNINFO_IPV6
+    } else {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(node_ip);
+        key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node_ip);
+        BPF_F_ZERO_CSUM_TX
+    };
     let size = size_of::<bpf_tunnel_key>() as u32;
     // SAFETY: the context is the program's own; the key is initialised and has the size that is passed.
-    unsafe { bpf_skb_set_tunnel_key(ctx.skb.skb, key, size, BPF_F_ZERO_CSUM_TX.into()) == 0 }
+    unsafe { bpf_skb_set_tunnel_key(ctx.skb.skb, key, size, flags.into()) == 0 }
 }
 
 /// Makes a decapsulated frame acceptable to whoever gets it next: its Ethernet addresses are those

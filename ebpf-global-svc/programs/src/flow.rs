@@ -8,18 +8,18 @@ use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, FragmentKey, FragmentValue, reas
 
 use crate::{maps::FRAGMENT, packet::ETHERNET, zero::zero};
 
-const HOP_BY_HOP: u8 = 0;
+pub const HOP_BY_HOP: u8 = 0;
 pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
-const ROUTING: u8 = 43;
-const FRAGMENT_HEADER: u8 = 44;
+pub const ROUTING: u8 = 43;
+pub const FRAGMENT_HEADER: u8 = 44;
 pub const ICMPV6: u8 = 58;
-const DESTINATION_OPTIONS: u8 = 60;
+pub const DESTINATION_OPTIONS: u8 = 60;
 const SCTP: u8 = 132;
 
 /// Extension headers that are looked behind; more of them are a protocol that nobody knows.
-const EXTENSIONS: u32 = 6;
+pub const EXTENSIONS: u32 = 6;
 /// IPv4: offset in units of eight bytes, and "more fragments".
 const OFFSET: u16 = 0x1fff;
 const MORE: u16 = 0x2000;

@@ -14,10 +14,10 @@ use aya_ebpf::{
 };
 use ebpf_global_svc_abi::{
     AffinityKey, AffinityValue, BackendValue, CallKey, ClusterState, Config, Counter, CtKey, CtValue,
-    EVENT_KINDS, EndpointValue, Event, EventRule, EventState, FAMILY_V4, FragmentKey, FragmentValue, IpKey,
+    CONFIG_UNDERLAY_V6, EVENT_KINDS, EndpointValue, Event, EventRule, EventState, FAMILY_V4, FAMILY_V6, FragmentKey, FragmentValue, IpKey,
     IpValue, MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, PolicyValue,
     PrefixValue, SCRATCH_WORDS, ServiceKey, ServiceValue, SlotKey, SockRevKey, SockRevValue, TranslateValue,
-    VerdictKey,
+    UnderlayKey, UnderlayValue, VerdictKey,
 };
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -39,6 +39,9 @@ pub static ENDPOINT: HashMap<IpKey, EndpointValue, 1, ON_DEMAND> = HashMap::new(
 
 #[btf_map(name = "cm_node")]
 pub static NODE: HashMap<NodeKey, NodeValue, 1, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "cm_underlay")]
+static UNDERLAY: HashMap<UnderlayKey, UnderlayValue, 1, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "cm_service")]
 pub static SERVICE: HashMap<ServiceKey, ServiceValue, 1, ON_DEMAND> = HashMap::new();
@@ -160,16 +163,36 @@ pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// The node that has an underlay address.
+/// Whether tunnels run over IPv6.
 #[inline(always)]
-pub fn node(address: [u8; 4]) -> Option<&'static NodeValue> {
-    let mut ip = [0; 16];
-    ip[0] = address[0];
-    ip[1] = address[1];
-    ip[2] = address[2];
-    ip[3] = address[3];
+pub fn over_ipv6(config: &Config) -> bool {
+    config.flags & CONFIG_UNDERLAY_V6 != 0
+}
+
+/// The node that has an underlay address. By words, in network order; of IPv4 there is one.
+#[inline(always)]
+pub fn node(is_v6: bool, ip: [u32; 4]) -> Option<&'static NodeValue> {
+    let family = if is_v6 { FAMILY_V6 } else { FAMILY_V4 };
+    let words = [u32::from_ne_bytes([family, 0, 0, 0]), ip[0], ip[1], ip[2], ip[3]];
+    // SAFETY: of the same size, and bytes all of it.
+    let key: &NodeKey = unsafe { &*(&raw const words).cast() };
     // SAFETY: elements are only read; user space replaces them, it does not write into them.
-    unsafe { NODE.get(NodeKey { family: FAMILY_V4, pad: [0; 3], ip }) }
+    unsafe { NODE.get(key) }
+}
+
+/// The address that a node number stands for. By words, in network order.
+#[inline(always)]
+pub fn underlay(number: [u8; 4]) -> Option<[u32; 4]> {
+    // SAFETY: as above.
+    unsafe { UNDERLAY.get(UnderlayKey { number }) }.map(|value| words(&value.ip))
+}
+
+/// An address of a map's value. Word by word: as a whole it would be copied by a call.
+#[inline(always)]
+pub fn words(ip: &'static [u8; 16]) -> [u32; 4] {
+    let first: *const u32 = (&raw const *ip).cast();
+    // SAFETY: four words of a value, which the kernel aligns.
+    core::array::from_fn(|n| unsafe { first.add(n).read_volatile() })
 }
 
 /// The longest pod CIDR of the mesh that holds an address.

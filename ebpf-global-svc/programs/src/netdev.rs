@@ -14,7 +14,7 @@ use crate::{
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark,
     nat::{self, Served},
-    packet::{Addresses, Packet, udp_port},
+    packet::{Addresses, Packet, is_overlays},
     peer, policy, translate,
 };
 
@@ -29,7 +29,7 @@ pub fn cm_from_netdev(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     // The overlay's own packets are most of them, and no frontend has their port.
-    if udp_port(&ctx, &addresses.destination) == Some(config.overlay_port) {
+    if is_overlays(&ctx, config, &addresses.destination) {
         return TC_ACT_UNSPEC;
     }
     let is_own = peer::is_this_node(config, &addresses.destination);
@@ -51,7 +51,7 @@ pub fn cm_from_netdev(ctx: TcContext) -> i32 {
 
 /// To the backend that is the destination now.
 #[inline(always)]
-fn deliver(ctx: &TcContext, config: &Config, addresses: &Addresses) -> i32 {
+fn deliver(ctx: &TcContext, config: &'static Config, addresses: &Addresses) -> i32 {
     let destination = &addresses.destination;
     let Some(prefix) = prefix_of(destination) else {
         // A process of some node, whose answers would not pass here.

@@ -4,7 +4,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_OK, TC_ACT_UNSPEC, bpf_tunnel_key},
+    bindings::{BPF_F_TUNINFO_IPV6, TC_ACT_OK, TC_ACT_UNSPEC, bpf_tunnel_key},
     helpers::bpf_skb_get_tunnel_key,
     macros::classifier,
     programs::TcContext,
@@ -21,7 +21,7 @@ use crate::{
         to_stack,
     },
     events::{What, clusters, trace_packet, wanted},
-    maps::{ENDPOINT, IPCACHE, config, node, prefix_of},
+    maps::{ENDPOINT, IPCACHE, config, node, over_ipv6, prefix_of},
     mark, nat,
     packet::{Addresses, Packet},
     peer, policy, translate,
@@ -33,10 +33,12 @@ use crate::{
 pub fn cm_from_overlay(ctx: TcContext) -> i32 {
     const HOOK: u8 = event_hook::FROM_OVERLAY;
     let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
-    let Some(origin) = tunnel_origin(&ctx) else { return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, 0) };
+    let Some((origin, sender)) = tunnel_origin(&ctx, config) else {
+        return drop(&ctx, HOOK, reason::NO_TUNNEL_KEY, 0);
+    };
     // Taken in any case: nobody behind us is to see it.
     let decrypted = mark::take_decrypted(&ctx);
-    let speaker = match speaker(config, &origin, decrypted) {
+    let speaker = match speaker(config, &origin, sender, decrypted) {
         Ok(node) => node,
         Err(reason) => return drop(&ctx, HOOK, reason, origin.identity),
     };
@@ -134,10 +136,10 @@ pub fn cm_from_wireguard(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn cm_to_overlay(ctx: TcContext) -> i32 {
     const HOOK: u8 = event_hook::TO_OVERLAY;
-    if tunnel_origin(&ctx).is_some() {
+    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
+    if has_tunnel(&ctx, config) {
         return TC_ACT_OK;
     }
-    let Some(config) = config() else { return drop(&ctx, HOOK, reason::NOT_READY, 0) };
     let mut addresses = MaybeUninit::uninit();
     let addresses = match Addresses::read(&ctx, config.cluster, &mut addresses) {
         Packet::Ip(addresses) => addresses,
@@ -194,26 +196,52 @@ fn admit(
     policy::check(ctx, flow, pod, direction::INGRESS, peer::remote(sender, source))
 }
 
-/// VNI and outer source of a decapsulated packet (or, on egress, what `set_tunnel` has set).
+/// What a packet's tunnel is, of the underlay's family: of a decapsulated packet its sender, on egress where it goes.
 #[inline(always)]
-fn tunnel_origin(ctx: &TcContext) -> Option<OverlayKey> {
-    let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+fn tunnel<'a>(
+    ctx: &TcContext,
+    config: &Config,
+    place: &'a mut MaybeUninit<bpf_tunnel_key>,
+) -> Option<&'a bpf_tunnel_key> {
     // SAFETY: integers only.
-    let key = unsafe { zero(&mut key) };
+    let key = unsafe { zero(place) };
     let size = size_of::<bpf_tunnel_key>() as u32;
+    // The helper fails for a tunnel of the other family.
+    let flags = if over_ipv6(config) { BPF_F_TUNINFO_IPV6 } else { 0 };
     // SAFETY: the context is the program's own, and the key has the size that is passed.
-    if unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, key, size, 0) } != 0 {
-        return None;
-    }
-    // SAFETY: the helper fails for an IPv6 underlay unless asked for it, so this is the IPv4 member.
-    let remote = unsafe { key.__bindgen_anon_1.remote_ipv4 };
-    Some(OverlayKey { identity: key.tunnel_id, node_ip: remote.to_be_bytes() })
+    let failed = unsafe { bpf_skb_get_tunnel_key(ctx.skb.skb, key, size, flags.into()) };
+    (failed == 0).then_some(key)
+}
+
+/// Whether `set_tunnel` has been here.
+#[inline(always)]
+fn has_tunnel(ctx: &TcContext, config: &Config) -> bool {
+    tunnel(ctx, config, &mut MaybeUninit::uninit()).is_some()
+}
+
+/// VNI and outer source of a decapsulated packet, and the node that is the latter.
+#[inline(always)]
+fn tunnel_origin(ctx: &TcContext, config: &Config) -> Option<(OverlayKey, Option<&'static NodeValue>)> {
+    let mut place = MaybeUninit::uninit();
+    let key = tunnel(ctx, config, &mut place)?;
+    let is_v6 = over_ipv6(config);
+    let remote = &key.__bindgen_anon_1;
+    // SAFETY: both members are integers, and all of them are initialised. The kernel gives IPv4 in host order.
+    let ip = unsafe { if is_v6 { remote.remote_ipv6 } else { [remote.remote_ipv4.to_be(), 0, 0, 0] } };
+    let node = node(is_v6, ip);
+    let node_ip = if is_v6 { node.map_or(0, |node| node.number) } else { ip[0] };
+    Some((OverlayKey { identity: key.tunnel_id, node_ip: node_ip.to_ne_bytes() }, node))
 }
 
 /// The node that is the outer source, if it may speak for this identity, and in clear if it does.
 #[inline(always)]
-fn speaker(config: &Config, origin: &OverlayKey, decrypted: bool) -> Result<&'static NodeValue, u8> {
-    let Some(node) = node(origin.node_ip) else { return Err(reason::UNKNOWN_SENDER) };
+fn speaker(
+    config: &Config,
+    origin: &OverlayKey,
+    node: Option<&'static NodeValue>,
+    decrypted: bool,
+) -> Result<&'static NodeValue, u8> {
+    let Some(node) = node else { return Err(reason::UNKNOWN_SENDER) };
     if config.flags & CONFIG_STRICT != 0 && !decrypted && node.flags & NODE_CLEAR == 0 {
         return Err(reason::UNENCRYPTED);
     }

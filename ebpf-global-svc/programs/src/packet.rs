@@ -4,9 +4,13 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_pull_data, programs::TcContext};
-use ebpf_global_svc_abi::{FAMILY_V4, FAMILY_V6, IpKey};
+use ebpf_global_svc_abi::{Config, FAMILY_V4, FAMILY_V6, IpKey};
 
-use crate::zero::zero;
+use crate::{
+    flow::{DESTINATION_OPTIONS, EXTENSIONS, FRAGMENT_HEADER, HOP_BY_HOP, ROUTING, UDP},
+    maps::over_ipv6,
+    zero::zero,
+};
 
 pub const ETHERNET: usize = 14;
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -138,15 +142,20 @@ fn set(address: &mut IpKey, family: u8, ip: [u32; 4]) {
     unsafe { *words = ip };
 }
 
-/// Destination port of an IPv4 UDP datagram, unless this is a later fragment of one. The overlay
-/// has no IPv6 underlay, so nobody asks for more.
+/// Whether a packet is the overlay's own: a UDP datagram to its port, unless this is a later fragment of one. Over IPv4
+/// in any case, and over IPv6 if that is the underlay, where headers that hide what comes behind them count as such.
 #[inline(always)]
-pub fn udp_port(ctx: &TcContext, destination: &IpKey) -> Option<u16> {
-    const UDP: u8 = 17;
-    const FRAGMENT_OFFSET: u16 = 0x1fff;
-    if destination.family != FAMILY_V4 {
-        return None;
+pub fn is_overlays(ctx: &TcContext, config: &Config, destination: &IpKey) -> bool {
+    if destination.family == FAMILY_V4 {
+        return udp_port(ctx) == Some(config.overlay_port);
     }
+    // SAFETY: the context is the program's own.
+    over_ipv6(config) && unsafe { may_be_udp6_to(ctx.skb.skb, config.overlay_port.into()) != 0 }
+}
+
+#[inline(always)]
+fn udp_port(ctx: &TcContext) -> Option<u16> {
+    const FRAGMENT_OFFSET: u16 = 0x1fff;
     let header = header::<5>(ctx)?;
     let [first, ..] = header[0].to_ne_bytes();
     let [_, _, flags, offset] = header[1].to_ne_bytes();
@@ -156,6 +165,44 @@ pub fn udp_port(ctx: &TcContext, destination: &IpKey) -> Option<u16> {
     }
     let length = usize::from(first & 0x0f) * 4;
     ctx.load(ETHERNET + length + 2).ok().map(u16::from_be)
+}
+
+/// Whether an IPv6 packet is a datagram to a port, or may be one. Global to the verifier, and apart: callers have no room on
+/// their stack.
+///
+/// # Safety
+/// `skb` is the program's own context.
+#[inline(never)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn may_be_udp6_to(skb: *mut __sk_buff, port: u32) -> u32 {
+    const NEXT: usize = 6;
+    const HEADER: usize = 40;
+    let ctx = TcContext::new(skb);
+    let Ok(mut next) = ctx.load::<u8>(ETHERNET + NEXT) else { return 0 };
+    let mut at = ETHERNET + HEADER;
+    for _ in 0..EXTENSIONS {
+        match next {
+            UDP => {
+                let Ok(to) = ctx.load::<u16>(at + 2) else { return 0 };
+                return (u32::from(u16::from_be(to)) == port).into();
+            }
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => {
+                let Ok([following, length]) = ctx.load::<[u8; 2]>(at) else { return 0 };
+                next = following;
+                at += (usize::from(length) + 1) * 8;
+            }
+            FRAGMENT_HEADER => {
+                let Ok([following, _, high, low]) = ctx.load::<[u8; 4]>(at) else { return 0 };
+                if u16::from_be_bytes([high, low]) & !7 != 0 {
+                    return 0;
+                }
+                next = following;
+                at += 8;
+            }
+            _ => return 0,
+        }
+    }
+    1
 }
 
 /// The first `N` words behind the Ethernet header, pulled into reach if they are in a fragment.

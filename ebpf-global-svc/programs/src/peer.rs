@@ -3,10 +3,10 @@
 //! known by address.
 
 use aya_ebpf::programs::TcContext;
-use ebpf_global_svc_abi::{Config, FAMILY_V4, IpKey, IpValue, NodeKey, PrefixValue, identity};
+use ebpf_global_svc_abi::{Config, FAMILY_V4, FAMILY_V6, IpKey, IpValue, NodeKey, PrefixValue, identity};
 
 use crate::{
-    maps::{NODE, cidr_of},
+    maps::{NODE, cidr_of, over_ipv6},
     mark,
 };
 
@@ -14,7 +14,18 @@ use crate::{
 #[inline(always)]
 pub fn is_this_node(config: &Config, address: &IpKey) -> bool {
     let ip = &address.ip;
+    if over_ipv6(config) {
+        return address.family == FAMILY_V6 && is_same(ip, &config.node_ip6);
+    }
     address.family == FAMILY_V4 && [ip[0], ip[1], ip[2], ip[3]] == config.node_ip
+}
+
+/// By words: as arrays they would be compared by a call.
+#[inline(always)]
+fn is_same(address: &[u8; 16], other: &[u8; 16]) -> bool {
+    let (address, other): (*const u32, *const u32) = ((&raw const *address).cast(), (&raw const *other).cast());
+    // SAFETY: four words each, read wherever they are.
+    (0..4).all(|n| unsafe { address.add(n).read() == other.add(n).read() })
 }
 
 /// Somebody whose address is in no pod CIDR of the mesh. Apart, for its keys to leave the stack again.

@@ -18,7 +18,7 @@ use ebpf_global_svc_abi::{CONFIG_PMTU_DISCOVERY, FAMILY_V4, event_hook, reason};
 use crate::{
     delivery::drop,
     flow::{ICMP, ICMPV6, OUTER, is_error},
-    maps::config,
+    maps::{config, over_ipv6},
     packet::{ETHERNET, family_of},
     zero::zero,
 };
@@ -139,9 +139,10 @@ unsafe extern "C" fn too_big_for(skb: *mut __sk_buff, ifindex: u32) -> u32 {
     let is_v4 = family_of(skb) == FAMILY_V4;
     let (at_proto, icmp) = if is_v4 { (IPV4_PROTO, ICMP) } else { (IPV6_NEXT, ICMPV6) };
     if is_v4 {
-        // Fragments of a packet have the flag if the packet had it.
+        // Fragments of a packet have the flag if the packet had it. The kernel does not cut tunnel packets over IPv6.
         match byte(skb, OUTER + IPV4_FLAGS) {
             Some(flags) if flags & DO_NOT_FRAGMENT != 0 => {}
+            Some(_) if config().is_some_and(over_ipv6) => {}
             _ => return 0,
         }
     } else if mtu < IPV6_MINIMUM {

@@ -17,7 +17,7 @@ use crate::{
     flow::traits,
     maps::{ENDPOINT, IPCACHE, config, prefix_of},
     mark, nat,
-    packet::{Addresses, Packet, udp_port},
+    packet::{Addresses, Packet, is_overlays},
     peer, pmtu, policy, translate,
 };
 
@@ -184,10 +184,12 @@ fn way(ctx: &TcContext, config: &Config, sender: &EndpointValue, addresses: &Add
     let destination = &addresses.destination;
     let Some(prefix) = prefix_of(destination) else {
         // Masquerading would make a pod's own VXLAN packet one of this node, with any identity.
-        return match udp_port(ctx, destination) {
-            Some(port) if port == config.overlay_port => Err(reason::ENCAPSULATION_PROHIBITED),
-            _ if !policy::selects(sender) => Ok(Way::outside(identity::UNKNOWN)),
-            _ => Ok(Way::outside(peer::outside(config, destination))),
+        if is_overlays(ctx, config, destination) {
+            return Err(reason::ENCAPSULATION_PROHIBITED);
+        }
+        return match policy::selects(sender) {
+            false => Ok(Way::outside(identity::UNKNOWN)),
+            true => Ok(Way::outside(peer::outside(config, destination))),
         };
     };
 

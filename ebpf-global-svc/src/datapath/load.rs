@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     DatapathError, DatapathOptions,
-    abi::{CONFIG_ENCRYPTS, CONFIG_STRICT, Config, SCHEMA_VERSION},
+    abi::{CONFIG_ENCRYPTS, CONFIG_STRICT, CONFIG_UNDERLAY_V6, Config, SCHEMA_VERSION},
 };
 
 /// Creates the maps that are not pinned yet; opens the others. With `flows_before`, for programs that also know that map
@@ -39,8 +39,16 @@ pub(super) fn load_maps(
 /// flow through the overlay while the agent restarts.
 pub(super) fn configure(path: &Path, options: &DatapathOptions) -> Result<Config, DatapathError> {
     let before = maps::read_config(path)?;
-    let node_ip = options.node_ip.map_or(before.node_ip, |ip| ip.octets());
-    let mut flags = before.flags & !CONFIG_ENCRYPTS;
+    let underlay = if options.underlay_ipv6 { CONFIG_UNDERLAY_V6 } else { 0 };
+    // A node of one family is not known by an address, or a number, of the other one.
+    let (mut node_ip, node_ip6) = match before.flags & CONFIG_UNDERLAY_V6 == underlay {
+        true => (before.node_ip, before.node_ip6),
+        false => ([0; 4], [0; 16]),
+    };
+    if let Some(ip) = options.node_ip.filter(|_| !options.underlay_ipv6) {
+        node_ip = ip.octets();
+    }
+    let mut flags = before.flags & !(CONFIG_ENCRYPTS | CONFIG_UNDERLAY_V6) | underlay;
     if options.encrypts {
         flags |= CONFIG_ENCRYPTS;
     }
@@ -57,6 +65,7 @@ pub(super) fn configure(path: &Path, options: &DatapathOptions) -> Result<Config
         flags,
         events: before.events,
         reserved: [0; 2],
+        node_ip6,
     };
     maps::write_config(path, &config)?;
     Ok(config)

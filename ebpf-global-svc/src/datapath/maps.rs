@@ -16,7 +16,8 @@ use crate::{
         EVENT_KINDS, EndpointValue, EventRule, EventState, FragmentKey, FragmentValue, IpKey, IpValue,
         MAX_CLUSTERS, MAX_REASONS, NatKey, NatValue, NodeKey, NodeValue, OverlayKey, Plain, PolicyKey,
         PolicyValue, PrefixKey, PrefixValue, SCHEMA_VERSION, SCRATCH_WORDS, ServiceKey, ServiceValue,
-        SlotKey, SockRevKey, SockRevValue, TranslateKey, TranslateValue, VerdictKey,
+        SlotKey, SockRevKey, SockRevValue, TranslateKey, TranslateValue, UnderlayKey, UnderlayValue,
+        VerdictKey,
     },
     sys,
 };
@@ -32,7 +33,7 @@ pub(super) struct MapSpec {
 }
 
 /// How many maps there are.
-pub(super) const MAPS: usize = 26;
+pub(super) const MAPS: usize = 27;
 
 /// All maps of the programs.
 pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
@@ -43,6 +44,7 @@ pub(super) fn specs(sizes: &MapSizes) -> [MapSpec; MAPS] {
         spec::<PrefixKey, PrefixValue>("cm_prefix", MapType::LpmTrie, sizes.prefix),
         spec::<IpKey, EndpointValue>("cm_endpoint", MapType::Hash, sizes.endpoint),
         spec::<NodeKey, NodeValue>("cm_node", MapType::Hash, sizes.node),
+        spec::<UnderlayKey, UnderlayValue>("cm_underlay", MapType::Hash, sizes.node),
         spec::<ServiceKey, ServiceValue>("cm_service", MapType::Hash, sizes.service),
         spec::<SlotKey, u32>("cm_slot", MapType::Hash, sizes.slot),
         spec::<u32, BackendValue>("cm_backend", MapType::Hash, sizes.backend),

@@ -315,10 +315,13 @@ pub fn prefix_value(cluster: u16, node: Ipv4Addr) -> PrefixValue {
 }
 
 pub fn node(ip: Ipv4Addr, cluster: u16) -> (NodeKey, NodeValue) {
-    (
-        NodeKey { family: FAMILY_V4, pad: [0; 3], ip: v4_bytes(ip) },
-        NodeValue { cluster, flags: 0, reserved: 0 },
-    )
+    node_at(ip.into(), cluster)
+}
+
+/// One of either family; without a number.
+pub fn node_at(ip: IpAddr, cluster: u16) -> (NodeKey, NodeValue) {
+    let (family, ip) = address(ip);
+    (NodeKey { family, pad: [0; 3], ip }, NodeValue { cluster, flags: 0, number: 0 })
 }
 
 pub fn endpoint(ifindex: u32, identity: u32) -> EndpointValue {

@@ -16,11 +16,11 @@ use ebpf_global_svc::{
     Datapath, DatapathOptions, Tables,
     abi::{
         EndpointValue, NODE_VIRTUAL, NodeValue, OverlayKey, POLICY_PEER_BITS, PREFIX_VIRTUAL, PolicyKey,
-        PolicyValue, PrefixValue,
+        PolicyValue, PrefixValue, UnderlayKey, UnderlayValue,
     },
 };
 
-use super::{Netns, Root, endpoint, ip_key, ip_value, node, prefix_key, prefix_value, translation};
+use super::{Netns, Root, endpoint, ip_key, ip_value, node_at, prefix_key, prefix_value, translation};
 
 pub const PATIENCE: Duration = Duration::from_secs(5);
 pub const ECHO: u16 = 7;
@@ -39,6 +39,16 @@ pub struct Node {
 
 pub fn underlay(cluster: u16) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, cluster.to_be_bytes()[1])
+}
+
+/// The same over IPv6.
+pub fn underlay6(cluster: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 77, 0, 0, 0, 0, 0, cluster)
+}
+
+/// What tables call a node over IPv6.
+pub fn number(cluster: u16) -> Ipv4Addr {
+    Ipv4Addr::new(0, 0, 7, cluster.to_be_bytes()[1])
 }
 
 /// Nets from here on are virtual, for pods in net 1.
@@ -75,6 +85,13 @@ pub fn pod_identity(cluster: u16) -> u32 {
 impl Node {
     /// `net_of`: where pods of a cluster are, as this node knows them.
     fn new(cluster: u16, net_of: impl Fn(u16) -> u16) -> Self {
+        Self::over(4, cluster, net_of)
+    }
+
+    /// Tunnels are of that family.
+    fn over(tunnels: u8, cluster: u16, net_of: impl Fn(u16) -> u16) -> Self {
+        let over_ipv6 = tunnels == 6;
+        let named = |cluster| if over_ipv6 { number(cluster) } else { underlay(cluster) };
         let net = net_of(cluster);
         let netns = Netns::new(&format!("node{cluster}"));
         let pod_netns = Netns::new(&format!("pod{cluster}"));
@@ -107,8 +124,18 @@ impl Node {
         }
 
         let root = Root::new();
-        let options = DatapathOptions { node_ip: Some(underlay(cluster)), ..root.options(cluster) };
+        let options = DatapathOptions {
+            node_ip: (!over_ipv6).then(|| underlay(cluster)),
+            underlay_ipv6: over_ipv6,
+            ..root.options(cluster)
+        };
         let mut datapath = Datapath::open(&options).unwrap();
+        if over_ipv6 {
+            datapath.set_node(number(cluster).octets(), underlay6(cluster).into()).unwrap();
+            // 1500 less the headers of Ethernet, VXLAN, UDP and IPv6. The kernel sends no tunnel packets in fragments.
+            netns.ip("link set cm_vxlan mtu 1430");
+            datapath.set_pmtu_discovery(true).unwrap();
+        }
         let (veth, overlay) = (netns.ifindex("lxc0"), netns.ifindex("cm_vxlan"));
         netns.run(|| {
             datapath.attach_overlay(overlay).unwrap();
@@ -122,15 +149,23 @@ impl Node {
         for other in [1, 2] {
             let seen = net_of(other);
             let is_virtual = seen > VIRTUAL;
-            let (node_key, node_value) = node(underlay(other), other);
+            let at = if over_ipv6 { underlay6(other).into() } else { underlay(other).into() };
+            let (node_key, mut node_value) = node_at(at, other);
+            if over_ipv6 {
+                node_value.number = u32::from_ne_bytes(number(other).octets());
+                let entry = (
+                    UnderlayKey { number: number(other).octets() },
+                    UnderlayValue { ip: underlay6(other).octets() },
+                );
+                tables.underlay.upsert(&[entry]).unwrap();
+            }
             let flags = if is_virtual { NODE_VIRTUAL } else { 0 };
             tables.node.upsert(&[(node_key, NodeValue { flags, ..node_value })]).unwrap();
             for (family, length) in [(4, 24), (6, 64)] {
                 let flags = if is_virtual { PREFIX_VIRTUAL } else { 0 };
-                let value = PrefixValue { flags, ..prefix_value(other, underlay(other)) };
+                let value = PrefixValue { flags, ..prefix_value(other, named(other)) };
                 tables.prefix.upsert(&[(prefix_key(address(seen, 0, family), length), value)]).unwrap();
-                let entry =
-                    (ip_key(other, pod(seen, family)), ip_value(pod_identity(other), underlay(other)));
+                let entry = (ip_key(other, pod(seen, family)), ip_value(pod_identity(other), named(other)));
                 tables.ipcache.upsert(&[entry]).unwrap();
                 if is_virtual {
                     let (real, virtual_) = (address(1, 0, family), address(seen, 0, family));
@@ -145,6 +180,12 @@ impl Node {
         Self::connected([Self::new(1, |cluster| cluster), Self::new(2, |cluster| cluster)], |cluster| cluster)
     }
 
+    /// Their tunnels run over IPv6, and there is no IPv4 between them.
+    pub fn pair_over_ipv6() -> [Self; 2] {
+        let node = |cluster| Self::over(6, cluster, |cluster| cluster);
+        Self::connected([node(1), node(2)], |cluster| cluster)
+    }
+
     /// Pods of both have the same addresses; each knows those of the other by virtual ones.
     pub fn overlapping_pair() -> [Self; 2] {
         let seen_by = |own: u16| move |cluster: u16| if cluster == own { 1 } else { VIRTUAL + cluster };
@@ -155,7 +196,10 @@ impl Node {
         nodes[0].netns.ip(&format!("link add eth0 type veth peer name eth0 netns {}", nodes[1].netns.name()));
         for node in &nodes {
             let peer = 3 - node.cluster;
-            node.netns.ip(&format!("addr add {}/24 dev eth0", underlay(node.cluster)));
+            match node.options.underlay_ipv6 {
+                true => node.netns.ip(&format!("addr add {}/64 dev eth0", underlay6(node.cluster))),
+                false => node.netns.ip(&format!("addr add {}/24 dev eth0", underlay(node.cluster))),
+            }
             node.netns.ip("link set eth0 up");
             for (family, length) in [(4, 24), (6, 64)] {
                 let (to, source) = (address(net_of_peer(peer), 0, family), router(node.net, family));

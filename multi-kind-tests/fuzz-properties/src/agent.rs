@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use agent_sync::engine::{Core, Input};
-use agent_sync::mesh::Links;
+use agent_sync::mesh::{Links, Tunnels};
 use agent_sync::peers::{OwnCluster, Wish};
 use arbitrary::{Result, Unstructured};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};
@@ -87,7 +87,7 @@ impl Bed {
         let id = ClusterId::new(1, MAX).unwrap();
         let own = OwnCluster { name: CLUSTERS[0].parse().unwrap(), id, max: MAX };
         let (tables, now) = (Tables::memory(&MapSizes::default()), Instant::now());
-        let mut core = Core::restore(own, "n1", None, now, &tables).unwrap();
+        let mut core = Core::restore(own, "n1", Tunnels::default(), now, &tables).unwrap();
         core.set_links(Links::Absent);
         let cluster = |name: &str| Cluster {
             name: name.parse().unwrap(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use agent_sync::engine::{Core as Engine, Input};
-use agent_sync::mesh::Links;
+use agent_sync::mesh::{Links, Tunnels, UnderlayProtocol};
 use agent_sync::peers::core::{Core as Follower, Effect};
 use agent_sync::peers::{Ids, OwnCluster};
 use agent_sync::wire_key::ip_key;
@@ -43,6 +43,7 @@ pub struct Agent {
     pub memory: Memory,
     /// Number of its node.
     pub node: u8,
+    underlay: UnderlayProtocol,
     /// Places of clusters whose pods it knows by virtual addresses, as its directory says.
     pub virtual_places: BTreeSet<usize>,
     tables: Tables,
@@ -172,11 +173,12 @@ impl Memory {
 
 impl Agent {
     /// A node with an empty kernel, on which nothing runs.
-    pub fn new(own: OwnCluster, home: usize, node: u8, now: Instant) -> Self {
+    pub fn new(own: OwnCluster, home: usize, node: u8, underlay: UnderlayProtocol, now: Instant) -> Self {
         let kernel = Kernel::new(own.id.get(), now);
         let tables = tables(&kernel);
         let virtual_places = BTreeSet::new();
-        Self { own, home, kernel, life: None, memory: Memory::default(), tables, node, virtual_places }
+        let memory = Memory::default();
+        Self { own, home, kernel, life: None, memory, tables, node, underlay, virtual_places }
     }
 
     /// Starts the agent with a directory of remote clusters.
@@ -190,7 +192,8 @@ impl Agent {
         if broken::is(Broken::FlushesOnStart) {
             self.kernel().flush();
         }
-        let mut engine = Engine::restore(self.own.clone(), &node_name(self.node), None, now, &self.tables)
+        let tunnels = Tunnels { protocol: self.underlay, node_ip: None };
+        let mut engine = Engine::restore(self.own.clone(), &node_name(self.node), tunnels, now, &self.tables)
             .map_err(|error| format!("cannot restore: {error}"))?;
         engine.set_links(Links::Absent);
         self.memory.begin_life();

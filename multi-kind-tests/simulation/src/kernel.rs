@@ -11,6 +11,7 @@ use clustermesh_kvstore::cluster::{Identity, MaxConnectedClusters};
 use ebpf_global_svc::abi::{
     BackendValue, ClusterState, EndpointValue, Group, IpKey, IpValue, NodeKey, NodeValue, PolicyKey,
     PolicyValue, PrefixKey, PrefixValue, ServiceKey, ServiceValue, SlotKey, TranslateKey, TranslateValue,
+    UnderlayKey, UnderlayValue,
 };
 use ebpf_global_svc::table::{Cursor, MemoryTable, Table};
 use ebpf_global_svc::{DatapathError, Tables};
@@ -52,6 +53,8 @@ pub struct Kernel {
     pub prefixes: BTreeMap<PrefixKey, PrefixValue>,
     /// `cm_node`.
     pub nodes: BTreeMap<NodeKey, NodeValue>,
+    /// `cm_underlay`.
+    pub underlay: BTreeMap<UnderlayKey, UnderlayValue>,
     /// `cm_endpoint`.
     pub endpoints: BTreeMap<IpKey, EndpointValue>,
     /// `cm_cluster`: those that are not healthy.
@@ -102,6 +105,7 @@ impl Kernel {
             ipcache: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            underlay: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             clusters: BTreeMap::new(),
             policies: BTreeMap::new(),
@@ -313,6 +317,7 @@ map!(ClusterMap, u32, ClusterState, "cm_cluster", clusters, |kernel, key, _, aft
     }
 });
 map!(NodeMap, NodeKey, NodeValue, "cm_node", nodes, |_, _, _, _| {});
+map!(UnderlayMap, UnderlayKey, UnderlayValue, "cm_underlay", underlay, |_, _, _, _| {});
 map!(EndpointMap, IpKey, EndpointValue, "cm_endpoint", endpoints, |kernel, key, _, after| {
     if key.cluster != kernel.own {
         kernel.violate(format!("a pod of cluster {} on this node", key.cluster));
@@ -483,6 +488,7 @@ pub fn tables(kernel: &Arc<Mutex<Kernel>>) -> Tables {
         prefix: checked::<PrefixMap>(kernel),
         endpoint: checked::<EndpointMap>(kernel),
         node: checked::<NodeMap>(kernel),
+        underlay: checked::<UnderlayMap>(kernel),
         cluster: checked::<ClusterMap>(kernel),
         policy: checked::<PolicyMap>(kernel),
         cidr: checked::<RangeMap>(kernel),

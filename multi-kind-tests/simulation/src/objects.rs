@@ -1,9 +1,10 @@
 //! What really is in a cluster: its nodes, pods and services.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use agent_sync::mesh::UnderlayProtocol;
 use clustermesh_apiserver::objects::{
     Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Policy, Service, ServicePort,
     TargetPort,
@@ -27,6 +28,8 @@ pub const PORTS: (u16, u16) = (80, 8080);
 pub struct Truth {
     /// Its part of the address plan.
     net: u8,
+    /// The family of the addresses that its nodes have.
+    pub underlay: UnderlayProtocol,
     /// Nodes by number.
     pub nodes: BTreeMap<u8, NodeTruth>,
     /// Pods by number.
@@ -122,9 +125,10 @@ impl PeersTruth {
 
 impl Truth {
     /// Two nodes, some pods and services.
-    pub fn new(net: u8, rng: &mut SmallRng) -> Self {
+    pub fn new(net: u8, underlay: UnderlayProtocol, rng: &mut SmallRng) -> Self {
         let mut truth = Self {
             net,
+            underlay,
             nodes: [(1, NodeTruth { has_mesh_ip: true, zone: Some(1) })].into(),
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
@@ -232,7 +236,11 @@ impl Truth {
 
     /// Underlay address of a node.
     pub fn node_ip(&self, node: u8) -> IpAddr {
-        Ipv4Addr::new(192, 0, 2, self.net * 10 + node).into()
+        let last = self.net * 10 + node;
+        match self.underlay {
+            UnderlayProtocol::Ipv4 => Ipv4Addr::new(192, 0, 2, last).into(),
+            UnderlayProtocol::Ipv6 => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last.into()).into(),
+        }
     }
 
     /// Address of a node in the pod network.

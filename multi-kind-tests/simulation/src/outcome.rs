@@ -8,12 +8,13 @@ use agent_sync::wire_key;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{Affinity, IpRecord, Nearness, Record as _};
 use ebpf_global_svc::abi::{
-    ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, IpKey, NODE_VIRTUAL, POLICY_DENY, PREFIX_VIRTUAL,
-    backend_state, cluster_state, direction,
+    ENDPOINT_ENFORCE_EGRESS, ENDPOINT_ENFORCE_INGRESS, FAMILY_V6, IpKey, NODE_VIRTUAL, POLICY_DENY,
+    PREFIX_VIRTUAL, UnderlayKey, backend_state, cluster_state, direction,
 };
 
 use crate::agent::Agent;
 use crate::exporter::ExporterProcess;
+use crate::kernel::Kernel;
 use crate::objects::PORTS;
 use crate::world::World;
 
@@ -153,6 +154,7 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
     if found != nodes {
         return Err(format!("I1: nodes are {found:?}, not {nodes:?}"));
     }
+    check_numbers(&kernel)?;
     let found =
         kernel.prefixes.iter().map(|(key, value)| (*key, (value.cluster, value.flags == PREFIX_VIRTUAL)));
     let found: BTreeMap<_, _> = found.collect();
@@ -163,6 +165,29 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
         return Err(format!("I1: virtual addresses are {:?}, not {translations:?}", kernel.translations));
     }
     Ok(())
+}
+
+/// Over IPv6 each number that is named stands for a node, and each node is the one that its number stands for.
+fn check_numbers(kernel: &Kernel) -> Result<(), String> {
+    let is_v6 = kernel.nodes.keys().any(|key| key.family == FAMILY_V6);
+    if !is_v6 {
+        return match kernel.underlay.is_empty() {
+            true => Ok(()),
+            false => Err(format!("I1: numbers of nodes without IPv6: {:?}", kernel.underlay)),
+        };
+    }
+    let stands_for = |number: [u8; 4]| kernel.underlay.get(&UnderlayKey { number }).map(|value| value.ip);
+    for (key, value) in &kernel.nodes {
+        if stands_for(value.number.to_ne_bytes()) != Some(key.ip) {
+            return Err(format!("I1: node {key:?} has number {}, of {:?}", value.number, kernel.underlay));
+        }
+    }
+    let of_pods = kernel.ipcache.values().map(|value| value.node_ip);
+    let named = of_pods.chain(kernel.prefixes.values().map(|value| value.node_ip));
+    match named.filter(|number| *number != [0; 4]).find(|number| stands_for(*number).is_none()) {
+        Some(number) => Err(format!("I1: nobody has number {number:?}")),
+        None => Ok(()),
+    }
 }
 
 /// Of a cluster in a service: its tier, whether it has a weight, and its backends.

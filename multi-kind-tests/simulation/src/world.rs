@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use agent_sync::mesh::UnderlayProtocol;
 use agent_sync::peers::OwnCluster;
 use clustermesh_kvstore::cluster::MaxConnectedClusters;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, data_prefix};
@@ -25,6 +26,7 @@ const RESTART: Duration = Duration::from_millis(100);
 /// Clusters, their etcds and exporters, and some nodes with agents.
 pub struct World {
     pub(crate) now: Instant,
+    underlay: UnderlayProtocol,
     pub(crate) places: Vec<Place>,
     pub(crate) truths: Vec<Truth>,
     pub(crate) exporters: Vec<Option<ExporterProcess>>,
@@ -47,8 +49,11 @@ impl World {
         let mut rng = SmallRng::seed_from_u64(seed);
         let now = Instant::now();
         let clusters = *[2, 2, 2, 3, 3, 4].choose(&mut rng).unwrap_or(&2);
+        // By the seed alone, so that schedules stay what they were.
+        let underlay = if seed % 3 == 1 { UnderlayProtocol::Ipv6 } else { UnderlayProtocol::Ipv4 };
         let mut world = Self {
             now,
+            underlay,
             places: Vec::new(),
             truths: Vec::new(),
             exporters: Vec::new(),
@@ -62,7 +67,7 @@ impl World {
         for (number, name) in (1..).zip(NAMES).take(clusters) {
             let Ok(name) = name.parse() else { continue };
             world.places.push(Place::new(name, number));
-            world.truths.push(Truth::new(u8::try_from(number).unwrap_or(1), &mut rng));
+            world.truths.push(Truth::new(u8::try_from(number).unwrap_or(1), underlay, &mut rng));
             world.ids.push(u16::try_from(number).unwrap_or(1));
             world.exporters.push(None);
             world.remotes.push(
@@ -474,7 +479,7 @@ impl World {
         let max = MaxConnectedClusters::C255;
         if let Some(id) = cluster_id(self.ids[home]) {
             let own = OwnCluster { name: self.places[home].name.clone(), id, max };
-            self.agents.push(Agent::new(own, home, node, self.now));
+            self.agents.push(Agent::new(own, home, node, self.underlay, self.now));
         }
     }
 

@@ -1,13 +1,13 @@
 //! Where an address of a cluster leads, and why nowhere.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity};
 use clustermesh_kvstore::key::Kind;
 use ebpf_global_svc::DatapathError;
 use ebpf_global_svc::abi::IpValue;
 
-use super::super::query::{endpoint_row, ipcache_row};
+use super::super::query::endpoint_row;
 use super::super::{Engine, Row};
 use super::{NOT_GLOBAL, Part, Subject};
 use crate::mesh::FactKey;
@@ -48,11 +48,12 @@ impl Engine {
         let mesh = self.core.mesh();
         let Some(value) = mesh.address(id, ip) else { return };
         part.held = true;
-        let at = Ipv4Addr::from(value.node_ip);
+        let end = mesh.tunnel_end(value.node_ip);
+        let at = self.node_text(value.node_ip);
         let node = match self.node_of(id, value) {
             Some(name) => format!("{at} ({name})"),
             None if value.node_ip == [0; 4] => "none named".into(),
-            None => at.to_string(),
+            None => at.clone(),
         };
         part.why.push(format!("identity {}, node {node}", value.identity));
         if part.private {
@@ -61,7 +62,7 @@ impl Engine {
         if !Identity(value.identity).is_reserved() && !self.knows_identity(id, value.identity) {
             part.why.push(format!("the cluster has told nothing of identity {} yet", value.identity));
         }
-        if IpAddr::V4(at) == ip {
+        if end == Some(ip) {
             part.why
                 .push("it is its node's own address: that of the node, and of pods in its network".into());
         }
@@ -118,14 +119,16 @@ impl Engine {
     ) -> Result<Vec<(&'static str, Vec<Row>)>, DatapathError> {
         let keys: Vec<_> = clusters.map(|id| wire_key::ip_key(id.get(), ip)).collect();
         let values = self.tables.ipcache.get(&keys)?;
-        let ipcache = keys.iter().zip(values).filter_map(|(key, value)| Some(ipcache_row(*key, value?)));
+        let row = |(key, value): (&_, Option<_>)| Some(self.ipcache_row(*key, value?));
+        let ipcache = keys.iter().zip(values).filter_map(row);
         let values = self.tables.endpoint.get(&keys)?;
         let endpoint = keys.iter().zip(values).filter_map(|(key, value)| Some(endpoint_row(*key, value?)));
         Ok(vec![("ipcache", ipcache.collect()), ("endpoint", endpoint.collect())])
     }
 
     fn node_of(&self, id: ClusterId, value: IpValue) -> Option<String> {
-        self.core.mesh().node_at(id, value.node_ip.into()).map(str::to_owned)
+        let mesh = self.core.mesh();
+        mesh.node_at(id, mesh.tunnel_end(value.node_ip)?).map(str::to_owned)
     }
 
     /// Whether there is a record of the identity, or its list may still have one.

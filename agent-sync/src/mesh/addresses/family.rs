@@ -141,7 +141,12 @@ impl<K: Copy + Eq + Hash> Family<K> {
         self.entries.iter().map(|held| (held.ip, held.value()))
     }
 
-    /// Addresses whose records name a node of this underlay address.
+    /// Nodes that records name.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = [u8; 4]> {
+        self.nodes.keys().copied()
+    }
+
+    /// Addresses whose records name this node.
     pub(super) fn behind(&self, node_ip: [u8; 4]) -> impl Iterator<Item = (K, IpValue)> {
         let first = self.nodes.get(&node_ip).copied();
         std::iter::successors(first, |number| self.entries[index(*number)].after.number())

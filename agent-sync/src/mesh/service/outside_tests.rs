@@ -11,7 +11,7 @@ use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::{ServiceKey, scope};
 
 use crate::desired::{Restored, ServicePlan};
-use crate::mesh::{Fact, LetIn, Mesh, NodeFact};
+use crate::mesh::{Fact, LetIn, Mesh, NodeFact, Tunnels};
 use crate::wire_key::service_key;
 
 const TCP: u8 = 6;
@@ -48,7 +48,7 @@ fn service(external: External, nearness: Nearness) -> LocalService {
 
 fn plans(service: LocalService, how: Option<LetIn>) -> BTreeMap<ServiceKey, ServicePlan> {
     let own = ClusterId::new(1, MaxConnectedClusters::C255).unwrap();
-    let mut mesh = Mesh::new(own, MaxConnectedClusters::C255, "n1", None, Restored::default());
+    let mut mesh = Mesh::new(own, MaxConnectedClusters::C255, "n1", Tunnels::default(), Restored::default());
     if let Some(how) = how {
         mesh.let_in(how);
     }

@@ -14,7 +14,7 @@ const CHUNK: usize = 2048;
 /// From one go to the next.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Tables that are looked at, one after the other.
-const TABLES: usize = 11;
+const TABLES: usize = 12;
 
 /// Compares all tables with what is wanted, again and again.
 ///
@@ -149,18 +149,22 @@ impl Scan {
                 self.table(limit, now, &mut *tables.node, want, || mesh.node_keys())
             }
             6 => {
+                let want = |key: &_| reconciler.underlay.want(key, mesh.wanted_underlay(key));
+                self.table(limit, now, &mut *tables.underlay, want, || mesh.underlay_keys())
+            }
+            7 => {
                 let want = |key: &_| reconciler.endpoint.want(key, mesh.wanted_endpoint(key));
                 self.table(limit, now, &mut *tables.endpoint, want, || mesh.endpoint_keys())
             }
-            7 => {
+            8 => {
                 let want = |key: &_| reconciler.policy.want(key, mesh.wanted_policy(key));
                 self.table(limit, now, &mut *tables.policy, want, || mesh.policy_keys())
             }
-            8 => {
+            9 => {
                 let want = |key: &_| reconciler.cidr.want(key, mesh.wanted_cidr(key));
                 self.table(limit, now, &mut *tables.cidr, want, || mesh.cidr_keys())
             }
-            9 => {
+            10 => {
                 let want = |key: &_| reconciler.translate.want(key, mesh.wanted_translation(key));
                 self.table(limit, now, &mut *tables.translate, want, || mesh.translation_keys())
             }

@@ -1,7 +1,7 @@
 //! Seeded schedules: while desired state changes, scans find nothing; what a hand did to an entry is put
 //! right within one scan.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters};
@@ -10,7 +10,7 @@ use clustermesh_kvstore::record::{
     LabelSelector, LocalPolicy, Peer, PolicyRule, PolicySection, Requirement, Traffic,
 };
 use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
-use ebpf_global_svc::abi::{ClusterState, IpValue, PolicyKey, SlotKey, TranslateKey};
+use ebpf_global_svc::abi::{ClusterState, IpValue, PolicyKey, SlotKey, TranslateKey, UnderlayKey};
 use ebpf_global_svc::table::Table;
 use ebpf_global_svc::{MapSizes, Tables};
 use rand::rngs::SmallRng;
@@ -19,7 +19,7 @@ use rand::{Rng as _, SeedableRng as _};
 use super::super::Reconciler;
 use super::Scan;
 use crate::desired::{BackendKey, Changes, GroupPlan, Restored, ServicePlan};
-use crate::mesh::{Fact, FactKey, Links, Mesh, NodeFact};
+use crate::mesh::{Fact, FactKey, Links, Mesh, NodeFact, Tunnels, UnderlayProtocol};
 use crate::wire_key::{TCP, ip_key, node_key, prefix_key, service_key};
 
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -33,6 +33,7 @@ struct World {
     reconciler: Reconciler,
     scan: Scan,
     tables: Tables,
+    over_ipv6: bool,
 }
 
 fn cluster(id: u32) -> ClusterId {
@@ -70,13 +71,21 @@ fn ip(a: u8, b: u8) -> IpAddr {
     Ipv4Addr::new(10, a, 0, b).into()
 }
 
+fn ip6(a: u8, b: u8) -> IpAddr {
+    Ipv6Addr::new(0xfd00, a.into(), 0, 0, 0, 0, 0, b.into()).into()
+}
+
 impl World {
     fn new(seed: u64) -> Self {
         let now = Instant::now();
-        let node_ip = Some(Ipv4Addr::new(10, 1, 0, 1));
+        // Every other world has an IPv6 underlay.
+        let tunnels = match seed % 2 {
+            0 => Ipv4Addr::new(10, 1, 0, 1).into(),
+            _ => Tunnels { protocol: UnderlayProtocol::Ipv6, node_ip: Some(ip6(1, 1)) },
+        };
         let mut scan = Scan::default();
         scan.set_interval(Some(INTERVAL), now);
-        let mut mesh = Mesh::new(cluster(1), MaxConnectedClusters::C255, "n1", node_ip, Restored::default());
+        let mut mesh = Mesh::new(cluster(1), MaxConnectedClusters::C255, "n1", tunnels, Restored::default());
         mesh.set_links(Links::Absent);
         for of in 1..4 {
             mesh.begin_list(cluster(of), Kind::Identities);
@@ -97,6 +106,7 @@ impl World {
             reconciler: Reconciler::default(),
             scan,
             tables: Tables::memory(&MapSizes::default()),
+            over_ipv6: tunnels.protocol == UnderlayProtocol::Ipv6,
         }
     }
 
@@ -108,15 +118,16 @@ impl World {
         match self.rng.random_range(0..10) {
             0 => {
                 let cidr = format!("10.{}.{n}.0/24", of + 100).parse().unwrap();
-                let internal_ips = vec![ip(of, n % 3 + 1)];
+                let internal_ips = vec![ip(of, n % 3 + 1), ip6(of, n % 3 + 1)];
                 let node = NodeFact { internal_ips, pod_cidrs: vec![cidr], ..NodeFact::default() };
                 self.mesh.upsert(id, Fact::Node(format!("n{}", n % 3), node), 0);
             }
             1 => self.mesh.delete(id, &FactKey::Node(format!("n{}", n % 3))),
             2..5 => {
-                let IpAddr::V4(node) = ip(of, n % 3 + 1) else { return };
                 let identity = identity(of.into(), self.rng.random_range(0..IDENTITIES));
-                let value = IpValue { identity, node_ip: node.octets(), key: 0, flags: 0, pad: 0 };
+                let node = if self.over_ipv6 { ip6(of, n % 3 + 1) } else { ip(of, n % 3 + 1) };
+                let node_ip = self.mesh.name_node(node);
+                let value = IpValue { identity, node_ip, key: 0, flags: 0, pad: 0 };
                 self.mesh.upsert(id, Fact::Ip(ip(of + 100, n), value), 0);
             }
             5 => self.mesh.delete(id, &FactKey::Ip(ip(of + 100, n))),
@@ -170,6 +181,7 @@ impl World {
         let t = &self.tables;
         let services = (t.service.dump().unwrap(), t.slot.dump().unwrap(), t.backend.dump().unwrap());
         let nodes = (t.node.dump().unwrap(), t.prefix.dump().unwrap(), t.cluster.dump().unwrap());
+        let nodes = (nodes, t.underlay.dump().unwrap());
         let pods = (t.ipcache.dump().unwrap(), t.endpoint.dump().unwrap());
         let policies = (t.policy.dump().unwrap(), t.cidr.dump().unwrap(), t.translate.dump().unwrap());
         format!("{services:?} {nodes:?} {pods:?} {policies:?}")
@@ -179,7 +191,7 @@ impl World {
     fn damage(&mut self) -> Option<usize> {
         let Self { rng, tables: t, .. } = self;
         let strange = ip(200, 7);
-        let which = rng.random_range(0..11);
+        let which = rng.random_range(0..12);
         let done = match which {
             0 => spoil(rng, &mut *t.ipcache, |_| ip_key(9, strange), |v| v.identity += 1),
             1 => spoil(rng, &mut *t.prefix, |_| prefix_key(strange.into()), |v| v.node_ip[3] ^= 64),
@@ -191,6 +203,7 @@ impl World {
             7 => spoil(rng, &mut *t.policy, |key| PolicyKey { peer: 99, ..key }, |v| v.flags ^= 1),
             8 => spoil(rng, &mut *t.cidr, |_| prefix_key(strange.into()), |v| *v += 1),
             9 => spoil(rng, &mut *t.translate, |key| TranslateKey { cluster: 9, ..key }, |v| v.bits[1] ^= 1),
+            10 => spoil(rng, &mut *t.underlay, |_| UnderlayKey { number: [0, 99, 0, 0] }, |v| v.ip[3] ^= 1),
             _ => spoil(rng, &mut *t.cluster, |_| 77, |v| *v = ClusterState { state: v.state ^ 3 }),
         };
         done.then_some(which)
@@ -222,7 +235,7 @@ fn spoil<K: Copy, V: Copy>(
 
 #[test]
 fn changes_are_no_drift_and_what_a_hand_did_is_put_right_within_a_scan() {
-    let mut damaged = [0; 11];
+    let mut damaged = [0; 12];
     for seed in 0..100 {
         let mut world = World::new(seed);
         for _ in 0..120 {
