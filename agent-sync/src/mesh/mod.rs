@@ -67,8 +67,6 @@ pub struct Mesh {
     clusters: BTreeMap<u16, Records>,
     topology: Topology,
     own_node_changed: bool,
-    /// Since changes were computed last.
-    list_ended: bool,
     /// This node's, as its record says.
     zone: Option<String>,
     ipcache: HashMap<IpKey, Option<IpValue>>,
@@ -108,7 +106,6 @@ impl Mesh {
             clusters: BTreeMap::new(),
             topology: Topology::new(underlay),
             own_node_changed: false,
-            list_ended: false,
             zone: None,
             ipcache: HashMap::new(),
             placement: Placement::default(),
@@ -301,7 +298,6 @@ impl Mesh {
     /// The list of a kind is complete.
     pub fn finish_list(&mut self, cluster: ClusterId, kind: Kind) {
         let cluster = cluster.get();
-        self.list_ended = true;
         let records = self.clusters.entry(cluster).or_default();
         match kind {
             Kind::Identities | Kind::LocalIdentities => {
@@ -472,7 +468,6 @@ impl Mesh {
 
     /// Numbers of nodes: those that what is installed names from now on, without those that nothing names any more.
     fn compute_underlay(&mut self, changes: &mut Changes) {
-        let list_ended = std::mem::take(&mut self.list_ended);
         let underlay = &mut self.topology.underlay;
         if underlay.protocol() == UnderlayProtocol::Ipv6 {
             let addresses = changes.ipcache.iter().filter_map(|(_, value)| Some((*value)?.node_ip));
@@ -480,7 +475,7 @@ impl Mesh {
             let nodes = changes.node.iter().filter_map(|(_, value)| Some((*value)?.number.to_ne_bytes()));
             addresses.chain(prefixes).chain(nodes).for_each(|node_ip| underlay.install(node_ip));
         }
-        if underlay.wants_sweep(list_ended) {
+        if underlay.wants_sweep() {
             let records = self.clusters.values();
             let of_pods = records.flat_map(|records| records.ips.nodes().chain(records.local_ips.nodes()));
             let named = of_pods.chain(self.topology.named()).chain(self.endpoints.node_ip());

@@ -5,7 +5,8 @@
 //! somebody may still name it: they go round, and whoever starts again goes on behind those that it finds installed.
 //!
 //! Records of other clusters name what they like. So a number is installed only once something that is installed names it,
-//! and one that no record names any more goes with the next sweep.
+//! and those that no record names any more go with a sweep once there are some: also after a start, which by itself
+//! changes nothing.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -66,8 +67,6 @@ pub(super) struct Underlay {
     /// Named when it was last looked.
     named: usize,
     is_due: bool,
-    /// Entries that are only known from before.
-    unconfirmed: usize,
     changes: HashMap<UnderlayKey, Option<UnderlayValue>>,
 }
 
@@ -75,8 +74,6 @@ pub(super) struct Underlay {
 struct Entry {
     ip: Ipv6Addr,
     installed: bool,
-    /// Somebody has named it since this began.
-    confirmed: bool,
 }
 
 impl Underlay {
@@ -95,10 +92,10 @@ impl Underlay {
                 continue;
             }
             underlay.numbers.insert(ip, key.number);
-            underlay.entries.insert(key.number, Entry { ip, installed: true, confirmed: false });
+            underlay.entries.insert(key.number, Entry { ip, installed: true });
         }
-        underlay.unconfirmed = underlay.entries.len();
-        underlay.named = underlay.entries.len();
+        let named: HashSet<[u8; 4]> = named.collect();
+        underlay.named = underlay.entries.keys().filter(|number| named.contains(*number)).count();
         let known = underlay.entries.keys().copied().chain(named);
         underlay.last = known.filter_map(place).max().unwrap_or(0);
         underlay
@@ -116,15 +113,11 @@ impl Underlay {
             IpAddr::V6(ip) => ip,
         };
         if let Some(number) = self.numbers.get(&ip) {
-            if let Some(entry) = self.entries.get_mut(number).filter(|entry| !entry.confirmed) {
-                entry.confirmed = true;
-                self.unconfirmed -= 1;
-            }
             return *number;
         }
         let Some(number) = self.free() else { return NOWHERE };
         self.numbers.insert(ip, number);
-        self.entries.insert(number, Entry { ip, installed: false, confirmed: true });
+        self.entries.insert(number, Entry { ip, installed: false });
         number
     }
 
@@ -158,11 +151,9 @@ impl Underlay {
         }
     }
 
-    /// Whether there may be too many numbers that nobody names. `list_ended`: what was restored may be known not to be so.
-    pub(super) fn wants_sweep(&self, list_ended: bool) -> bool {
-        self.is_due
-            || self.entries.len() > self.named + self.named / 2 + LEFTOVERS
-            || list_ended && self.unconfirmed > 0
+    /// Whether there may be too many numbers that nobody names.
+    pub(super) fn wants_sweep(&self) -> bool {
+        self.is_due || self.entries.len() > self.named + self.named / 2 + LEFTOVERS
     }
 
     /// A cluster is gone, with all that it named.
@@ -177,7 +168,6 @@ impl Underlay {
         for number in gone {
             let Some(entry) = self.entries.remove(&number) else { continue };
             self.numbers.remove(&entry.ip);
-            self.unconfirmed -= usize::from(!entry.confirmed);
             if entry.installed {
                 self.changes.insert(UnderlayKey { number }, None);
             }
@@ -291,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_keeps_numbers_and_forgets_those_that_nobody_names() {
+    fn a_restart_keeps_numbers_and_a_sweep_forgets_those_that_nobody_names() {
         let before = vec![
             entry([0, 0, 0, 5], 5),
             entry([0, 0, 0, 9], 9),
@@ -306,12 +296,19 @@ mod tests {
         assert_eq!(installed.len(), 2);
         assert_eq!(underlay.name(ip(9)), [0, 0, 0, 9]);
         assert_eq!(underlay.name(ip(3)), [0, 0, 0, 21], "behind those that are named without being there");
-        assert!(underlay.wants_sweep(true) && !underlay.wants_sweep(false));
+        assert!(!underlay.wants_sweep(), "a few that nobody names do no harm");
         underlay.sweep(&HashSet::from([[0, 0, 0, 9], [0, 0, 0, 21]]));
         follow(&mut underlay, &mut installed);
         assert_eq!(installed.keys().map(|key| key.number).collect::<Vec<_>>(), [[0, 0, 0, 9]]);
-        assert!(!underlay.wants_sweep(true), "all that was there is named");
         assert_eq!(underlay.name(ip(5)), [0, 0, 0, 22], "its old number is not given again");
+    }
+
+    #[test]
+    fn leftovers_do_not_add_up_over_restarts() {
+        let before: Vec<_> = (1..=LEFTOVERS + 3).map(|n| u16::try_from(n).unwrap()).collect();
+        let installed = before.iter().map(|n| entry(u32::from(*n).to_be_bytes(), *n)).collect();
+        let underlay = over_ipv6(installed, &[[0, 0, 0, 1], [0, 0, 0, 1]]);
+        assert!(underlay.wants_sweep(), "one of them is named, however often");
     }
 
     #[test]
@@ -329,7 +326,7 @@ mod tests {
         let mut most = 0;
         for n in 10..2000 {
             underlay.name(ip(n));
-            if underlay.wants_sweep(false) {
+            if underlay.wants_sweep() {
                 underlay.sweep(&HashSet::from([[0, 0, 0, 1]]));
                 most = most.max(underlay.named);
             }
