@@ -8,7 +8,7 @@ use proptest::prelude::*;
 #[test]
 fn every_reason_has_a_name_of_its_own() {
     let names: Vec<_> = (0..=u8::MAX).filter_map(reason::name).collect();
-    assert_eq!(names.len(), 32);
+    assert_eq!(names.len(), 33);
     assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
     assert_eq!(reason::name(reason::POLICY_DENY), Some("policy-deny"));
     assert!(reason::is_drop(reason::INVALID_SOURCE_IP) && !reason::is_drop(reason::POLICY_AUDITED));
