@@ -147,11 +147,8 @@ impl Topology {
         let speaker = Speaker { is_virtual: value.flags & NODE_VIRTUAL != 0 };
         self.address_claims.entry(ip).or_default().insert((value.cluster, None), speaker);
         self.restored.entry(value.cluster).or_default().1.push(ip);
-        let known = NODE_CLEAR | NODE_ENCRYPTED | NODE_VIRTUAL;
-        let wanted = self.node_value(value.cluster, ip, speaker);
-        if value == (NodeValue { flags: value.flags & known, ..wanted }) {
-            self.addresses.insert(ip, value);
-        }
+        // Whatever it says: what is there is corrected, or removed, by what is claimed.
+        self.addresses.insert(ip, value);
         self.dirty_addresses.insert(ip);
         true
     }
