@@ -48,9 +48,7 @@ pub(super) fn attach_cgroup(
         .attach(folder, CgroupAttachMode::Single)
         .and_then(|id| program.take_link(id))
         .map_err(|error| failed(describe(&error)))?;
-    let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
-    link.pin(pin).map_err(|error| failed(error.to_string()))?;
-    Ok(())
+    keep(link, pin).map_err(failed)
 }
 
 /// Attaches to an interface of this network namespace, or replaces the program that is attached there.
@@ -67,9 +65,8 @@ pub(super) fn attach_interface(
         return attach_filter(program, &device, direction).map_err(|error| failed(describe(&error)));
     }
     let descriptor = program.fd().map_err(|error| failed(describe(&error)))?;
-    if replace(pin, &LinkTarget::Interface(interface), descriptor.as_fd())
-        .map_err(|error| failed(error.to_string()))?
-    {
+    let target = LinkTarget::Interface(interface);
+    if replace(pin, &target, descriptor.as_fd()).map_err(|error| failed(error.to_string()))? {
         return Ok(());
     }
     pins::detach(pin)?;
@@ -77,9 +74,16 @@ pub(super) fn attach_interface(
         .attach_with_options(&device, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))
         .and_then(|id| program.take_link(id))
         .map_err(|error| failed(describe(&error)))?;
-    let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
-    link.pin(pin).map_err(|error| failed(error.to_string()))?;
-    Ok(())
+    keep(link, pin).map_err(failed)
+}
+
+/// Pins a link, so that it outlives the agent.
+fn keep<L>(link: L, pin: &Path) -> Result<(), String>
+where
+    FdLink: TryFrom<L, Error: std::fmt::Display>,
+{
+    let link = FdLink::try_from(link).map_err(|error| error.to_string())?;
+    link.pin(pin).map(drop).map_err(|error| error.to_string())
 }
 
 /// Attaches to an interface of this network namespace, ahead of the kernel, or replaces the program that is attached there.
@@ -94,9 +98,8 @@ pub(super) fn attach_xdp(
     let device = sys::interface_name(interface).unwrap_or_else(|_| format!("interface {interface}"));
     let failed = |reason: String| attach_failed(name, &device, reason);
     let descriptor = program.fd().map_err(|error| failed(describe(&error)))?;
-    if replace(pin, &LinkTarget::Interface(interface), descriptor.as_fd())
-        .map_err(|error| failed(error.to_string()))?
-    {
+    let target = LinkTarget::Interface(interface);
+    if replace(pin, &target, descriptor.as_fd()).map_err(|error| failed(error.to_string()))? {
         return Ok(());
     }
     pins::detach(pin)?;
@@ -104,9 +107,7 @@ pub(super) fn attach_xdp(
         .attach_to_if_index(interface, mode)
         .and_then(|id| program.take_link(id))
         .map_err(|error| failed(describe(&error)))?;
-    let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
-    link.pin(pin).map_err(|error| failed(error.to_string()))?;
-    Ok(())
+    keep(link, pin).map_err(failed)
 }
 
 /// Detaches from an interface. One that is gone is fine.
