@@ -67,7 +67,7 @@ pub(crate) fn report(ran: &Ran<'_>, skipped: &mut Vec<String>) -> anyhow::Result
         table.add_row([item.id.clone(), item.proves.clone(), v4, v6.word()]);
         let any = |is: fn(&Verdict) -> bool| both.iter().any(is);
         if any(|verdict| matches!(verdict, Verdict::Failed(_))) {
-            suite.failed += 1;
+            suite.fail(format!("{} ({})", item.id, item.proves));
         } else if any(|verdict| matches!(verdict, Verdict::Passed(_) | Verdict::Partly(..))) {
             // What was only skipped, or is pending, counts as neither.
             suite.passed += 1;

@@ -44,6 +44,7 @@ pub(crate) struct FuzzArgs {
 
 /// How it went with one target.
 pub(crate) struct Outcome {
+    pub(crate) target: String,
     /// None: it holds.
     pub(crate) failure: Option<String>,
     /// Inputs that were tried.
@@ -161,7 +162,7 @@ fn fuzz_one(programs: &Path, target: &str, seconds: u64, seed: u32) -> anyhow::R
         (true, _) => Some("it was built without counters; remove it and build again".to_owned()),
         (false, _) => Some(report(target, &text, &log)),
     };
-    Ok(Outcome { failure, inputs: inputs(&text).unwrap_or(0) })
+    Ok(Outcome { target: target.to_owned(), failure, inputs: inputs(&text).unwrap_or(0) })
 }
 
 /// Adds to the corpus in the repository what was found to reach more.

@@ -7,14 +7,27 @@ pub(crate) struct Suite {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     pub(crate) ignored: usize,
+    /// Names of what failed, as far as they are known.
+    pub(crate) failures: Vec<String>,
 }
 
 impl Suite {
-    /// Takes another one's counts.
+    /// Takes another one's counts, whose failures are to be told from ours.
     pub(crate) fn add(&mut self, other: &Self) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
+        let named = other.failures.iter().map(|failure| match other.name.as_str() {
+            "" => failure.clone(),
+            name => format!("{name}: {failure}"),
+        });
+        self.failures.extend(named);
+    }
+
+    /// Counts something that failed.
+    pub(crate) fn fail(&mut self, what: impl Into<String>) {
+        self.failed += 1;
+        self.failures.push(what.into());
     }
 }
 
@@ -40,6 +53,8 @@ pub(crate) struct Tally {
     current: String,
     pub(crate) suites: Vec<Suite>,
     pub(crate) tests: Vec<Named>,
+    /// How many of the tests are in a suite already.
+    counted: usize,
 }
 
 impl Tally {
@@ -62,12 +77,15 @@ impl Tally {
                     .next()
                     .unwrap_or(0)
             };
+            let failed = self.tests[self.counted..].iter().filter(|test| test.result == "FAILED");
             let suite = Suite {
                 name: self.current.clone(),
                 passed: count("passed"),
                 failed: count("failed"),
                 ignored: count("ignored"),
+                failures: failed.map(|test| test.test.clone()).collect(),
             };
+            self.counted = self.tests.len();
             // Programs without tests are not worth a line.
             if suite.passed + suite.failed + suite.ignored > 0 {
                 self.suites.push(suite);
@@ -97,6 +115,7 @@ mod tests {
             "test result: ok. 41 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.10s",
             "     Running tests/wire.rs (target/debug/deps/wire-0c8beae3d5)",
             "test keys::two_are_one ... FAILED",
+            "test keys::one_is_two ... ok",
             "test slow has been running for over 60 seconds",
             "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s",
             "   Doc-tests xtask",
@@ -104,13 +123,29 @@ mod tests {
         ] {
             tally.line(line);
         }
-        let suite =
-            |name: &str, passed, failed, ignored| Suite { name: name.into(), passed, failed, ignored };
-        assert_eq!(
-            tally.suites,
-            [suite("clustermesh_kvstore src/lib.rs", 41, 0, 2), suite("wire tests/wire.rs", 3, 1, 0)]
-        );
-        let test = "keys::two_are_one".to_owned();
-        assert_eq!(tally.tests, [Named { program: "wire".into(), test, result: "FAILED".into() }]);
+        let suite = |name: &str, passed, failed, ignored, failures: &[&str]| Suite {
+            name: name.into(),
+            passed,
+            failed,
+            ignored,
+            failures: failures.iter().map(|&failure| failure.to_owned()).collect(),
+        };
+        let expected = [
+            suite("clustermesh_kvstore src/lib.rs", 41, 0, 2, &[]),
+            suite("wire tests/wire.rs", 3, 1, 0, &["keys::two_are_one"]),
+        ];
+        assert_eq!(tally.suites, expected);
+        let named = |test: &str, result: &str| Named {
+            program: "wire".into(),
+            test: test.into(),
+            result: result.into(),
+        };
+        assert_eq!(tally.tests, [named("keys::two_are_one", "FAILED"), named("keys::one_is_two", "ok")]);
+
+        let mut sum = Suite { name: "all".into(), ..Suite::default() };
+        tally.suites.iter().for_each(|suite| sum.add(suite));
+        sum.fail("the end");
+        assert_eq!((sum.passed, sum.failed, sum.ignored), (44, 2, 2));
+        assert_eq!(sum.failures, ["wire tests/wire.rs: keys::two_are_one", "the end"]);
     }
 }

@@ -58,6 +58,7 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<bool> {
     for suite in &suites {
         let word = if suite.failed > 0 { "FAIL" } else { "ok  " };
         println!("  {word} {:<44} {:>4} passed, {} failed", suite.name, suite.passed, suite.failed);
+        suite.failures.iter().for_each(|failure| println!("       {failure}"));
         if suite.ignored > 0 {
             skipped.push(format!("{} tests of {}: marked #[ignore]", suite.ignored, suite.name));
         }
@@ -126,7 +127,9 @@ fn crate_tests() -> anyhow::Result<Tally> {
     let status = child.wait()?;
     if !status.success() && tally.suites.iter().all(|suite| suite.failed == 0) {
         // It did not compile, or a test program died before it could say anything.
-        tally.suites.push(Suite { name: "cargo test".into(), failed: 1, ..Suite::default() });
+        let mut suite = Suite { name: "cargo test".into(), ..Suite::default() };
+        suite.fail("it did not compile, or a test program died before it could say anything");
+        tally.suites.push(suite);
     }
     Ok(tally)
 }
@@ -134,9 +137,14 @@ fn crate_tests() -> anyhow::Result<Tally> {
 /// The fuzzer, each target as one test.
 fn fuzzing(seconds: u64) -> anyhow::Result<Suite> {
     let outcomes = fuzz::run_all(seconds)?;
-    let failed = outcomes.iter().filter(|outcome| outcome.failure.is_some()).count();
-    let name = format!("fuzzing, {seconds} s each");
-    Ok(Suite { name, passed: outcomes.len() - failed, failed, ignored: 0 })
+    let mut suite = Suite { name: format!("fuzzing, {seconds} s each"), ..Suite::default() };
+    for fuzz::Outcome { target, failure, .. } in outcomes {
+        match failure {
+            Some(failure) => suite.fail(format!("{target}: {}", failure.lines().next().unwrap_or_default())),
+            None => suite.passed += 1,
+        }
+    }
+    Ok(suite)
 }
 
 /// The scenarios, as one suite.
@@ -148,7 +156,7 @@ fn scenarios(outcomes: &[Outcome], skipped: &mut Vec<String>) -> Suite {
             None if outcome.passed => suite.passed += 1,
             None => {
                 println!("FAIL {}: {}", outcome.name, outcome.error.as_deref().unwrap_or_default());
-                suite.failed += 1;
+                suite.fail(outcome.name.clone());
             }
         }
     }
@@ -160,6 +168,10 @@ fn chaos(minutes: u64) -> anyhow::Result<Suite> {
     let binaries = workspace::build_beside_tests()?;
     let mut command = Command::new(binaries.join("multi-kind-tests"));
     command.current_dir(workspace::root()).args(["chaos", "--minutes", &minutes.to_string()]);
-    let failed = usize::from(shell::run_quietly(&mut command).is_err());
-    Ok(Suite { name: "chaos on the lab".into(), passed: 1 - failed, failed, ignored: 0 })
+    let mut suite = Suite { name: "chaos on the lab".into(), ..Suite::default() };
+    match shell::run_quietly(&mut command) {
+        Ok(()) => suite.passed += 1,
+        Err(error) => suite.fail(format!("{error:#}")),
+    }
+    Ok(suite)
 }

@@ -156,6 +156,7 @@ pub(crate) fn run(args: &VmArgs) -> anyhow::Result<bool> {
             let word = if suite.failed > 0 { "FAIL" } else { "ok  " };
             let name = format!("kernel {}: {}", kernel.series, suite.name);
             println!("  {word} {name:<44} {:>4} passed, {} failed", suite.passed, suite.failed);
+            suite.failures.iter().for_each(|failure| println!("       {failure}"));
         }
         outcome.skipped.iter().for_each(|reason| println!("  SKIPPED on kernel {}: {reason}", kernel.series));
         outcome.problem.iter().for_each(|problem| println!("  FAIL kernel {}: {problem}", kernel.series));
@@ -267,9 +268,13 @@ impl Guest {
         let series = self.kernel.series;
         let mut sum = Suite { name: format!("kernel {series} in a VM"), ..Suite::default() };
         outcome.suites.iter().for_each(|suite| sum.add(suite));
-        sum.failed +=
-            outcome.problem.iter().inspect(|problem| println!("FAIL kernel {series}: {problem}")).count();
-        sum.failed += usize::from(!compare(&[(series.to_owned(), outcome.figures)])?);
+        if let Some(problem) = &outcome.problem {
+            println!("FAIL kernel {series}: {problem}");
+            sum.fail(problem.lines().next().unwrap_or_default());
+        }
+        if !compare(&[(series.to_owned(), outcome.figures)])? {
+            sum.fail("the verifier's figures are not those of docs/verifier.md");
+        }
         Ok(sum)
     }
 }

@@ -53,12 +53,12 @@ impl<'a> Report<'a> {
                 let (_, mut counted, tally) =
                     self.running.take().filter(|(_, counted, _)| counted.name == suite)?;
                 for suite in tally.suites {
-                    counted.add(&suite);
+                    counted.add(&tally::Suite { name: String::new(), ..suite });
                 }
                 // It died before it could say anything, or had nothing to run.
                 let nothing = counted.passed + counted.failed == 0;
                 if nothing || status != 0 && counted.failed == 0 {
-                    counted.failed += 1;
+                    counted.fail(format!("it ended with status {status}, and nothing had failed"));
                 }
                 self.finished.push(counted);
             }
@@ -80,7 +80,9 @@ impl<'a> Report<'a> {
         match self.suites.get(*place)?.kind {
             Kind::Tests => tally.line(line),
             Kind::Scenarios if line.starts_with("PASS  ") => counted.passed += 1,
-            Kind::Scenarios if line.starts_with("FAIL  ") => counted.failed += 1,
+            Kind::Scenarios if line.starts_with("FAIL  ") => {
+                counted.fail(line.split_whitespace().nth(1).unwrap_or_default());
+            }
             Kind::Scenarios => {}
         }
         (!tally::is_noise(line)).then(|| format!("  {line}"))
@@ -91,7 +93,9 @@ impl<'a> Report<'a> {
         let mut all = self.finished;
         for suite in self.suites {
             if !all.iter().any(|other| other.name == suite.name) {
-                all.push(tally::Suite { failed: 1, ..named(&format!("{} (did not end)", suite.name)) });
+                let mut missing = named(&suite.name);
+                missing.fail("it did not end");
+                all.push(missing);
             }
         }
         all
@@ -124,11 +128,17 @@ mod tests {
         report
     }
 
-    /// Name, passed, failed of each suite.
+    /// Name, passed and what failed of each suite.
     #[track_caller]
-    fn assert_counted(report: Report<'_>, expected: &[(&str, usize, usize)]) {
+    fn assert_counted(report: Report<'_>, expected: &[(&str, usize, &[&str])]) {
         let suites = report.into_suites();
-        let counted: Vec<_> = suites.iter().map(|s| (s.name.as_str(), s.passed, s.failed)).collect();
+        let counted: Vec<_> =
+            suites.iter().map(|s| (s.name.as_str(), s.passed, s.failures.clone())).collect();
+        assert!(suites.iter().all(|suite| suite.failed == suite.failures.len()), "{counted:?}");
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|(name, passed, failures)| (*name, *passed, failures.iter().map(|&f| f.into()).collect()))
+            .collect();
         assert_eq!(counted, expected);
     }
 
@@ -150,15 +160,16 @@ mod tests {
                 "FAIL  affinity    1.0 s  about",
                 "@clustermesh-vm@ end lab 1",
                 "@clustermesh-vm@ begin late",
-                "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
-                "@clustermesh-vm@ end late 0",
+                "test too::late ... FAILED",
+                "test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
+                "@clustermesh-vm@ end late 101",
                 "@clustermesh-vm@ done",
             ],
         );
         assert!(report.is_complete());
         assert_eq!(report.figures["cm_from_pod"], 7706);
         assert_eq!(report.skipped, ["links on interfaces: there are none before Linux 6.6"]);
-        assert_counted(report, &[("tables", 7, 0), ("lab", 1, 1), ("late", 1, 0)]);
+        assert_counted(report, &[("tables", 7, &[]), ("lab", 1, &["affinity"]), ("late", 1, &["too::late"])]);
     }
 
     #[test]
@@ -175,6 +186,10 @@ mod tests {
             ],
         );
         assert!(!report.is_complete());
-        assert_counted(report, &[("tables", 0, 1), ("lab", 0, 1), ("late (did not end)", 0, 1)]);
+        let died = |status: i32| format!("it ended with status {status}, and nothing had failed");
+        assert_counted(
+            report,
+            &[("tables", 0, &[&died(101)]), ("lab", 0, &[&died(0)]), ("late", 0, &["it did not end"])],
+        );
     }
 }
