@@ -33,8 +33,6 @@ use crate::serve::{self, ObserveDesk, ServeError, Source};
 const UNDERLAY_MTU: u32 = 1500;
 /// IPv6 packets of this size have to get through, and something has to be left of the underlay.
 const MIN_MTU: u32 = 1280;
-/// IPv6 header, UDP, VXLAN and the inner Ethernet header.
-const VXLAN_OVERHEAD_IPV6: u32 = 70;
 
 /// What the operator decides.
 #[derive(Clone, Debug)]
@@ -358,7 +356,7 @@ impl Node {
                 let here = Here {
                     cluster: options.own.id.get(),
                     node: &options.node_name,
-                    ip: node_ip4,
+                    tunnels: options.tunnels,
                     tunnel_port: kernel.tunnel_port,
                     underlay,
                 };
@@ -443,10 +441,7 @@ async fn mtus(
         None => None,
     };
     let underlay = known.unwrap_or(UNDERLAY_MTU);
-    let left = match tunnels.protocol {
-        UnderlayProtocol::Ipv4 => overlay_mtu(underlay, encryption),
-        UnderlayProtocol::Ipv6 => underlay.saturating_sub(VXLAN_OVERHEAD_IPV6),
-    };
+    let left = overlay_mtu(tunnels.protocol, underlay, encryption);
     if left < MIN_MTU { Err(AgentError::Mtu { underlay, left }) } else { Ok((underlay, left)) }
 }
 

@@ -92,7 +92,7 @@ impl Leftovers {
             let name = device_name(&place.wireguard_device, lane);
             wireguard.extend(netlink.find_wireguard(&name).await?.map(|index| (name, index)));
         }
-        let xfrm = match Xfrm::open(Ipv4Addr::UNSPECIFIED, 0) {
+        let xfrm = match Xfrm::open(Ipv4Addr::UNSPECIFIED.into(), 0) {
             Err(NetlinkError::NoIpsec(_)) => None,
             xfrm => Some(xfrm?),
         };

@@ -175,11 +175,6 @@ enum UnderlayError {
     /// Tunnels would have no end here.
     #[error("--node-ip {ip} is no address on an underlay of --underlay-protocol {family}")]
     NodeIp { ip: IpAddr, family: &'static str },
-    /// Nobody encrypts those.
-    #[error(
-        "--enable-wireguard and --enable-ipsec need an IPv4 underlay: they do not encrypt tunnels over IPv6"
-    )]
-    Encryption,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -297,9 +292,6 @@ impl Flags {
         let wireguard_device = self.encryption.device().to_owned();
         let tunnels = tunnels(self.underlay_protocol, self.node_ip)?;
         let encryption = self.encryption.options(self.tunnel_port)?;
-        if encryption.is_some() && tunnels.protocol == UnderlayProtocol::Ipv6 {
-            return Err(UnderlayError::Encryption.into());
-        }
         let kernel = KernelOptions {
             bpf_root: self.bpf_root,
             cgroup_root: self.cgroup_root,

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use agent_sync::encryption::Lane;
 use agent_sync::encryption::ipsec::{Installed, Way};
+use agent_sync::mesh::UnderlayProtocol;
 use agent_sync::netlink::{
     Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE, Xfrm, XfrmCount,
 };
@@ -174,31 +175,49 @@ fn what_an_agent_made_is_found_and_removed_and_nothing_else() {
     assert!(ns.ip("link show").contains("other"));
 }
 
-/// Another device stands for WireGuard, which not every kernel has.
 #[test]
 fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
-    let ns = Namespace::new("steering");
-    for (device, address) in [("under0", "172.31.1.1/16"), ("wg0", "192.0.2.1/32")] {
+    let nodes = ["172.31.2.1", "172.31.2.2", "172.31.2.3"];
+    check_steering("steering", UnderlayProtocol::Ipv4, ["172.31.1.1", "16"], nodes, "203.0.113.0/24");
+}
+
+#[test]
+fn over_ipv6_they_are_too() {
+    let nodes = ["fd00:172:31::201", "fd00:172:31::202", "fd00:172:31::203"];
+    check_steering("steering6", UnderlayProtocol::Ipv6, ["fd00:172:31::101", "64"], nodes, "2001:db8::/32");
+}
+
+/// Another device stands for WireGuard, which not every kernel has.
+fn check_steering(
+    name: &str,
+    protocol: UnderlayProtocol,
+    [own, length]: [&str; 2],
+    nodes: [&str; 3],
+    foreign: &str,
+) {
+    let ns = Namespace::new(name);
+    let flags = if protocol == UnderlayProtocol::Ipv6 { "nodad" } else { "" };
+    for (device, address) in [("under0", format!("{own}/{length}")), ("wg0", "192.0.2.1/32".to_owned())] {
         ns.ip(&format!("link add {device} type veth peer name {device}p"));
         ns.ip(&format!("link set {device}p up"));
-        ns.ip(&format!("addr add {address} dev {device}"));
+        ns.ip(&format!("addr add {address} dev {device} {flags}"));
         ns.ip(&format!("link set {device} up"));
     }
-    ns.ip("rule add priority 50 to 203.0.113.0/24 lookup main");
+    let family = if protocol == UnderlayProtocol::Ipv6 { "-6" } else { "-4" };
+    ns.ip(&format!("{family} rule add priority 50 to {foreign} lookup main"));
     let device: u32 = ns.ip("-o link show wg0").split(':').next().unwrap().parse().unwrap();
     // Of the four lanes, one is this device.
     let devices = [device + 100, device + 101, device, device + 102];
     let lane = Lane::all().nth(2).unwrap();
     let sealed = Steering::Encrypted(lane);
-    let [encrypted, blocked, plain] =
-        ["172.31.2.1", "172.31.2.2", "172.31.2.3"].map(|ip| ip.parse().unwrap());
-    let way = |node: std::net::Ipv4Addr, port| {
+    let [encrypted, blocked, plain] = nodes.map(|ip| ip.parse().unwrap());
+    let way = |node: IpAddr, port| {
         let to = format!("ip -n {} route get {node} ipproto udp dport {port} 2>&1 || true", ns.0);
         run(&to)
     };
     ns.run(|| async {
         let netlink = Netlink::open().unwrap();
-        let source = Some("172.31.1.1".parse().unwrap());
+        let source = Some(own.parse().unwrap());
         // Twice: what is there already is fine, and so is another kind of route.
         for steering in [Steering::Blocked, sealed, sealed] {
             netlink.steer(&devices, encrypted, Some(steering), source).await.unwrap();
@@ -206,9 +225,13 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         for steering in [sealed, Steering::Blocked] {
             netlink.steer(&devices, blocked, Some(steering), source).await.unwrap();
         }
-        netlink.ensure_rule(9999).await.unwrap();
+        // Of another port, and of another family.
+        netlink.ensure_rule(protocol, 9999).await.unwrap();
+        let other =
+            if protocol == UnderlayProtocol::Ipv6 { UnderlayProtocol::Ipv4 } else { UnderlayProtocol::Ipv6 };
+        netlink.ensure_rule(other, 8472).await.unwrap();
         for _ in 0..2 {
-            netlink.ensure_rule(8472).await.unwrap();
+            netlink.ensure_rule(protocol, 8472).await.unwrap();
         }
         let installed = [(encrypted, sealed), (blocked, Steering::Blocked)];
         assert_eq!(netlink.steered(&devices).await.unwrap(), BTreeMap::from(installed));
@@ -221,7 +244,7 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         assert!(netlink.owned_routes().await.unwrap().is_empty(), "routes of the overlay are others");
 
         let went = way(encrypted, 8472);
-        assert!(went.contains("dev wg0") && went.contains("src 172.31.1.1"), "{went}");
+        assert!(went.contains("dev wg0") && went.contains(&format!("src {own}")), "{went}");
         assert!(way(encrypted, 51871).contains("dev under0"));
         assert!(way(blocked, 8472).contains("No route to host"), "{}", way(blocked, 8472));
         assert!(way(blocked, 51871).contains("dev under0"));
@@ -235,18 +258,22 @@ fn only_tunnel_packets_to_encrypted_nodes_are_steered() {
         netlink.remove_all_steering().await.unwrap();
         assert_eq!(netlink.count_steering().await.unwrap(), (0, 0));
     });
-    let rules = ns.ip("rule show");
-    assert!(rules.contains("203.0.113.0/24") && !rules.contains(&RULE_PRIORITY.to_string()), "{rules}");
+    let rules = ns.ip(&format!("{family} rule show"));
+    assert!(rules.contains(foreign) && !rules.contains(&RULE_PRIORITY.to_string()), "{rules}");
     assert_eq!(TABLE, 51_871, "docs/encryption.md names it");
 }
 
 /// IPsec's policies need nothing of a kernel but `xfrm_user`.
 #[test]
 fn policies_of_ipsec_come_go_and_change_in_place_and_others_are_left_alone() {
-    let ns = Namespace::new("policies");
-    let [own, other, another]: [Ipv4Addr; 3] =
-        ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|ip| ip.parse().unwrap());
-    let foreign = "src 192.0.2.1/32 dst 192.0.2.9/32 proto udp dport 8472 dir out";
+    check_policies("policies", ["192.0.2.1", "192.0.2.2", "192.0.2.3"], "192.0.2.9/32");
+    check_policies("policies6", ["2001:db8::1", "2001:db8::2", "2001:db8::3"], "2001:db8::9/128");
+}
+
+fn check_policies(name: &str, nodes: [&str; 3], third: &str) {
+    let ns = Namespace::new(name);
+    let [own, other, another]: [IpAddr; 3] = nodes.map(|ip| ip.parse().unwrap());
+    let foreign = format!("src {own} dst {third} proto udp dport 8472 dir out");
     ns.ip(&format!("xfrm policy add {foreign} priority 100 action block"));
     ns.run(|| async {
         // Of a life with another port.
@@ -277,7 +304,7 @@ fn policies_of_ipsec_come_go_and_change_in_place_and_others_are_left_alone() {
     }
     ns.run(|| async { Xfrm::open(own, 8472).unwrap().remove_policies().await.unwrap() });
     let left = ns.ip("xfrm policy show");
-    assert!(left.contains("192.0.2.9/32") && !left.contains("192.0.2.2/32"), "{left}");
+    assert!(left.contains(third) && !left.contains(&format!("{other}/")), "{left}");
 }
 
 /// On a kernel with ESP what is made for the trial goes; on one without it an operator is told which part is lacking.
@@ -292,7 +319,7 @@ fn a_kernel_that_can_or_cannot_encrypt_says_so_and_is_left_as_it_was() {
         .unwrap();
     let can = known.status.success();
     ns.run(|| async move {
-        match Xfrm::open(Ipv4Addr::LOCALHOST, 8472).unwrap().check().await {
+        match Xfrm::open(Ipv4Addr::LOCALHOST.into(), 8472).unwrap().check().await {
             Ok(()) => assert!(can),
             Err(error @ NetlinkError::NoIpsec(_)) => {
                 assert!(!can);

@@ -1,7 +1,7 @@
 //! Where the engine leaves what has changed about the ends of tunnels, and their keeper finds it.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -15,7 +15,7 @@ pub struct TunnelBoard(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    changed: Mutex<BTreeMap<Ipv4Addr, Option<TunnelEnd>>>,
+    changed: Mutex<BTreeMap<IpAddr, Option<TunnelEnd>>>,
     news: Notify,
 }
 
@@ -39,7 +39,7 @@ impl TunnelBoard {
         std::mem::take(&mut *self.lock()).into_iter().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Ipv4Addr, Option<TunnelEnd>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<IpAddr, Option<TunnelEnd>>> {
         // Nothing panics while it is held.
         self.0.changed.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use clustermesh_kvstore::record::WireguardKey;
 
@@ -43,8 +43,8 @@ impl fmt::Display for Refused {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
     pub(super) node: NodeName,
-    pub(super) ips: BTreeSet<Ipv4Addr>,
-    pub(super) tunnel_ip: Option<Ipv4Addr>,
+    pub(super) ips: BTreeSet<IpAddr>,
+    pub(super) tunnel_ip: Option<IpAddr>,
 }
 
 /// Who has which key, and who claims one in vain.
@@ -57,10 +57,10 @@ pub(super) struct Claims {
 impl Claims {
     /// Decides over the ends in scope; `own_keys` are nobody else's. `installed` tells whether a key's peer has an address by now.
     pub(super) fn decide<'a>(
-        ends: impl Iterator<Item = (Ipv4Addr, &'a TunnelEnd)>,
+        ends: impl Iterator<Item = (IpAddr, &'a TunnelEnd)>,
         own_cluster: u16,
         own_keys: &[WireguardKey],
-        installed: impl Fn(&WireguardKey, Ipv4Addr) -> bool,
+        installed: impl Fn(&WireguardKey, IpAddr) -> bool,
     ) -> Self {
         let mut claimants: BTreeMap<WireguardKey, BTreeMap<NodeName, Holder>> = BTreeMap::new();
         for (ip, end) in ends {

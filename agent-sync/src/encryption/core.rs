@@ -9,7 +9,7 @@
 //! goes when nothing has come from it for a while.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clustermesh_kvstore::record::WireguardKey;
@@ -47,7 +47,7 @@ pub struct Installed {
     /// Their peers.
     pub peers: BTreeMap<PeerId, WireguardState>,
     /// The table.
-    pub steering: BTreeMap<Ipv4Addr, Steering>,
+    pub steering: BTreeMap<IpAddr, Steering>,
 }
 
 /// Something to do, in this order.
@@ -58,7 +58,7 @@ pub enum Step {
     /// At a device.
     Peers(Lane, Vec<PeerChange>),
     /// In the table: what becomes of tunnel packets to an address; none: they go as they are.
-    Steer(Ipv4Addr, Option<Steering>),
+    Steer(IpAddr, Option<Steering>),
     /// A device without peers goes down.
     Close(Lane),
 }
@@ -81,14 +81,14 @@ pub struct Core {
     scope: Scope,
     strict: bool,
     port: u16,
-    ends: BTreeMap<Ipv4Addr, TunnelEnd>,
+    ends: BTreeMap<IpAddr, TunnelEnd>,
     installed: Installed,
     claims: Claims,
     old: BTreeMap<PeerId, Old>,
     /// Addresses that IPsec encrypts to: nothing is steered there.
-    elsewhere: BTreeSet<Ipv4Addr>,
+    elsewhere: BTreeSet<IpAddr>,
     /// Addresses that it encrypts to until this one does: they are not blocked.
-    yielding: BTreeSet<Ipv4Addr>,
+    yielding: BTreeSet<IpAddr>,
     now: Duration,
 }
 
@@ -106,8 +106,8 @@ struct Old {
 #[derive(Debug, Default)]
 struct Wanted {
     /// None: as it is.
-    endpoint: Option<Ipv4Addr>,
-    allowed: BTreeSet<Ipv4Addr>,
+    endpoint: Option<IpAddr>,
+    allowed: BTreeSet<IpAddr>,
 }
 
 impl Core {
@@ -142,12 +142,12 @@ impl Core {
 
     /// IPsec encrypts to the first addresses by now, and to the second ones until this does. Peers stay for what they
     /// still send.
-    pub fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>, yielding: BTreeSet<Ipv4Addr>) {
+    pub fn set_elsewhere(&mut self, encrypted: BTreeSet<IpAddr>, yielding: BTreeSet<IpAddr>) {
         (self.elsewhere, self.yielding) = (encrypted, yielding);
     }
 
     /// What has to come before packets to an address can be encrypted.
-    pub fn awaited(&self, ip: Ipv4Addr) -> Awaited {
+    pub fn awaited(&self, ip: IpAddr) -> Awaited {
         let is_taken_over = matches!(self.installed.steering.get(&ip), Some(Steering::Encrypted(_)));
         match self.present(ip) {
             _ if self.is_unconfirmed(ip) => Awaited::Node,
@@ -234,7 +234,7 @@ impl Core {
     }
 
     /// Addresses that are still spoken to by the own previous key.
-    pub fn behind(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn behind(&self) -> BTreeSet<IpAddr> {
         let Some(previous) = self.own.previous else { return BTreeSet::new() };
         let by_it = |steering: &Steering| match steering {
             Steering::Encrypted(lane) => lane.own() == Slot::of(&previous),
@@ -245,18 +245,18 @@ impl Core {
     }
 
     /// Addresses to which tunnel packets are encrypted.
-    pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn encrypted(&self) -> BTreeSet<IpAddr> {
         let steering = self.installed.steering.iter();
         steering.filter(|(_, steering)| **steering != Steering::Blocked).map(|(ip, _)| *ip).collect()
     }
 
     /// Where this node's own tunnels end, and so begin.
-    pub fn own_ip(&self) -> Option<Ipv4Addr> {
+    pub fn own_ip(&self) -> Option<IpAddr> {
         self.ends.values().find(|end| self.is_own(end)).and_then(|end| end.node.as_ref()?.tunnel_ip)
     }
 
     /// Ends that are to be encrypted.
-    pub fn ends(&self) -> impl Iterator<Item = (Ipv4Addr, &TunnelEnd)> {
+    pub fn ends(&self) -> impl Iterator<Item = (IpAddr, &TunnelEnd)> {
         self.ends.iter().filter(|(_, end)| self.is_in_scope(end)).map(|(ip, end)| (*ip, end))
     }
 
@@ -317,7 +317,7 @@ impl Core {
     }
 
     /// The present peer of the node at `ip`, if its key counts.
-    fn present(&self, ip: Ipv4Addr) -> Option<PeerId> {
+    fn present(&self, ip: IpAddr) -> Option<PeerId> {
         let key = self.ends.get(&ip).filter(|end| self.is_in_scope(end))?.node.as_ref()?.key?;
         let holder = self.claims.holders.get(&key).filter(|holder| holder.ips.contains(&ip));
         holder.map(|_| (Lane::of(&self.own.key, &key), key))
@@ -333,7 +333,7 @@ impl Core {
         }
         for (id, peer) in &self.installed.peers {
             // What an earlier life knew stays until its cluster's nodes are told; what is old while it is used.
-            let stays = |ip: &Ipv4Addr| self.is_unconfirmed(*ip) || self.is_used_at(id, *ip);
+            let stays = |ip: &IpAddr| self.is_unconfirmed(*ip) || self.is_used_at(id, *ip);
             for ip in peer.allowed.iter().filter(|ip| self.has_key_for(id.0) && stays(ip)) {
                 wanted.entry(*id).or_default().allowed.insert(*ip);
             }
@@ -342,7 +342,7 @@ impl Core {
     }
 
     /// Whether an old peer is still to be there for an address.
-    fn is_used_at(&self, id: &PeerId, ip: Ipv4Addr) -> bool {
+    fn is_used_at(&self, id: &PeerId, ip: IpAddr) -> bool {
         let (Some(old), Some(present)) = (self.old.get(id), self.present(ip)) else { return false };
         // Of two keys in one lane, the new one has the address.
         if id.0 == present.0 || self.now >= old.since + PATIENCE {
@@ -352,7 +352,7 @@ impl Core {
     }
 
     /// Whether this node still speaks in an old lane, or would have to.
-    fn speaks_by(&self, lane: Lane, ip: Ipv4Addr) -> bool {
+    fn speaks_by(&self, lane: Lane, ip: IpAddr) -> bool {
         let steered = self.installed.steering.get(&ip) == Some(&Steering::Encrypted(lane));
         steered || !self.present(ip).is_some_and(|present| self.has_answered(&present))
     }
@@ -366,7 +366,7 @@ impl Core {
         keys.into_iter().flatten().any(|key| Slot::of(&key) == lane.own())
     }
 
-    fn is_unconfirmed(&self, ip: Ipv4Addr) -> bool {
+    fn is_unconfirmed(&self, ip: IpAddr) -> bool {
         self.ends.get(&ip).is_some_and(|end| end.node.is_none() && self.is_in_scope(end))
     }
 
@@ -380,16 +380,13 @@ impl Core {
         // The device at which the peer expects us.
         let port = self.port + u16::from(lane.reversed().number());
         let at_home = |state: &WireguardState| {
-            state.endpoint.is_some_and(|at| match at.ip() {
-                IpAddr::V4(ip) => at.port() == port && wanted.allowed.contains(&ip),
-                IpAddr::V6(_) => false,
-            })
+            state.endpoint.is_some_and(|at| at.port() == port && wanted.allowed.contains(&at.ip()))
         };
         let endpoint = wanted.endpoint.filter(|_| !state.is_some_and(at_home));
         let same = state.is_some_and(|state| state.allowed == wanted.allowed) && endpoint.is_none();
         (!same).then(|| PeerChange::Set {
             key: *key,
-            endpoint: endpoint.map(|ip| SocketAddrV4::new(ip, port)),
+            endpoint: endpoint.map(|ip| SocketAddr::new(ip, port)),
             allowed: wanted.allowed.clone(),
         })
     }
@@ -414,12 +411,7 @@ impl Core {
         steps
     }
 
-    fn steering_of(
-        &self,
-        ip: Ipv4Addr,
-        end: &TunnelEnd,
-        held: &BTreeSet<(Lane, Ipv4Addr)>,
-    ) -> Option<Steering> {
+    fn steering_of(&self, ip: IpAddr, end: &TunnelEnd, held: &BTreeSet<(Lane, IpAddr)>) -> Option<Steering> {
         if self.elsewhere.contains(&ip) {
             return None;
         }
@@ -451,7 +443,7 @@ impl Core {
                 let state = peers.entry((lane, *key)).or_default();
                 state.allowed.clone_from(allowed);
                 if let Some(endpoint) = endpoint {
-                    state.endpoint = Some((*endpoint).into());
+                    state.endpoint = Some(*endpoint);
                 }
             }
             PeerChange::Greet(_) => {}

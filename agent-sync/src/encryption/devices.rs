@@ -3,6 +3,7 @@
 use tracing::warn;
 
 use super::{EncryptionOptions, Installed, Keys, Lane};
+use crate::mesh::UnderlayProtocol;
 use crate::netlink::{Netlink, NetlinkError, PeerChange, Wireguard, WireguardLinks, WireguardSpec};
 
 /// Name of a lane's device.
@@ -32,6 +33,7 @@ impl Devices {
     pub(super) async fn open(
         netlink: Netlink,
         options: &EncryptionOptions,
+        protocol: UnderlayProtocol,
         mtu: u32,
     ) -> Result<Self, NetlinkError> {
         let (mut links, mut wireguard) = (WireguardLinks::default(), Vec::new());
@@ -39,7 +41,10 @@ impl Devices {
             let name = device_name(&options.device, lane);
             links[usize::from(lane.number())] =
                 netlink.ensure_wireguard(&WireguardSpec { name: name.clone(), mtu }).await?;
-            loosen_source_check(&name);
+            match protocol {
+                UnderlayProtocol::Ipv4 => loosen_source_check(&name),
+                UnderlayProtocol::Ipv6 => take_ipv6(&name),
+            }
             wireguard.push((lane, Wireguard::open(&name)?));
         }
         Ok(Self { netlink, links, wireguard, port: options.port })
@@ -128,5 +133,13 @@ fn loosen_source_check(device: &str) {
     let path = format!("/proc/sys/net/ipv4/conf/{device}/rp_filter");
     if let Err(error) = std::fs::write(&path, "2") {
         warn!(%error, path, "cannot loosen the reverse path check: if it is strict, packets that come encrypted are lost");
+    }
+}
+
+/// Nodes may have it off for new devices.
+fn take_ipv6(device: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+    if let Err(error) = std::fs::write(&path, "0") {
+        warn!(%error, path, "cannot switch IPv6 on: if it is off, nothing is encrypted");
     }
 }

@@ -5,7 +5,7 @@
 //! moment: the one that takes over begins before the other one ends.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -16,10 +16,9 @@ use super::announce::PublicKeys;
 use super::ipsec::{IpsecSide, LeftOver, NodeKey};
 use super::rotate::Rotate;
 use super::wireguard_side::WireguardSide;
-use super::{
-    EncryptionOptions, KeyError, Keys, Report, RotateError, TunnelBoard, ipsec, leave_quietly, wireguard_mtu,
-};
+use super::{EncryptionOptions, KeyError, Keys, Report, RotateError, TunnelBoard, ipsec, leave_quietly};
 use crate::engine::Input;
+use crate::mesh::Tunnels;
 use crate::netlink::{Netlink, NetlinkError, WireguardLinks};
 
 /// All is read again this often: others may have changed something, and peers have not answered yet.
@@ -36,7 +35,7 @@ pub struct Keeper {
     ipsec: Option<IpsecSide>,
     /// What IPsec of an earlier life encrypts to, until WireGuard does.
     before: Option<LeftOver>,
-    told: BTreeSet<Ipv4Addr>,
+    told: BTreeSet<IpAddr>,
     announced: watch::Sender<PublicKeys>,
     /// Who asked for the keys that are not announced yet.
     asked: Vec<Rotate>,
@@ -71,8 +70,8 @@ pub struct Here<'a> {
     pub cluster: u16,
     /// Its name.
     pub node: &'a str,
-    /// The source of its tunnel packets; none: the kernel chooses.
-    pub ip: Option<Ipv4Addr>,
+    /// Of its tunnels, and their source; none: the kernel chooses.
+    pub tunnels: Tunnels,
     /// Their UDP port.
     pub tunnel_port: u16,
     /// MTU of the underlay.
@@ -105,20 +104,16 @@ impl Keeper {
     ) -> Result<Self, NetlinkError> {
         let name = (here.cluster, here.node);
         // First, for it leaves nothing if the kernel cannot.
-        let ipsec = match (secrets.ipsec, here.ip) {
+        let ipsec = match (secrets.ipsec, here.tunnels.node_ip) {
             (Some(key), Some(ip)) => Some(IpsecSide::open(options, key, name, ip, here.tunnel_port).await?),
             (Some(_), None) => return Err(NetlinkError::NoNodeIp),
             (None, _) => None,
         };
-        let mtu = wireguard_mtu(here.underlay);
         let wireguard = match secrets.wireguard {
-            Some(keys) => {
-                let port = here.tunnel_port;
-                Some(WireguardSide::open(netlink.clone(), options, keys, name, port, mtu).await?)
-            }
+            Some(keys) => Some(WireguardSide::open(netlink.clone(), options, keys, here).await?),
             None => None,
         };
-        let before = match (&ipsec, here.ip) {
+        let before = match (&ipsec, here.tunnels.node_ip) {
             (None, Some(ip)) => LeftOver::find(ip, here.tunnel_port).await?,
             _ => None,
         };
@@ -149,7 +144,7 @@ impl Keeper {
     }
 
     /// Addresses that packets are encrypted to; at first those of an earlier life.
-    pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn encrypted(&self) -> BTreeSet<IpAddr> {
         let by_wireguard = self.wireguard.iter().flat_map(|side| side.core().encrypted());
         let by_ipsec = self.ipsec.iter().flat_map(|side| side.core().encrypted());
         let before = self.before.iter().flat_map(LeftOver::encrypted);
@@ -306,7 +301,7 @@ impl Keeper {
         self.ipsec.as_mut().map_or(Ok(()), IpsecSide::rotate).map_err(failed)
     }
 
-    fn answer(&mut self, asked: Vec<Ipv4Addr>) {
+    fn answer(&mut self, asked: Vec<IpAddr>) {
         if let Some(side) = &mut self.ipsec {
             side.answer(asked);
         }
@@ -354,7 +349,7 @@ impl Keeper {
     }
 }
 
-async fn hellos(ipsec: Option<&IpsecSide>) -> Vec<Ipv4Addr> {
+async fn hellos(ipsec: Option<&IpsecSide>) -> Vec<IpAddr> {
     match ipsec {
         Some(side) => side.asked().await,
         None => std::future::pending().await,

@@ -30,11 +30,13 @@ mod rotate;
 mod wireguard_side;
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clustermesh_kvstore::record::{IpsecKey, WireguardKey};
+
+use crate::mesh::UnderlayProtocol;
 
 pub use self::core::{Awaited, Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;
@@ -48,12 +50,10 @@ pub use private_key::{KeyError, Keys, PrivateKey, file as key_file, forget as fo
 pub use report::{By, Report, ReportedKey, ReportedPeer, Standing};
 pub use rotate::{Rotate, RotateDesk, RotateError};
 
-/// WireGuard over IPv4 adds a header of 20 bytes, UDP's 8, its own 16, and a tag of 16.
-const WIREGUARD_OVERHEAD: u32 = 60;
-/// VXLAN over IPv4 adds headers of 20, 8, 8 and 14 bytes.
-const VXLAN_OVERHEAD: u32 = 50;
-/// IPv4's header, which ESP in transport mode stays behind.
-const IPV4: u32 = 20;
+/// WireGuard adds UDP's header of 8 bytes, its own of 16, and a tag of 16 to the underlay's IP header.
+const WIREGUARD_OVERHEAD: u32 = 40;
+/// VXLAN adds headers of 8, 8 and 14 bytes to that.
+const VXLAN_OVERHEAD: u32 = 30;
 /// ESP adds a header of 8 bytes, 8 of the counter, and behind the packet a tag of 16.
 const ESP_OVERHEAD: u32 = 32;
 /// And, encrypted, two bytes of what was in there, before which it fills up to this (RFC 4303, section 2.4).
@@ -70,7 +70,7 @@ pub enum Scope {
 }
 
 /// Ends as they are after changes.
-fn merge(ends: &mut BTreeMap<Ipv4Addr, TunnelEnd>, changes: EndChanges) {
+fn merge(ends: &mut BTreeMap<IpAddr, TunnelEnd>, changes: EndChanges) {
     for (ip, end) in changes {
         match end {
             Some(end) => drop(ends.insert(ip, end)),
@@ -79,17 +79,26 @@ fn merge(ends: &mut BTreeMap<Ipv4Addr, TunnelEnd>, changes: EndChanges) {
     }
 }
 
+/// Length of the header that ESP in transport mode stays behind.
+fn ip_header(protocol: UnderlayProtocol) -> u32 {
+    match protocol {
+        UnderlayProtocol::Ipv4 => 20,
+        UnderlayProtocol::Ipv6 => 40,
+    }
+}
+
 /// MTU of the WireGuard devices over an underlay with this one.
-fn wireguard_mtu(underlay: u32) -> u32 {
-    underlay.saturating_sub(WIREGUARD_OVERHEAD)
+fn wireguard_mtu(protocol: UnderlayProtocol, underlay: u32) -> u32 {
+    underlay.saturating_sub(ip_header(protocol) + WIREGUARD_OVERHEAD)
 }
 
 /// What tunnels, and perhaps encryption, leave of an underlay's MTU; of both ways the worse.
-pub fn overlay_mtu(underlay: u32, options: Option<&EncryptionOptions>) -> u32 {
-    let clear = underlay.saturating_sub(VXLAN_OVERHEAD);
-    let by_wireguard = wireguard_mtu(underlay).saturating_sub(VXLAN_OVERHEAD);
-    let sealed = underlay.saturating_sub(IPV4 + ESP_OVERHEAD) / ESP_ALIGNMENT * ESP_ALIGNMENT;
-    let by_ipsec = sealed.saturating_sub(ESP_TRAILER + VXLAN_OVERHEAD - IPV4);
+pub fn overlay_mtu(protocol: UnderlayProtocol, underlay: u32, options: Option<&EncryptionOptions>) -> u32 {
+    let header = ip_header(protocol);
+    let clear = underlay.saturating_sub(header + VXLAN_OVERHEAD);
+    let by_wireguard = wireguard_mtu(protocol, underlay).saturating_sub(header + VXLAN_OVERHEAD);
+    let sealed = underlay.saturating_sub(header + ESP_OVERHEAD) / ESP_ALIGNMENT * ESP_ALIGNMENT;
+    let by_ipsec = sealed.saturating_sub(ESP_TRAILER + VXLAN_OVERHEAD);
     match options {
         Some(EncryptionOptions { wireguard: true, ipsec: true, .. }) => by_wireguard.min(by_ipsec),
         Some(EncryptionOptions { ipsec: true, .. }) => by_ipsec,
@@ -134,7 +143,7 @@ pub struct EndNode {
     /// Its name.
     pub name: String,
     /// Where its tunnels end.
-    pub tunnel_ip: Option<Ipv4Addr>,
+    pub tunnel_ip: Option<IpAddr>,
     /// Its public key for WireGuard, if it has one.
     pub key: Option<WireguardKey>,
     /// And for IPsec.
@@ -142,7 +151,7 @@ pub struct EndNode {
 }
 
 /// Addresses with another end than before; none: no node has it any more.
-pub type EndChanges = Vec<(Ipv4Addr, Option<TunnelEnd>)>;
+pub type EndChanges = Vec<(IpAddr, Option<TunnelEnd>)>;
 
 #[cfg(test)]
 mod tests {
@@ -164,20 +173,27 @@ mod tests {
     }
 
     /// Bytes of the underlay's packet for one of the overlay, in ESP.
-    fn in_esp(overlay: u32) -> u32 {
-        let payload = overlay + VXLAN_OVERHEAD - IPV4 + ESP_TRAILER;
-        IPV4 + payload.next_multiple_of(ESP_ALIGNMENT) + ESP_OVERHEAD
+    fn in_esp(protocol: UnderlayProtocol, overlay: u32) -> u32 {
+        let payload = overlay + VXLAN_OVERHEAD + ESP_TRAILER;
+        ip_header(protocol) + payload.next_multiple_of(ESP_ALIGNMENT) + ESP_OVERHEAD
     }
 
     #[test]
     fn packets_of_the_overlays_size_fit_and_larger_ones_do_not() {
-        assert_eq!(overlay_mtu(1500, None), 1450);
-        assert_eq!(overlay_mtu(1500, Some(&options(true, false))), 1390);
-        assert_eq!(overlay_mtu(1500, Some(&options(false, true))), 1416);
-        assert_eq!(overlay_mtu(1500, Some(&options(true, true))), 1390);
-        for underlay in 1400..1600 {
-            let mtu = overlay_mtu(underlay, Some(&options(false, true)));
-            assert!(in_esp(mtu) <= underlay && in_esp(mtu + 1) > underlay, "{underlay}");
+        let over = |protocol| {
+            [None, Some((true, false)), Some((false, true)), Some((true, true))].map(|which| {
+                let options = which.map(|(wireguard, ipsec)| options(wireguard, ipsec));
+                overlay_mtu(protocol, 1500, options.as_ref())
+            })
+        };
+        assert_eq!(over(UnderlayProtocol::Ipv4), [1450, 1390, 1416, 1390]);
+        assert_eq!(over(UnderlayProtocol::Ipv6), [1430, 1350, 1396, 1350]);
+        for (protocol, underlay) in [UnderlayProtocol::Ipv4, UnderlayProtocol::Ipv6]
+            .into_iter()
+            .flat_map(|protocol| (1400..1600).map(move |underlay| (protocol, underlay)))
+        {
+            let mtu = overlay_mtu(protocol, underlay, Some(&options(false, true)));
+            assert!(in_esp(protocol, mtu) <= underlay && in_esp(protocol, mtu + 1) > underlay, "{underlay}");
         }
     }
 }

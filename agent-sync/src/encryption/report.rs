@@ -1,7 +1,7 @@
 //! What encryption tells of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ipsec::{self, Way};
@@ -77,7 +77,7 @@ pub struct ReportedPeer {
     /// Its name; empty if only an earlier life knew it.
     pub node: String,
     /// One of its underlay addresses.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
     /// How it stands.
     pub standing: Standing,
     /// By which it is, or would be.
@@ -131,7 +131,7 @@ impl Report {
 
     pub(super) fn of_ipsec(core: &ipsec::Core, made: SystemTime) -> Self {
         let behind = core.behind();
-        let mut sums: BTreeMap<Ipv4Addr, (u64, u64, u64)> = BTreeMap::new();
+        let mut sums: BTreeMap<IpAddr, (u64, u64, u64)> = BTreeMap::new();
         for (id, state) in &core.installed().states {
             let (_, sent, _) = sums.entry(id.destination).or_default();
             *sent += state.bytes;
@@ -184,13 +184,13 @@ fn seconds(at: SystemTime) -> u64 {
 }
 
 /// By address: in every lane one at most.
-type States<'a> = BTreeMap<Ipv4Addr, Vec<&'a WireguardState>>;
+type States<'a> = BTreeMap<IpAddr, Vec<&'a WireguardState>>;
 
 fn peer(
     core: &Core,
-    ip: Ipv4Addr,
+    ip: IpAddr,
     end: &TunnelEnd,
-    behind: &BTreeSet<Ipv4Addr>,
+    behind: &BTreeSet<IpAddr>,
     states: &States<'_>,
 ) -> ReportedPeer {
     let node = end.node.as_ref();

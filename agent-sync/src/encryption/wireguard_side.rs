@@ -1,7 +1,7 @@
 //! Makes the kernel's WireGuard follow the [`Core`].
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clustermesh_kvstore::record::WireguardKey;
@@ -10,7 +10,10 @@ use tracing::{info, warn};
 
 use super::devices::Devices;
 use super::rotate::{RotateError, is_due};
-use super::{Core, EncryptionOptions, EndChanges, KeyError, Keys, Own, PrivateKey, Step};
+use super::{
+    Core, EncryptionOptions, EndChanges, Here, KeyError, Keys, Own, PrivateKey, Step, wireguard_mtu,
+};
+use crate::mesh::UnderlayProtocol;
 use crate::netlink::{Netlink, NetlinkError, PeerChange, WireguardLinks};
 
 /// While peers have not answered that were asked a short time ago.
@@ -26,6 +29,7 @@ pub(super) struct WireguardSide {
     devices: Devices,
     rotation: Option<Duration>,
     tunnel_port: u16,
+    protocol: UnderlayProtocol,
     keys: Keys,
     core: Core,
     began: Instant,
@@ -41,11 +45,10 @@ impl WireguardSide {
         netlink: Netlink,
         options: &EncryptionOptions,
         keys: Keys,
-        (cluster, node): (u16, &str),
-        tunnel_port: u16,
-        mtu: u32,
+        Here { cluster, node, tunnels, tunnel_port, underlay }: Here<'_>,
     ) -> Result<Self, NetlinkError> {
-        let devices = Devices::open(netlink.clone(), options, mtu).await?;
+        let mtu = wireguard_mtu(tunnels.protocol, underlay);
+        let devices = Devices::open(netlink.clone(), options, tunnels.protocol, mtu).await?;
         let installed = devices.read(&keys).await?;
         let key = keys.current().public();
         let previous = keys.previous().map(PrivateKey::public);
@@ -54,7 +57,17 @@ impl WireguardSide {
         info!(devices = options.device, %key, peers = core.installed().peers.len(), "WireGuard is there");
         let now = Instant::now();
         let rotation = options.rotation;
-        Ok(Self { netlink, devices, rotation, tunnel_port, keys, core, began: now, patient_until: now })
+        Ok(Self {
+            netlink,
+            devices,
+            rotation,
+            tunnel_port,
+            protocol: tunnels.protocol,
+            keys,
+            core,
+            began: now,
+            patient_until: now,
+        })
     }
 
     pub(super) fn links(&self) -> &WireguardLinks {
@@ -78,7 +91,7 @@ impl WireguardSide {
     }
 
     /// See [`Core::set_elsewhere`].
-    pub(super) fn set_elsewhere(&mut self, encrypted: BTreeSet<Ipv4Addr>, yielding: BTreeSet<Ipv4Addr>) {
+    pub(super) fn set_elsewhere(&mut self, encrypted: BTreeSet<IpAddr>, yielding: BTreeSet<IpAddr>) {
         self.core.set_elsewhere(encrypted, yielding);
     }
 
@@ -86,7 +99,7 @@ impl WireguardSide {
     pub(super) async fn round(&mut self, whole: bool) -> Result<(), NetlinkError> {
         let now = self.began.elapsed();
         if whole {
-            self.netlink.ensure_rule(self.tunnel_port).await?;
+            self.netlink.ensure_rule(self.protocol, self.tunnel_port).await?;
             self.core.observe(self.devices.read(&self.keys).await?, now);
             let greet: Vec<_> = self.core.waiting().collect();
             for (lane, key) in greet {

@@ -5,7 +5,7 @@
 //! step is the driver's choice and changes only how often a key is written.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
@@ -176,7 +176,7 @@ impl Core {
     }
 
     /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted` by now.
-    pub fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<Ipv4Addr>) {
+    pub fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<IpAddr>) {
         self.mesh.require_encryption(scope, encrypted);
     }
 

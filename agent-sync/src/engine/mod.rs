@@ -16,7 +16,7 @@ mod policy_rows;
 mod query;
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,7 +93,7 @@ pub enum Input {
         dead: bool,
     },
     /// This node encrypts what goes to these underlay addresses, and to no others.
-    Encrypted(BTreeSet<Ipv4Addr>),
+    Encrypted(BTreeSet<IpAddr>),
     /// What its exporter states of its kinds; the suffix is the kind's name.
     Digest {
         /// The cluster.
@@ -141,7 +141,7 @@ pub struct Setup {
     /// What policies would drop is counted and passes.
     pub audit_policies: bool,
     /// Between which nodes nothing may go in clear, and to which nodes it does not by now; none: all may.
-    pub strict: Option<(Scope, BTreeSet<Ipv4Addr>)>,
+    pub strict: Option<(Scope, BTreeSet<IpAddr>)>,
     /// None: nobody is let in from outside.
     pub outside: Option<LetIn>,
 }

@@ -9,7 +9,7 @@
 //! those inside the widest prefix around it. So a node costs the same in a mesh of any size.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
     NODE_CLEAR, NODE_ENCRYPTED, NODE_VIRTUAL, NodeKey, NodeValue, PREFIX_VIRTUAL, PrefixKey, PrefixValue,
@@ -36,7 +36,7 @@ pub(super) struct Topology {
     addresses: BTreeMap<IpAddr, NodeValue>,
     encryption: Encryption,
     /// Addresses whose node may be another one, or say something else.
-    ends: BTreeSet<Ipv4Addr>,
+    ends: BTreeSet<IpAddr>,
     /// Clusters whose claim was refused, and for whom.
     refused_prefixes: BTreeMap<(IpNet, u16), u16>,
     refused_addresses: BTreeMap<(IpAddr, u16), u16>,
@@ -55,7 +55,7 @@ pub(super) struct Topology {
 struct Encryption {
     /// None: nothing has to be.
     scope: Option<Scope>,
-    encrypted: BTreeSet<Ipv4Addr>,
+    encrypted: BTreeSet<IpAddr>,
 }
 
 impl Encryption {
@@ -64,10 +64,7 @@ impl Encryption {
         if scope == Scope::Clusters && cluster == own {
             return NODE_CLEAR;
         }
-        match ip {
-            IpAddr::V4(ip) if self.encrypted.contains(&ip) => NODE_ENCRYPTED,
-            _ => 0,
-        }
+        if self.encrypted.contains(&ip) { NODE_ENCRYPTED } else { 0 }
     }
 }
 
@@ -214,7 +211,7 @@ impl Topology {
         }
         for ip in std::mem::take(&mut self.dirty_addresses) {
             drop_empty(&mut self.address_claims, &ip);
-            if let IpAddr::V4(ip) = ip {
+            if self.underlay.protocol().takes(ip) {
                 self.ends.insert(ip);
             }
             self.resolve_address(ip, own, changes);
@@ -222,11 +219,11 @@ impl Topology {
     }
 
     /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted`.
-    pub(super) fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<Ipv4Addr>) {
+    pub(super) fn require_encryption(&mut self, scope: Scope, encrypted: BTreeSet<IpAddr>) {
         let scoped = self.encryption.scope.replace(scope) == Some(scope);
         let before = std::mem::replace(&mut self.encryption.encrypted, encrypted);
         let now = &self.encryption.encrypted;
-        self.dirty_addresses.extend(before.symmetric_difference(now).map(|ip| IpAddr::V4(*ip)));
+        self.dirty_addresses.extend(before.symmetric_difference(now));
         if !scoped {
             self.dirty_addresses.extend(self.addresses.keys());
         }
@@ -234,11 +231,11 @@ impl Topology {
 
     /// Addresses with perhaps another node than when this was asked last, and who it is: its cluster and, unless
     /// only an earlier life knew it, its name.
-    pub(super) fn take_ends(&mut self) -> Vec<(Ipv4Addr, Option<Claimant>)> {
+    pub(super) fn take_ends(&mut self) -> Vec<(IpAddr, Option<Claimant>)> {
         let ends = std::mem::take(&mut self.ends);
-        let node = |ip: Ipv4Addr| {
-            let cluster = self.address_holder(ip.into())?;
-            let claims = self.address_claims.get(&IpAddr::V4(ip))?;
+        let node = |ip: IpAddr| {
+            let cluster = self.address_holder(ip)?;
+            let claims = self.address_claims.get(&ip)?;
             let last = claims.keys().rfind(|(claimant, _)| *claimant == cluster)?;
             Some((cluster, last.1.clone()))
         };

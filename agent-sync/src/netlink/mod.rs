@@ -24,7 +24,7 @@ pub use wireguard::{PeerChange, Wireguard, WireguardDevice, WireguardLinks, Wire
 pub use xfrm::{PRIORITY, REQID, Xfrm, XfrmCount};
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
@@ -92,7 +92,7 @@ pub enum NetlinkError {
     },
     /// The kernel cannot encrypt.
     #[error(
-        "this kernel has no IPsec as it is needed ({0}): load its modules (`modprobe -a xfrm_user esp4 gcm seqiv`), or start the agent without --enable-ipsec"
+        "this kernel has no IPsec as it is needed ({0}): load its modules (`modprobe -a xfrm_user esp4 esp6 gcm seqiv`), or start the agent without --enable-ipsec"
     )]
     NoIpsec(String),
     /// IPsec's associations are between addresses.
@@ -121,6 +121,11 @@ impl Netlink {
         tokio::spawn(connection);
         Ok(Self { handle, dumping: Arc::default() })
     }
+}
+
+/// Length of the prefix that is this address alone.
+fn host_prefix(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { 32 } else { 128 }
 }
 
 fn hint(error: &rtnetlink::Error) -> &'static str {

@@ -1,20 +1,21 @@
 //! Which of the node's tunnel packets WireGuard gets: a rule leads those to the tunnel's UDP port into a table of
 //! our own, which has a route for each node that is to be encrypted. What it has no route for goes on to the
-//! other tables, as if there were no rule.
+//! other tables, as if there were no rule. The rule is one of the underlay's family.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use futures::TryStreamExt as _;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
 use netlink_packet_route::{AddressFamily, IpProtocol};
-use rtnetlink::{IpVersion, RouteMessageBuilder};
+use rtnetlink::IpVersion;
 
-use super::{Netlink, NetlinkError, ROUTE_PROTOCOL, WireguardLinks, errno, libc_errno, request};
+use super::{Netlink, NetlinkError, ROUTE_PROTOCOL, WireguardLinks, errno, host_prefix, libc_errno, request};
 use crate::encryption::Lane;
+use crate::mesh::UnderlayProtocol;
 
 /// The table (`ip route show table 51871`).
 pub const TABLE: u32 = 51_871;
@@ -38,7 +39,7 @@ impl Netlink {
     pub async fn steered(
         &self,
         wireguard: &WireguardLinks,
-    ) -> Result<BTreeMap<Ipv4Addr, Steering>, NetlinkError> {
+    ) -> Result<BTreeMap<IpAddr, Steering>, NetlinkError> {
         let routes = self.steering_routes().await?;
         Ok(routes.iter().filter_map(|route| parse(route, wireguard)).collect())
     }
@@ -51,36 +52,38 @@ impl Netlink {
     pub async fn steer(
         &self,
         wireguard: &WireguardLinks,
-        node: Ipv4Addr,
+        node: IpAddr,
         steering: Option<Steering>,
-        source: Option<Ipv4Addr>,
+        source: Option<IpAddr>,
     ) -> Result<(), NetlinkError> {
         let Some(steering) = steering else {
             // Of whatever kind and scope it is.
-            let any = destination(node).kind(RouteType::Unspec).scope(RouteScope::NoWhere);
-            return self.remove_steering(any.build()).await;
+            let any = route(node, RouteType::Unspec, RouteScope::NoWhere);
+            return self.remove_steering(any).await;
         };
-        let mut route = destination(node);
-        route = match steering {
+        let route = match steering {
             Steering::Encrypted(lane) => {
-                route = route.output_interface(wireguard[usize::from(lane.number())]).scope(RouteScope::Link);
-                source.into_iter().fold(route, |route, source| route.pref_source(source))
+                let mut route = route(node, RouteType::Unicast, RouteScope::Link);
+                route.attributes.push(RouteAttribute::Oif(wireguard[usize::from(lane.number())]));
+                let source = source.filter(|source| source.is_ipv4() == node.is_ipv4());
+                route.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
+                route
             }
-            Steering::Blocked => route.kind(RouteType::Unreachable),
+            Steering::Blocked => route(node, RouteType::Unreachable, RouteScope::Universe),
         };
-        let add = self.handle.route().add(route.build()).replace().execute().await;
+        let add = self.handle.route().add(route).replace().execute().await;
         add.map_err(request(format!("cannot steer tunnel packets to {node}")))
     }
 
-    /// Makes the rule for tunnel packets to UDP `port` if it is missing; removes others of ours.
+    /// Makes the rule for tunnel packets to UDP `port` over an underlay of this family if it is missing; removes others of ours.
     ///
     /// # Errors
     /// The kernel refused.
-    pub async fn ensure_rule(&self, port: u16) -> Result<(), NetlinkError> {
-        let wanted = rule(port);
+    pub async fn ensure_rule(&self, protocol: UnderlayProtocol, port: u16) -> Result<(), NetlinkError> {
+        let wanted = rule(protocol, port);
         let mut found = false;
         for other in self.steering_rules().await? {
-            match is_rule(&other, port) && !found {
+            match is_like(&other, &wanted) && !found {
                 true => found = true,
                 false => self.remove_rule(other).await?,
             }
@@ -128,14 +131,18 @@ impl Netlink {
 
     async fn steering_routes(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let _one_dump = self.dumping.lock().await;
-        let mut filter = RouteMessage::default();
-        filter.header.address_family = AddressFamily::Inet;
-        let mut dump = Box::pin(self.handle.route().get(filter).execute());
         let mut routes = Vec::new();
-        while let Some(route) = dump.try_next().await.map_err(request("cannot list routes"))? {
-            let ours = route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-            if ours && route.attributes.contains(&RouteAttribute::Table(TABLE)) {
-                routes.push(route);
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            let mut dump = Box::pin(self.handle.route().get(filter).execute());
+            while let Some(route) = dump.try_next().await.map_err(request("cannot list routes"))? {
+                // Of IPv6 the kernel also tells what it has learnt of path MTUs by them.
+                let is_route = !route.header.flags.contains(RouteFlags::Cloned);
+                let ours = is_route && route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+                if ours && route.attributes.contains(&RouteAttribute::Table(TABLE)) {
+                    routes.push(route);
+                }
             }
         }
         Ok(routes)
@@ -143,11 +150,13 @@ impl Netlink {
 
     async fn steering_rules(&self) -> Result<Vec<RuleMessage>, NetlinkError> {
         let _one_dump = self.dumping.lock().await;
-        let mut dump = Box::pin(self.handle.rule().get(IpVersion::V4).execute());
         let mut rules = Vec::new();
-        while let Some(rule) = dump.try_next().await.map_err(request("cannot list routing rules"))? {
-            if rule.attributes.contains(&RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL))) {
-                rules.push(rule);
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let mut dump = Box::pin(self.handle.rule().get(version).execute());
+            while let Some(rule) = dump.try_next().await.map_err(request("cannot list routing rules"))? {
+                if rule.attributes.contains(&RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL))) {
+                    rules.push(rule);
+                }
             }
         }
         Ok(rules)
@@ -168,18 +177,22 @@ impl Netlink {
     }
 }
 
-fn destination(node: Ipv4Addr) -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(node, 32)
-        .table_id(TABLE)
-        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+fn route(node: IpAddr, kind: RouteType, scope: RouteScope) -> RouteMessage {
+    let mut route = RouteMessage::default();
+    route.header.address_family = if node.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    route.header.destination_prefix_length = host_prefix(node);
+    (route.header.kind, route.header.scope) = (kind, scope);
+    route.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+    route.attributes = vec![RouteAttribute::Destination(node.into()), RouteAttribute::Table(TABLE)];
+    route
 }
 
-fn parse(route: &RouteMessage, wireguard: &WireguardLinks) -> Option<(Ipv4Addr, Steering)> {
+fn parse(route: &RouteMessage, wireguard: &WireguardLinks) -> Option<(IpAddr, Steering)> {
     let (mut node, mut oif) = (None, None);
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(ip)) => node = Some(*ip),
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => node = Some(IpAddr::V4(*ip)),
+            RouteAttribute::Destination(RouteAddress::Inet6(ip)) => node = Some(IpAddr::V6(*ip)),
             RouteAttribute::Oif(index) => oif = Some(*index),
             _ => {}
         }
@@ -192,13 +205,17 @@ fn parse(route: &RouteMessage, wireguard: &WireguardLinks) -> Option<(Ipv4Addr, 
         }
         _ => return None,
     };
-    node.filter(|_| route.header.destination_prefix_length == 32).map(|node| (node, steering))
+    let length = route.header.destination_prefix_length;
+    node.filter(|node| length == host_prefix(*node)).map(|node| (node, steering))
 }
 
 /// Only what this node sends itself: it routes nobody else's tunnel packets.
-fn rule(port: u16) -> RuleMessage {
+fn rule(protocol: UnderlayProtocol, port: u16) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header.family = AddressFamily::Inet;
+    rule.header.family = match protocol {
+        UnderlayProtocol::Ipv4 => AddressFamily::Inet,
+        UnderlayProtocol::Ipv6 => AddressFamily::Inet6,
+    };
     rule.header.action = RuleAction::ToTable;
     rule.attributes = vec![
         RuleAttribute::Iifname("lo".to_owned()),
@@ -211,8 +228,7 @@ fn rule(port: u16) -> RuleMessage {
     rule
 }
 
-fn is_rule(found: &RuleMessage, port: u16) -> bool {
-    let wanted = rule(port);
-    found.header.action == wanted.header.action
+fn is_like(found: &RuleMessage, wanted: &RuleMessage) -> bool {
+    (found.header.family, found.header.action) == (wanted.header.family, wanted.header.action)
         && wanted.attributes.iter().all(|attribute| found.attributes.contains(attribute))
 }

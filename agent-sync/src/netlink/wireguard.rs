@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use clustermesh_kvstore::record::WireguardKey;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -18,7 +18,7 @@ use netlink_packet_wireguard::{
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkWireguard};
 
-use super::{Netlink, NetlinkError, errno, libc_errno, request};
+use super::{Netlink, NetlinkError, errno, host_prefix, libc_errno, request};
 use crate::encryption::Lane;
 
 /// Of the device, on every node: nobody speaks to it.
@@ -34,7 +34,7 @@ pub type WireguardLinks = [u32; Lane::COUNT as usize];
 pub struct WireguardSpec {
     /// Device name, at most 15 bytes.
     pub name: String,
-    /// MTU of the device: the underlay's less 60 bytes of WireGuard over IPv4.
+    /// MTU of the device: the underlay's less what WireGuard adds.
     pub mtu: u32,
 }
 
@@ -54,8 +54,8 @@ pub struct WireguardDevice {
 pub struct WireguardState {
     /// Where packets to it go.
     pub endpoint: Option<SocketAddr>,
-    /// Addresses that are its own. Prefixes that are no single IPv4 addresses are left out.
-    pub allowed: BTreeSet<Ipv4Addr>,
+    /// Addresses that are its own. Prefixes that are no single addresses are left out.
+    pub allowed: BTreeSet<IpAddr>,
     /// When the last handshake was complete, in seconds since the Unix epoch; 0: never.
     pub handshake: u64,
     /// Bytes from it, decrypted.
@@ -72,9 +72,9 @@ pub enum PeerChange {
         /// Its public key.
         key: WireguardKey,
         /// Where packets to it go; none: as it is.
-        endpoint: Option<SocketAddrV4>,
+        endpoint: Option<SocketAddr>,
         /// Its addresses, all of them. Those that another peer had go over to it in one step.
-        allowed: BTreeSet<Ipv4Addr>,
+        allowed: BTreeSet<IpAddr>,
     },
     /// A handshake is asked for now, though nothing is to be sent.
     Greet(WireguardKey),
@@ -309,7 +309,7 @@ impl PeerChange {
         };
         match self {
             Self::Set { key, endpoint, allowed } => {
-                let endpoint = endpoint.map(|at| WireguardPeerAttribute::Endpoint(at.into()));
+                let endpoint = endpoint.map(|at| WireguardPeerAttribute::Endpoint(at));
                 let allowed = allowed.iter().map(|ip| allowed_ip(*ip)).collect();
                 let allowed = WireguardPeerAttribute::AllowedIps(allowed);
                 let more = endpoint.into_iter().chain([allowed]).collect();
@@ -327,20 +327,25 @@ impl PeerChange {
     }
 }
 
-fn allowed_ip(ip: Ipv4Addr) -> WireguardAllowedIp {
+fn allowed_ip(ip: IpAddr) -> WireguardAllowedIp {
+    let family = if ip.is_ipv4() { WireguardAddressFamily::Ipv4 } else { WireguardAddressFamily::Ipv6 };
     WireguardAllowedIp(vec![
-        WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv4),
-        WireguardAllowedIpAttr::IpAddr(ip.into()),
-        WireguardAllowedIpAttr::Cidr(32),
+        WireguardAllowedIpAttr::Family(family),
+        WireguardAllowedIpAttr::IpAddr(ip),
+        WireguardAllowedIpAttr::Cidr(host_prefix(ip)),
     ])
 }
 
-fn address(allowed: &WireguardAllowedIp) -> Option<Ipv4Addr> {
-    let single = allowed.iter().any(|attribute| matches!(attribute, WireguardAllowedIpAttr::Cidr(32)));
-    allowed.iter().find_map(|attribute| match attribute {
-        WireguardAllowedIpAttr::IpAddr(IpAddr::V4(ip)) if single => Some(*ip),
-        _ => None,
-    })
+fn address(allowed: &WireguardAllowedIp) -> Option<IpAddr> {
+    let (mut ip, mut length) = (None, None);
+    for attribute in allowed.iter() {
+        match attribute {
+            WireguardAllowedIpAttr::IpAddr(address) => ip = Some(*address),
+            WireguardAllowedIpAttr::Cidr(bits) => length = Some(*bits),
+            _ => {}
+        }
+    }
+    ip.filter(|ip| length == Some(host_prefix(*ip)))
 }
 
 #[cfg(test)]
@@ -365,13 +370,13 @@ mod tests {
 
     #[test]
     fn a_peer_in_several_messages_is_one() {
-        let [a, b]: [Ipv4Addr; 2] = [[172, 31, 2, 1].into(), [172, 31, 2, 2].into()];
+        let [a, b]: [IpAddr; 2] = [[172, 31, 2, 1].into(), [0xfd00, 0, 0, 0, 0, 0, 2, 2].into()];
         let part = |ip, more: Vec<WireguardPeerAttribute>| {
             let key = WireguardPeerAttribute::PublicKey(*key(7).bytes());
             let allowed = WireguardPeerAttribute::AllowedIps(vec![allowed_ip(ip)]);
             WireguardAttribute::Peers(vec![WireguardPeer([vec![key, allowed], more].concat())])
         };
-        let at = "172.31.2.1:51871".parse().unwrap();
+        let at = "[fd00::2:2]:51871".parse().unwrap();
         let handshake = WireguardTimeSpec { seconds: 1_800_000_000, nano_seconds: 5 };
         let more = vec![
             WireguardPeerAttribute::Endpoint(at),
@@ -399,6 +404,12 @@ mod tests {
             WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv4),
             WireguardAllowedIpAttr::IpAddr("10.0.0.0".parse().unwrap()),
             WireguardAllowedIpAttr::Cidr(8),
+        ]);
+        assert_eq!(address(&net), None);
+        let net = WireguardAllowedIp(vec![
+            WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv6),
+            WireguardAllowedIpAttr::IpAddr("fd00::".parse().unwrap()),
+            WireguardAllowedIpAttr::Cidr(32),
         ]);
         assert_eq!(address(&net), None);
         assert_eq!(address(&allowed_ip([10, 0, 0, 1].into())), Some([10, 0, 0, 1].into()));

@@ -4,23 +4,23 @@
 //! Policies are about UDP packets from one address to another, so that the kernel finds each by a hash of both.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::StreamExt as _;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_xfrm::policy::{DelGetMessage as PolicyId, ModifyMessage as Policy};
 use netlink_packet_xfrm::state::{DelGetMessage as StateName, GetDumpMessage, ModifyMessage as State};
 use netlink_packet_xfrm::{
-    AF_INET, AlgAead, IPPROTO_ESP, IPPROTO_UDP, ReplayEsn, Selector, UserPolicyId, UserPolicyInfo, UserSaId,
-    UserSaInfo, UserTemplate, XFRM_ALG_AEAD_NAME_LEN, XFRM_MODE_TRANSPORT, XFRM_POLICY_ALLOW,
-    XFRM_POLICY_BLOCK, XFRM_POLICY_OUT, XFRM_STATE_ESN, XfrmAttrs, XfrmMessage,
+    AF_INET, AF_INET6, Address, AlgAead, IPPROTO_ESP, IPPROTO_UDP, ReplayEsn, Selector, UserPolicyId,
+    UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XFRM_ALG_AEAD_NAME_LEN, XFRM_MODE_TRANSPORT,
+    XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK, XFRM_POLICY_OUT, XFRM_STATE_ESN, XfrmAttrs, XfrmMessage,
 };
 use rtnetlink::proto::{ConnectionHandle, new_connection};
 use rtnetlink::sys::SocketAddr;
 use rtnetlink::sys::protocols::NETLINK_XFRM;
 use tokio::sync::Mutex;
 
-use super::{NetlinkError, libc_errno};
+use super::{NetlinkError, host_prefix, libc_errno};
 use crate::encryption::ipsec::{Association, HELLO_PORT, Installed, StateId, StateUse, Way};
 
 /// Of all our states (`ip xfrm state list reqid 1129136535`): `CM`, and the number of our routes.
@@ -39,15 +39,15 @@ const WINDOW: u32 = 2048;
 const DECRYPTED: u32 = 0x0d00;
 /// The part of a mark that is ours.
 const MARK_BITS: u32 = 0x0f00;
-/// Of an association that is made only to see whether the kernel can: from the node to itself.
-const TRIAL: StateId = StateId { source: Ipv4Addr::LOCALHOST, destination: Ipv4Addr::LOCALHOST, spi: 0x197 };
+/// SPI of an association that is made only to see whether the kernel can: from the node to itself.
+const TRIAL: u32 = 0x197;
 
 /// A connection about states and policies of this network namespace.
 pub struct Xfrm {
     handle: ConnectionHandle<XfrmMessage>,
     /// A netlink socket carries one dump at a time.
     dumping: Mutex<()>,
-    own: Ipv4Addr,
+    own: IpAddr,
     port: u16,
 }
 
@@ -72,7 +72,7 @@ impl Xfrm {
     ///
     /// # Errors
     /// [`NetlinkError::NoIpsec`] if the kernel has none, [`NetlinkError::Open`].
-    pub fn open(own: Ipv4Addr, port: u16) -> Result<Self, NetlinkError> {
+    pub fn open(own: IpAddr, port: u16) -> Result<Self, NetlinkError> {
         let (connection, handle, _) =
             new_connection(NETLINK_XFRM).map_err(|error| match error.raw_os_error() {
                 Some(libc_errno::EPROTONOSUPPORT) => NetlinkError::NoIpsec("no module xfrm_user".into()),
@@ -87,13 +87,18 @@ impl Xfrm {
     /// # Errors
     /// [`NetlinkError::NoIpsec`] if the kernel cannot, or what else it refused.
     pub async fn check(&self) -> Result<(), NetlinkError> {
+        let (here, module) = match self.own {
+            IpAddr::V4(_) => (IpAddr::from(Ipv4Addr::LOCALHOST), "esp4"),
+            IpAddr::V6(_) => (IpAddr::from(Ipv6Addr::LOCALHOST), "esp6"),
+        };
+        let trial = StateId { source: here, destination: here, spi: TRIAL };
         // Of a life that ended in between.
-        self.remove(TRIAL).await?;
-        match self.call(XfrmMessage::AddSa(state(&TRIAL, &[0; 36], true)), NLM_F_ACK).await {
-            Ok(_) => self.remove(TRIAL).await,
+        self.remove(trial).await?;
+        match self.call(XfrmMessage::AddSa(state(&trial, &[0; 36], true)), NLM_F_ACK).await {
+            Ok(_) => self.remove(trial).await,
             Err(error) => Err(match error.raw_os_error() {
                 Some(libc_errno::EPERM | libc_errno::EACCES) => refused("cannot add an IPsec state")(error),
-                Some(libc_errno::EPROTONOSUPPORT) => NetlinkError::NoIpsec("no module esp4".into()),
+                Some(libc_errno::EPROTONOSUPPORT) => NetlinkError::NoIpsec(format!("no module {module}")),
                 Some(libc_errno::ENOSYS | libc_errno::ENOENT) => {
                     NetlinkError::NoIpsec("no rfc4106(gcm(aes)): modules gcm, seqiv, ctr and an aes".into())
                 }
@@ -113,7 +118,7 @@ impl Xfrm {
             if !self.is_current(&selector) {
                 continue;
             }
-            let to = selector.daddr.to_ipv4();
+            let Some(to) = ip(selector.daddr, selector.family) else { continue };
             match (selector.dport, way) {
                 (HELLO_PORT, Way::Encrypted(spi)) => drop(installed.hellos.insert(to, spi)),
                 _ => drop(installed.ways.insert(to, way)),
@@ -155,7 +160,7 @@ impl Xfrm {
     /// What the kernel refused.
     pub async fn remove(&self, id: StateId) -> Result<(), NetlinkError> {
         let mut name = UserSaId { spi: id.spi, proto: IPPROTO_ESP, ..UserSaId::default() };
-        name.destination(&id.destination.into());
+        name.destination(&id.destination);
         let message = XfrmMessage::DeleteSa(StateName { user_sa_id: name, nlas: Vec::new() });
         match self.call(message, NLM_F_ACK).await {
             Err(error) if error.raw_os_error() == Some(libc_errno::ESRCH) => Ok(()),
@@ -167,16 +172,16 @@ impl Xfrm {
     ///
     /// # Errors
     /// What the kernel refused.
-    pub async fn steer(&self, node: Ipv4Addr, way: Option<Way>) -> Result<(), NetlinkError> {
-        self.set_policy(self.selector(node, self.port), way).await
+    pub async fn steer(&self, node: IpAddr, way: Option<Way>) -> Result<(), NetlinkError> {
+        self.set_policy(node, self.port, way).await
     }
 
     /// Sets by which association a hello to `node` goes.
     ///
     /// # Errors
     /// What the kernel refused.
-    pub async fn greet(&self, node: Ipv4Addr, spi: Option<u32>) -> Result<(), NetlinkError> {
-        self.set_policy(self.selector(node, HELLO_PORT), spi.map(Way::Encrypted)).await
+    pub async fn greet(&self, node: IpAddr, spi: Option<u32>) -> Result<(), NetlinkError> {
+        self.set_policy(node, HELLO_PORT, spi.map(Way::Encrypted)).await
     }
 
     /// # Errors
@@ -207,13 +212,14 @@ impl Xfrm {
         Ok(())
     }
 
-    async fn set_policy(&self, selector: Selector, way: Option<Way>) -> Result<(), NetlinkError> {
+    async fn set_policy(&self, node: IpAddr, port: u16, way: Option<Way>) -> Result<(), NetlinkError> {
+        let selector = Selector { dport: port, dport_mask: u16::MAX, ..between(self.own, node) };
         match way {
             None => self.remove_policy(selector).await,
             Some(way) => {
                 let message = XfrmMessage::UpdatePolicy(policy(selector, way));
-                let what = || format!("cannot set the IPsec policy to {}", selector.daddr.to_ipv4());
-                self.call(message, NLM_F_ACK).await.map(drop).map_err(|source| refused(what())(source))
+                let set = self.call(message, NLM_F_ACK).await.map(drop);
+                set.map_err(refused(format!("cannot set the IPsec policy to {node}")))
             }
         }
     }
@@ -256,22 +262,28 @@ impl Xfrm {
         Ok(messages)
     }
 
-    fn selector(&self, node: Ipv4Addr, port: u16) -> Selector {
-        Selector { dport: port, dport_mask: u16::MAX, ..between(self.own, node) }
-    }
-
     /// What this life has policies about.
     fn is_current(&self, selector: &Selector) -> bool {
-        selector.saddr.to_ipv4() == self.own && [self.port, HELLO_PORT].contains(&selector.dport)
+        ip(selector.saddr, selector.family) == Some(self.own)
+            && [self.port, HELLO_PORT].contains(&selector.dport)
     }
 }
 
 /// UDP packets from one address to the other.
-fn between(source: Ipv4Addr, destination: Ipv4Addr) -> Selector {
+fn between(source: IpAddr, destination: IpAddr) -> Selector {
     let mut selector = Selector { proto: IPPROTO_UDP, ..Selector::default() };
-    selector.source_prefix(&source.into(), 32);
-    selector.destination_prefix(&destination.into(), 32);
+    selector.source_prefix(&source, host_prefix(source));
+    selector.destination_prefix(&destination, host_prefix(destination));
     selector
+}
+
+/// An address of this family.
+fn ip(address: Address, family: u16) -> Option<IpAddr> {
+    match family {
+        AF_INET => Some(address.to_ipv4().into()),
+        AF_INET6 => Some(address.to_ipv6().into()),
+        _ => None,
+    }
 }
 
 fn state(id: &StateId, key: &[u8; 36], inbound: bool) -> State {
@@ -283,8 +295,8 @@ fn state(id: &StateId, key: &[u8; 36], inbound: bool) -> State {
         flags: XFRM_STATE_ESN,
         ..UserSaInfo::default()
     };
-    info.source(&id.source.into());
-    info.destination(&id.destination.into());
+    info.source(&id.source);
+    info.destination(&id.destination);
     (info.id.spi, info.id.proto) = (id.spi, IPPROTO_ESP);
     let mut alg_name = [0; XFRM_ALG_AEAD_NAME_LEN];
     alg_name[..ALGORITHM.len()].copy_from_slice(ALGORITHM);
@@ -322,8 +334,9 @@ fn policy(selector: Selector, way: Way) -> Policy {
             info.action = XFRM_POLICY_ALLOW;
             let mut template =
                 UserTemplate { reqid: REQID, mode: XFRM_MODE_TRANSPORT, ..UserTemplate::default() };
-            template.source(&selector.saddr.to_ipv4().into());
-            template.destination(&selector.daddr.to_ipv4().into());
+            // As the selector has them.
+            (template.saddr, template.id.daddr) = (selector.saddr, selector.daddr);
+            template.family = selector.family;
             template.protocol(IPPROTO_ESP);
             template.spi(spi);
             vec![XfrmAttrs::Template(vec![template])]
@@ -334,12 +347,12 @@ fn policy(selector: Selector, way: Way) -> Policy {
 
 fn parse_state(message: &XfrmMessage) -> Option<(StateId, StateUse)> {
     let XfrmMessage::AddSa(State { user_sa_info: info, nlas }) = message else { return None };
-    let ours = info.reqid == REQID && info.family == AF_INET && info.id.proto == IPPROTO_ESP;
+    let ours = info.reqid == REQID && info.id.proto == IPPROTO_ESP;
     let last = nlas.iter().find_map(|attribute| match attribute {
         XfrmAttrs::LastUsed(at) => Some(*at),
         _ => None,
     });
-    let (source, destination) = (info.saddr.to_ipv4(), info.id.daddr.to_ipv4());
+    let (source, destination) = (ip(info.saddr, info.family)?, ip(info.id.daddr, info.family)?);
     let now = info.lifetime_cur;
     ours.then_some((
         StateId { source, destination, spi: info.id.spi },
@@ -351,7 +364,10 @@ fn parse_state(message: &XfrmMessage) -> Option<(StateId, StateUse)> {
 fn parse_policy(message: &XfrmMessage) -> Option<Found> {
     let XfrmMessage::AddPolicy(Policy { user_policy_info: info, nlas }) = message else { return None };
     let selector = info.selector;
-    let exact = selector.family == AF_INET && selector.prefixlen_s == 32 && selector.prefixlen_d == 32;
+    let ends = [(selector.saddr, selector.prefixlen_s), (selector.daddr, selector.prefixlen_d)];
+    let exact = ends
+        .iter()
+        .all(|(address, length)| ip(*address, selector.family).is_some_and(|ip| *length == host_prefix(ip)));
     if info.priority != PRIORITY
         || info.direction != XFRM_POLICY_OUT
         || selector.proto != IPPROTO_UDP
@@ -381,8 +397,9 @@ mod tests {
 
     use super::*;
 
-    const A: Ipv4Addr = Ipv4Addr::new(172, 31, 1, 1);
-    const B: Ipv4Addr = Ipv4Addr::new(172, 31, 2, 1);
+    const V4: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 31, 1, 1), Ipv4Addr::new(172, 31, 2, 1)];
+    const V6: [Ipv6Addr; 2] =
+        [Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 1, 1), Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 2, 1)];
 
     /// Through bytes, as the kernel would give it.
     fn told(message: XfrmMessage) -> (XfrmMessage, Vec<u8>) {
@@ -393,20 +410,30 @@ mod tests {
 
     #[test]
     fn a_state_is_read_as_it_was_written_and_its_numbers_are_where_the_kernel_looks() {
-        let id = StateId { source: A, destination: B, spi: 0x0102_0304 };
-        let (message, bytes) = told(XfrmMessage::AddSa(state(&id, &[7; 36], true)));
-        assert_eq!(parse_state(&message), Some((id, StateUse::default())));
-        // struct xfrm_usersa_info: the selector has 56 bytes, then destination and SPI, in network order.
-        assert_eq!((&bytes[56..60], &bytes[72..76]), (&B.octets()[..], &[1, 2, 3, 4][..]));
-        let XfrmMessage::AddSa(mut other) = message else { unreachable!() };
-        other.user_sa_info.reqid = 1;
-        assert_eq!(parse_state(&XfrmMessage::AddSa(other)), None, "somebody else's");
+        let spi = 0x0102_0304;
+        let ids = [V4.map(IpAddr::from), V6.map(IpAddr::from)].map(|[source, destination]| StateId {
+            source,
+            destination,
+            spi,
+        });
+        let octets = [&V4[1].octets()[..], &V6[1].octets()];
+        for (id, octets) in ids.into_iter().zip(octets) {
+            let (message, bytes) = told(XfrmMessage::AddSa(state(&id, &[7; 36], true)));
+            assert_eq!(parse_state(&message), Some((id, StateUse::default())));
+            // struct xfrm_usersa_info: the selector has 56 bytes, then destination and SPI, in network order.
+            assert_eq!((&bytes[56..56 + octets.len()], &bytes[72..76]), (octets, &[1, 2, 3, 4][..]));
+            let XfrmMessage::AddSa(mut other) = message else { unreachable!() };
+            other.user_sa_info.reqid = 1;
+            assert_eq!(parse_state(&XfrmMessage::AddSa(other)), None, "somebody else's");
+        }
     }
 
     #[test]
     fn a_policy_is_read_as_it_was_written_and_others_are_not_ours() {
-        let selector = Selector { dport: 8472, dport_mask: u16::MAX, ..between(A, B) };
-        for way in [Way::Blocked, Way::Encrypted(0x1234_5678)] {
+        let ends = [V4.map(IpAddr::from), V6.map(IpAddr::from)];
+        let ways = [Way::Blocked, Way::Encrypted(0x1234_5678)];
+        for ([from, to], way) in ends.into_iter().flat_map(|ends| ways.map(|way| (ends, way))) {
+            let selector = Selector { dport: 8472, dport_mask: u16::MAX, ..between(from, to) };
             let (message, bytes) = told(XfrmMessage::AddPolicy(policy(selector, way)));
             let found = parse_policy(&message).unwrap();
             assert_eq!((found.selector, found.way), (selector, way));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ use crate::Output;
 const ALL: u16 = 3;
 const ETHERNET: usize = 14;
 const UDP: u8 = 17;
+/// Header of an IPv6 fragment (RFC 8200, section 4.5).
+const FRAGMENT: u8 = 44;
 /// A frame that segmentation has not cut yet.
 const LONGEST: usize = 1 << 17;
 /// The socket's buffer: what comes while the processor is elsewhere.
@@ -35,11 +37,11 @@ pub(crate) struct CaptureArgs {
     output: Output,
 }
 
-/// Packets between two addresses, IPv4 only.
+/// Packets between two addresses.
 #[derive(Serialize)]
 struct Flow {
-    source: Ipv4Addr,
-    destination: Ipv4Addr,
+    source: IpAddr,
+    destination: IpAddr,
     /// Of IP: 17 is UDP, 50 is ESP.
     protocol: u8,
     /// UDP's destination port; 0: no UDP, or a later fragment.
@@ -50,7 +52,7 @@ struct Flow {
 }
 
 /// Source, destination, protocol, UDP port.
-type Ends = (Ipv4Addr, Ipv4Addr, u8, u16);
+type Ends = (IpAddr, IpAddr, u8, u16);
 
 pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
     let seconds = Duration::try_from_secs_f64(args.seconds).context("--seconds is out of range")?;
@@ -85,7 +87,7 @@ pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
     match args.output {
         Output::Text => flows.for_each(|flow| {
             println!(
-                "{} > {}:{} protocol {}  {} packets, {} marked",
+                "{} > {} port {} protocol {}  {} packets, {} marked",
                 flow.source, flow.destination, flow.port, flow.protocol, flow.packets, flow.marked
             );
         }),
@@ -96,19 +98,44 @@ pub(crate) fn run(args: &CaptureArgs) -> anyhow::Result<ExitCode> {
 
 /// Of the outer headers.
 fn ends(frame: &[u8]) -> Option<Ends> {
-    let ethertype = frame.get(12..14)?;
     let packet = frame.get(ETHERNET..)?;
-    if ethertype != [8, 0] || packet.len() < 20 || packet[0] >> 4 != 4 {
-        return None;
+    match (frame.get(12..14)?, packet.first()? >> 4) {
+        ([0x08, 0x00], 4) => ends_of_ipv4(packet),
+        ([0x86, 0xdd], 6) => ends_of_ipv6(packet),
+        _ => None,
     }
-    let address = |at: usize| Ipv4Addr::new(packet[at], packet[at + 1], packet[at + 2], packet[at + 3]);
+}
+
+fn ends_of_ipv4(packet: &[u8]) -> Option<Ends> {
+    let address = |at: usize| Some(Ipv4Addr::from(*packet.get(at..)?.first_chunk::<4>()?).into());
+    let (source, destination) = (address(12)?, address(16)?);
     let header = usize::from(packet[0] & 15) * 4;
     let later_fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff != 0;
-    let port = match packet.get(header + 2..header + 4) {
-        Some(port) if packet[9] == UDP && !later_fragment => u16::from_be_bytes([port[0], port[1]]),
-        _ => 0,
+    let protocol = packet[9];
+    let port = if later_fragment { 0 } else { udp_port(protocol, packet.get(header..)) };
+    Some((source, destination, protocol, port))
+}
+
+fn ends_of_ipv6(packet: &[u8]) -> Option<Ends> {
+    let address = |at: usize| Some(Ipv6Addr::from(*packet.get(at..)?.first_chunk::<16>()?).into());
+    let (source, destination) = (address(8)?, address(24)?);
+    let payload = packet.get(40..);
+    let (protocol, port) = match (packet[6], payload.and_then(|payload| payload.first_chunk::<8>())) {
+        (FRAGMENT, Some(&[protocol, _, high, low, ..])) => {
+            let later_fragment = u16::from_be_bytes([high, low]) >> 3 != 0;
+            (protocol, if later_fragment { 0 } else { udp_port(protocol, packet.get(48..)) })
+        }
+        (protocol, _) => (protocol, udp_port(protocol, payload)),
     };
-    Some((address(12), address(16), packet[9], port))
+    Some((source, destination, protocol, port))
+}
+
+/// The port that a packet of UDP goes to.
+fn udp_port(protocol: u8, header: Option<&[u8]>) -> u16 {
+    match header.and_then(|header| header.get(2..4)) {
+        Some(port) if protocol == UDP => u16::from_be_bytes([port[0], port[1]]),
+        _ => 0,
+    }
 }
 
 fn holds(frame: &[u8], marker: &[u8]) -> bool {
@@ -134,11 +161,27 @@ mod tests {
 
     #[test]
     fn reads_outer_headers() {
-        let [a, b] = [[172, 31, 1, 1], [172, 31, 2, 1]].map(Ipv4Addr::from);
+        let [a, b] = [[172, 31, 1, 1], [172, 31, 2, 1]].map(IpAddr::from);
         assert_eq!(ends(&frame(0)), Some((a, b, UDP, 8472)));
         assert_eq!(ends(&frame(185)), Some((a, b, UDP, 0)));
         for length in 0..ETHERNET + 20 {
             assert_eq!(ends(&frame(0)[..length]), None);
+        }
+        let [a, b] = [1, 2].map(|last| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last));
+        let over_ipv6 = |next: u8, more: &[u8]| {
+            let mut frame = vec![0; ETHERNET];
+            frame[12..].copy_from_slice(&[0x86, 0xdd]);
+            frame.extend([0x60, 0, 0, 0, 0, 0, next, 64]);
+            frame.extend([a, b].map(|ip| ip.octets()).concat());
+            [&frame[..], more, &[0, 1, 0x21, 0x18]].concat()
+        };
+        let of = |protocol, port| Some((IpAddr::from(a), IpAddr::from(b), protocol, port));
+        assert_eq!(ends(&over_ipv6(UDP, &[])), of(UDP, 8472));
+        assert_eq!(ends(&over_ipv6(50, &[])), of(50, 0));
+        assert_eq!(ends(&over_ipv6(FRAGMENT, &[UDP, 0, 0, 1, 0, 0, 0, 0])), of(UDP, 8472));
+        assert_eq!(ends(&over_ipv6(FRAGMENT, &[UDP, 0, 5, 160, 0, 0, 0, 0])), of(UDP, 0));
+        for length in 0..ETHERNET + 40 {
+            assert_eq!(ends(&over_ipv6(UDP, &[])[..length]), None);
         }
         assert!(holds(&frame(0), b"/marker") && !holds(&frame(0), b"/another") && !holds(&frame(0), b""));
     }

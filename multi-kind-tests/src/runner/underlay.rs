@@ -1,6 +1,6 @@
 //! What somebody on the wire sees: packets of the lab's fabric, which are all between nodes.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::process::Command;
 use std::time::Duration;
@@ -22,8 +22,8 @@ const ESP: u8 = 50;
 /// As `mesh-probe capture` prints them.
 #[derive(Deserialize)]
 struct Flow {
-    source: Ipv4Addr,
-    destination: Ipv4Addr,
+    source: IpAddr,
+    destination: IpAddr,
     protocol: u8,
     port: u16,
     packets: u64,
@@ -65,8 +65,11 @@ pub(super) fn look(stage: &mut Stage<'_>, step: &Underlay) -> anyhow::Result<Opt
 }
 
 fn sum(flows: &[Flow]) -> Seen {
-    // Nodes of cluster c have the addresses 172.31.c.n.
-    let cluster = |ip: Ipv4Addr| ip.octets()[2];
+    // Nodes of cluster c have the addresses 172.31.c.n and fd00:172:31::c0n, the numbers in hexadecimal.
+    let cluster = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => ip.octets()[2],
+        IpAddr::V6(ip) => ip.octets()[14],
+    };
     let mut seen = Seen::default();
     for flow in flows {
         let same = cluster(flow.source) == cluster(flow.destination);
@@ -130,8 +133,8 @@ mod tests {
     #[test]
     fn a_leak_is_seen() {
         let flow = |c: u8, port, marked| Flow {
-            source: Ipv4Addr::new(172, 31, 1, 1),
-            destination: Ipv4Addr::new(172, 31, c, 2),
+            source: [172, 31, 1, 1].into(),
+            destination: [172, 31, c, 2].into(),
             protocol: UDP,
             port,
             packets: 1,
@@ -147,6 +150,21 @@ mod tests {
         assert_eq!(wrong(&[flow(2, TUNNEL, 1), flow(1, TUNNEL, 1)], Clear::Within), 2);
         assert_eq!(wrong(&[flow(2, TUNNEL, 1)], Clear::All), 0);
         assert_eq!(wrong(&[], Clear::None), 1);
+
+        let over_ipv6 = |flow: Flow, c| Flow {
+            source: [0xfd00, 0x172, 0x31, 0, 0, 0, 0, 0x0101].into(),
+            destination: [0xfd00, 0x172, 0x31, 0, 0, 0, 0, c << 8 | 2].into(),
+            ..flow
+        };
+        assert_eq!(wrong(&[over_ipv6(flow(0, SEALED, 0), 2)], Clear::None), 0);
+        assert_eq!(
+            wrong(&[over_ipv6(flow(0, SEALED, 0), 2), over_ipv6(flow(0, TUNNEL, 1), 1)], Clear::Within),
+            0
+        );
+        assert_eq!(
+            wrong(&[over_ipv6(flow(0, SEALED, 0), 2), over_ipv6(flow(0, TUNNEL, 0), 2)], Clear::None),
+            1
+        );
 
         let esp = |marked| Flow { protocol: ESP, ..flow(2, 0, marked) };
         let by_ipsec = |flows: &[Flow]| differences(&sum(flows), Clear::None, Sealed::Ipsec).len();

@@ -11,11 +11,11 @@ fn key(byte: u8) -> WireguardKey {
     WireguardKey::new([byte; 32]).unwrap()
 }
 
-fn ip(cluster: u8, node: u8) -> Ipv4Addr {
+fn ip(cluster: u8, node: u8) -> IpAddr {
     [172, 31, cluster, node].into()
 }
 
-fn end(cluster: u8, node: u8, key: Option<WireguardKey>) -> (Ipv4Addr, Option<TunnelEnd>) {
+fn end(cluster: u8, node: u8, key: Option<WireguardKey>) -> (IpAddr, Option<TunnelEnd>) {
     let name = format!("node{node}");
     let node = EndNode { name, tunnel_ip: Some(ip(cluster, node)), key, ipsec: None };
     (
@@ -24,7 +24,7 @@ fn end(cluster: u8, node: u8, key: Option<WireguardKey>) -> (Ipv4Addr, Option<Tu
     )
 }
 
-fn unconfirmed(cluster: u8, node: u8) -> (Ipv4Addr, Option<TunnelEnd>) {
+fn unconfirmed(cluster: u8, node: u8) -> (IpAddr, Option<TunnelEnd>) {
     (ip(cluster, node), Some(TunnelEnd { cluster: cluster.into(), node: None }))
 }
 
@@ -50,8 +50,8 @@ fn wait(core: &mut Core, span: Duration) {
 }
 
 /// Where a device of another node listens for us.
-fn at(ip: Ipv4Addr, key: WireguardKey) -> SocketAddrV4 {
-    SocketAddrV4::new(ip, PORT + u16::from(lane(key).reversed().number()))
+fn at(ip: IpAddr, key: WireguardKey) -> SocketAddr {
+    SocketAddr::new(ip, PORT + u16::from(lane(key).reversed().number()))
 }
 
 /// What a kernel would make of it.
@@ -256,7 +256,7 @@ fn a_peer_may_roam_among_its_own_addresses_only() {
     core.apply(vec![end(2, 1, Some(key(21)))]);
     carry_out(&mut core);
     let [home, elsewhere] = [ip(2, 1), ip(9, 9)].map(|ip| at(ip, key(21)));
-    let other_port = SocketAddrV4::new(ip(2, 1), 9);
+    let other_port = SocketAddr::new(ip(2, 1), 9);
     for (at, resets) in [(home, false), (elsewhere, true), (other_port, true)] {
         let mut installed = core.installed().clone();
         installed.peers.get_mut(&peer(key(21))).unwrap().endpoint = Some(at.into());
@@ -299,7 +299,7 @@ proptest! {
     fn a_round_leads_to_where_nothing_is_left_to_do(events in events(), strict: bool, nodes: bool) {
         let scope = if nodes { Scope::Nodes } else { Scope::Clusters };
         let mut core = core(scope, strict, Installed::default());
-        let mut mesh: BTreeMap<Ipv4Addr, TunnelEnd> = BTreeMap::new();
+        let mut mesh: BTreeMap<IpAddr, TunnelEnd> = BTreeMap::new();
         let mut rotations = 0;
         for event in events {
             match event {

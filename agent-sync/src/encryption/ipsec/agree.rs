@@ -4,7 +4,7 @@
 //! public keys, sender first, and both addresses, so that the directions and the addresses of one node differ.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
 use clustermesh_kvstore::record::IpsecKey;
@@ -47,7 +47,7 @@ pub trait Agree: Send + Sync {
     fn public(&self) -> IpsecKey;
 
     /// What both ends come to, each for itself; none: the other's key is a bad one (a point of small order).
-    fn pair(&self, peer: &IpsecKey, here: Ipv4Addr, there: Ipv4Addr) -> Option<Pair>;
+    fn pair(&self, peer: &IpsecKey, here: IpAddr, there: IpAddr) -> Option<Pair>;
 }
 
 /// This node's key. Overwritten in memory when it is dropped, and never printed.
@@ -82,16 +82,15 @@ impl Agree for NodeKey {
         self.public
     }
 
-    fn pair(&self, peer: &IpsecKey, here: Ipv4Addr, there: Ipv4Addr) -> Option<Pair> {
+    fn pair(&self, peer: &IpsecKey, here: IpAddr, there: IpAddr) -> Option<Pair> {
         let shared = self.secret.diffie_hellman(&PublicKey::from(*peer.bytes()));
         if !shared.was_contributory() {
             return None;
         }
         let own = self.public;
-        let derive = |(sender, source): (&IpsecKey, Ipv4Addr),
-                      (receiver, destination): (&IpsecKey, Ipv4Addr)| {
-            let (from, to) = (source.octets(), destination.octets());
-            let info: [&[u8]; 5] = [LABEL, sender.bytes(), receiver.bytes(), &from, &to];
+        let derive = |(sender, source): (&IpsecKey, IpAddr), (receiver, destination): (&IpsecKey, IpAddr)| {
+            let addresses = [octets(source), octets(destination)].concat();
+            let info: [&[u8]; 4] = [LABEL, sender.bytes(), receiver.bytes(), &addresses];
             let bytes = expand(shared.as_bytes(), &info);
             let (key, spi) = bytes.split_first_chunk::<KEY>()?;
             let spi = u32::from_be_bytes(spi.try_into().ok()?);
@@ -100,6 +99,13 @@ impl Agree for NodeKey {
             Some(Association { id: StateId { source, destination, spi }, key: *key })
         };
         Some(Pair { out: derive((&own, here), (peer, there))?, back: derive((peer, there), (&own, here))? })
+    }
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().into(),
+        IpAddr::V6(ip) => ip.octets().into(),
     }
 }
 
@@ -127,10 +133,12 @@ impl fmt::Debug for Association {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
-    const A: Ipv4Addr = Ipv4Addr::new(172, 31, 1, 1);
-    const B: Ipv4Addr = Ipv4Addr::new(172, 31, 2, 1);
+    const A: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 31, 1, 1));
+    const B: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 31, 2, 1));
 
     fn key(byte: u8) -> NodeKey {
         [byte; 32].into()
@@ -143,9 +151,14 @@ mod tests {
         let other = b.pair(&a.public(), B, A).unwrap();
         assert_eq!((&pair.out, &pair.back), (&other.back, &other.out));
         assert_eq!(pair.out.id, StateId { source: A, destination: B, spi: pair.out.id.spi });
-        let another_ip = a.pair(&b.public(), A, Ipv4Addr::new(172, 31, 2, 2)).unwrap();
+        let another_ip = a.pair(&b.public(), A, IpAddr::V4(Ipv4Addr::new(172, 31, 2, 2))).unwrap();
         let another_key = a.pair(&c.public(), A, B).unwrap();
-        let all = [pair.out, pair.back, another_ip.out, another_ip.back, another_key.out, another_key.back];
+        let [a6, b6] = [A, B].map(|ip| match ip {
+            IpAddr::V4(ip) => IpAddr::V6(ip.to_ipv6_mapped()),
+            IpAddr::V6(_) => ip,
+        });
+        let over_ipv6 = a.pair(&b.public(), a6, b6).unwrap();
+        let all = [pair, another_ip, another_key, over_ipv6].map(|pair| [pair.out, pair.back]).concat();
         for (i, one) in all.iter().enumerate() {
             assert!(one.id.spi > RESERVED);
             for two in &all[i + 1..] {

@@ -5,7 +5,7 @@
 //! text while the node has a key. What came before stays for what the other end still sends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clustermesh_kvstore::record::IpsecKey;
@@ -33,22 +33,22 @@ pub struct Core {
     agree: Box<dyn Agree>,
     scope: Scope,
     strict: bool,
-    ends: BTreeMap<Ipv4Addr, TunnelEnd>,
+    ends: BTreeMap<IpAddr, TunnelEnd>,
     /// Addresses that WireGuard encrypts to; none: this node does not use it.
-    wireguard: Option<BTreeSet<Ipv4Addr>>,
+    wireguard: Option<BTreeSet<IpAddr>>,
     installed: Installed,
     peers: BTreeMap<NodeName, Peer>,
     /// By the own address and the other one. None: the key is a bad one.
-    agreed: BTreeMap<(Ipv4Addr, Ipv4Addr), (IpsecKey, Option<Pair>)>,
+    agreed: BTreeMap<(IpAddr, IpAddr), (IpsecKey, Option<Pair>)>,
     /// What was installed by the present key, in this life.
     spent: BTreeSet<StateId>,
     old: OldStates,
     /// Nodes from which nothing has come by the present agreement: since when, and when they were asked last.
     silent: BTreeMap<NodeName, (Duration, Option<Duration>)>,
     /// When a node's address asked last, and whether it has its answer.
-    asked: BTreeMap<Ipv4Addr, (Duration, bool)>,
+    asked: BTreeMap<IpAddr, (Duration, bool)>,
     /// Since when an address that is encrypted to has no key any more.
-    withdrawn: BTreeMap<Ipv4Addr, Duration>,
+    withdrawn: BTreeMap<IpAddr, Duration>,
     now: Duration,
 }
 
@@ -99,14 +99,14 @@ impl Core {
     }
 
     /// WireGuard encrypts to these addresses by now.
-    pub fn set_wireguard(&mut self, encrypted: &BTreeSet<Ipv4Addr>) {
+    pub fn set_wireguard(&mut self, encrypted: &BTreeSet<IpAddr>) {
         if let Some(known) = &mut self.wireguard {
             known.clone_from(encrypted);
         }
     }
 
     /// The node at an address has not heard of this one by the present agreement. Anybody may say so.
-    pub fn asked(&mut self, ip: Ipv4Addr) {
+    pub fn asked(&mut self, ip: IpAddr) {
         if self.peers.values().any(|peer| peer.tunnel_ip == ip) {
             self.asked.insert(ip, (self.now, false));
         }
@@ -209,7 +209,7 @@ impl Core {
     }
 
     /// Addresses that are still sent to by what an earlier key agreed on.
-    pub fn behind(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn behind(&self) -> BTreeSet<IpAddr> {
         let ways = self.installed.ways.iter();
         let behind = ways.filter(|(ip, way)| match way {
             Way::Encrypted(spi) => self.present(**ip).is_none_or(|(_, id)| id.spi != *spi),
@@ -219,20 +219,20 @@ impl Core {
     }
 
     /// Addresses to which tunnel packets are encrypted.
-    pub fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn encrypted(&self) -> BTreeSet<IpAddr> {
         let ways = self.installed.ways.iter();
         ways.filter(|(_, way)| **way != Way::Blocked).map(|(ip, _)| *ip).collect()
     }
 
     /// Those of them that nobody else has to see to.
-    pub fn kept(&self) -> BTreeSet<Ipv4Addr> {
+    pub fn kept(&self) -> BTreeSet<IpAddr> {
         let mut kept = self.encrypted();
         kept.retain(|ip| !self.withdrawn.contains_key(ip));
         kept
     }
 
     /// Ends that are to be encrypted.
-    pub fn ends(&self) -> impl Iterator<Item = (Ipv4Addr, &TunnelEnd)> {
+    pub fn ends(&self) -> impl Iterator<Item = (IpAddr, &TunnelEnd)> {
         self.ends.iter().filter(|(_, end)| self.is_in_scope(end)).map(|(ip, end)| (*ip, end))
     }
 
@@ -247,7 +247,7 @@ impl Core {
     }
 
     /// Whether the key that a node announces can be used.
-    pub fn is_bad(&self, ip: Ipv4Addr) -> bool {
+    pub fn is_bad(&self, ip: IpAddr) -> bool {
         matches!(self.agreed.get(&(self.own.ip, ip)), Some((_, None)))
     }
 
@@ -352,7 +352,7 @@ impl Core {
     }
 
     /// The peer with an address, and the present association to there.
-    fn present(&self, ip: Ipv4Addr) -> Option<(&Peer, StateId)> {
+    fn present(&self, ip: IpAddr) -> Option<(&Peer, StateId)> {
         let end = self.ends.get(&ip)?;
         let peer = self.peers.get(&(end.cluster, end.node.as_ref()?.name.clone()))?;
         let (_, pair) = self.agreed.get(&(self.own.ip, ip)).filter(|_| peer.ips.contains(&ip))?;
@@ -372,7 +372,7 @@ impl Core {
         state.is_some_and(|state| state.packets > 0)
     }
 
-    fn way_of(&self, ip: Ipv4Addr, end: &TunnelEnd) -> Option<Way> {
+    fn way_of(&self, ip: IpAddr, end: &TunnelEnd) -> Option<Way> {
         let before = self.installed.ways.get(&ip).copied();
         let by_wireguard = self.wireguard.as_ref().is_some_and(|encrypted| encrypted.contains(&ip));
         let otherwise = (self.strict && !by_wireguard).then_some(Way::Blocked);
@@ -391,7 +391,7 @@ impl Core {
     }
 
     /// WireGuard is about to take over.
-    fn is_handed_over(&self, ip: Ipv4Addr, node: &EndNode) -> bool {
+    fn is_handed_over(&self, ip: IpAddr, node: &EndNode) -> bool {
         let lacks = self.wireguard.as_ref().is_some_and(|encrypted| !encrypted.contains(&ip));
         let since = self.withdrawn.get(&ip);
         lacks && node.key.is_some() && since.is_some_and(|since| self.now < *since + HANDOVER)
@@ -400,9 +400,9 @@ impl Core {
 
 /// Tells what leads from one table to the other.
 fn differences<T: Copy + PartialEq>(
-    before: &BTreeMap<Ipv4Addr, T>,
-    after: &BTreeMap<Ipv4Addr, T>,
-    mut tell: impl FnMut(Ipv4Addr, Option<T>),
+    before: &BTreeMap<IpAddr, T>,
+    after: &BTreeMap<IpAddr, T>,
+    mut tell: impl FnMut(IpAddr, Option<T>),
 ) {
     after
         .iter()

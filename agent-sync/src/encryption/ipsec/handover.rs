@@ -4,7 +4,7 @@
 //! where, and a strict node would send nothing until somebody does.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -24,8 +24,8 @@ pub(crate) struct LeftOver {
 /// Those that are left.
 #[derive(Debug, Default)]
 struct Ways {
-    encrypted: BTreeMap<Ipv4Addr, Known>,
-    blocked: BTreeSet<Ipv4Addr>,
+    encrypted: BTreeMap<IpAddr, Known>,
+    blocked: BTreeSet<IpAddr>,
 }
 
 /// Since when the node at an address is known.
@@ -36,7 +36,7 @@ impl LeftOver {
     ///
     /// # Errors
     /// A dump that the kernel refused.
-    pub(crate) async fn find(own: Ipv4Addr, port: u16) -> Result<Option<Self>, NetlinkError> {
+    pub(crate) async fn find(own: IpAddr, port: u16) -> Result<Option<Self>, NetlinkError> {
         let xfrm = match Xfrm::open(own, port) {
             Err(NetlinkError::NoIpsec(_)) => return Ok(None),
             xfrm => xfrm?,
@@ -46,13 +46,13 @@ impl LeftOver {
     }
 
     /// Addresses that are encrypted to by what is left.
-    pub(crate) fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
+    pub(crate) fn encrypted(&self) -> BTreeSet<IpAddr> {
         self.ways.encrypted()
     }
 
     /// Takes those out that are not needed any more, by what has to come before WireGuard encrypts. Their policies are
     /// there until they are [released](Self::release).
-    pub(crate) fn take_done(&mut self, awaited: impl Fn(Ipv4Addr) -> Awaited) -> Vec<Ipv4Addr> {
+    pub(crate) fn take_done(&mut self, awaited: impl Fn(IpAddr) -> Awaited) -> Vec<IpAddr> {
         self.ways.take_done(awaited, self.began.elapsed())
     }
 
@@ -60,7 +60,7 @@ impl LeftOver {
     ///
     /// # Errors
     /// The kernel refused. [`leave`](super::leave()) removes them, too.
-    pub(crate) async fn release(&self, ips: &[Ipv4Addr]) -> Result<(), NetlinkError> {
+    pub(crate) async fn release(&self, ips: &[IpAddr]) -> Result<(), NetlinkError> {
         for ip in ips {
             self.xfrm.steer(*ip, None).await?;
         }
@@ -74,7 +74,7 @@ impl LeftOver {
 }
 
 impl Ways {
-    fn new(ways: BTreeMap<Ipv4Addr, Way>) -> Self {
+    fn new(ways: BTreeMap<IpAddr, Way>) -> Self {
         let (blocked, encrypted): (BTreeMap<_, _>, BTreeMap<_, _>) =
             ways.into_iter().partition(|(_, way)| *way == Way::Blocked);
         Self {
@@ -83,7 +83,7 @@ impl Ways {
         }
     }
 
-    fn encrypted(&self) -> BTreeSet<Ipv4Addr> {
+    fn encrypted(&self) -> BTreeSet<IpAddr> {
         self.encrypted.keys().copied().collect()
     }
 
@@ -92,7 +92,7 @@ impl Ways {
     }
 
     /// Who blocks from now on is WireGuard.
-    fn take_done(&mut self, awaited: impl Fn(Ipv4Addr) -> Awaited, now: Duration) -> Vec<Ipv4Addr> {
+    fn take_done(&mut self, awaited: impl Fn(IpAddr) -> Awaited, now: Duration) -> Vec<IpAddr> {
         let mut done: Vec<_> = std::mem::take(&mut self.blocked).into_iter().collect();
         self.encrypted.retain(|ip, known| {
             let is_needed = match awaited(*ip) {
@@ -111,9 +111,11 @@ impl Ways {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
-    const IP: Ipv4Addr = Ipv4Addr::new(172, 31, 2, 1);
+    const IP: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 31, 2, 1));
 
     fn ways() -> Ways {
         Ways::new(BTreeMap::from([(IP, Way::Encrypted(7))]))
@@ -140,7 +142,7 @@ mod tests {
 
     #[test]
     fn what_was_blocked_goes_at_once() {
-        let other = Ipv4Addr::new(172, 31, 3, 1);
+        let other = IpAddr::V4(Ipv4Addr::new(172, 31, 3, 1));
         let mut ways = Ways::new(BTreeMap::from([(IP, Way::Encrypted(7)), (other, Way::Blocked)]));
         assert_eq!(ways.encrypted(), [IP].into());
         assert_eq!(ways.take_done(|_| Awaited::Node, Duration::ZERO), [other]);

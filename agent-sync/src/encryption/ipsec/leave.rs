@@ -19,7 +19,7 @@ const QUIET: u32 = 6;
 /// # Errors
 /// The kernel refused; what is left does no harm, and the next start tries again.
 pub async fn leave() -> Result<(), NetlinkError> {
-    let xfrm = match Xfrm::open(Ipv4Addr::UNSPECIFIED, 0) {
+    let xfrm = match Xfrm::open(Ipv4Addr::UNSPECIFIED.into(), 0) {
         Err(NetlinkError::NoIpsec(_)) => return Ok(()),
         xfrm => xfrm?,
     };

@@ -25,7 +25,7 @@ mod peer;
 mod side;
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 pub use self::core::Core;
 pub use agree::{Agree, Association, NodeKey, Pair};
@@ -41,9 +41,9 @@ pub const HELLO_PORT: u16 = 51_870;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StateId {
     /// Who sends.
-    pub source: Ipv4Addr,
+    pub source: IpAddr,
     /// Who receives.
-    pub destination: Ipv4Addr,
+    pub destination: IpAddr,
     /// The receiver tells associations apart by it; above 255 (RFC 4303, section 2.1).
     pub spi: u32,
 }
@@ -72,7 +72,7 @@ pub enum Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// To which address.
-    pub to: Ipv4Addr,
+    pub to: IpAddr,
     /// Nothing has come from there: it is to say hello, too.
     pub asks: bool,
 }
@@ -85,7 +85,7 @@ pub struct Own {
     /// Our node's name.
     pub node: String,
     /// The source of our tunnel packets.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
 }
 
 /// What the kernel has of ours.
@@ -94,9 +94,9 @@ pub struct Installed {
     /// Associations, those of earlier lives among them.
     pub states: BTreeMap<StateId, StateUse>,
     /// Policies about tunnel packets from the own address, by the other one.
-    pub ways: BTreeMap<Ipv4Addr, Way>,
+    pub ways: BTreeMap<IpAddr, Way>,
     /// SPIs by which [`Hello`]s go.
-    pub hellos: BTreeMap<Ipv4Addr, u32>,
+    pub hellos: BTreeMap<IpAddr, u32>,
 }
 
 /// Something to do, in this order.
@@ -110,9 +110,9 @@ pub enum Step {
         inbound: bool,
     },
     /// By which SPI a hello to an address goes; none: there is no policy for it.
-    Greet(Ipv4Addr, Option<u32>),
+    Greet(IpAddr, Option<u32>),
     /// What becomes of tunnel packets to an address; none: they go as they are.
-    Steer(Ipv4Addr, Option<Way>),
+    Steer(IpAddr, Option<Way>),
     /// An association that nobody uses.
     Remove(StateId),
 }

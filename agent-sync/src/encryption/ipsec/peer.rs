@@ -1,7 +1,7 @@
 //! The nodes that can be agreed with, out of the ends of tunnels.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use clustermesh_kvstore::record::IpsecKey;
 
@@ -13,17 +13,17 @@ use super::super::claims::NodeName;
 pub(super) struct Peer {
     pub(super) key: IpsecKey,
     /// The source of what it sends.
-    pub(super) tunnel_ip: Ipv4Addr,
+    pub(super) tunnel_ip: IpAddr,
     /// Where it receives, that one first.
-    pub(super) ips: Vec<Ipv4Addr>,
+    pub(super) ips: Vec<IpAddr>,
     /// Where this node receives from it.
-    pub(super) own_ips: Vec<Ipv4Addr>,
+    pub(super) own_ips: Vec<IpAddr>,
 }
 
 impl Peer {
     /// Those among the ends, with so many addresses each. A node whose tunnel's address is another's is none.
     pub(super) fn all<'a>(
-        ends: impl Iterator<Item = (Ipv4Addr, &'a TunnelEnd)>,
+        ends: impl Iterator<Item = (IpAddr, &'a TunnelEnd)>,
         addresses: usize,
     ) -> BTreeMap<NodeName, Self> {
         let mut peers: BTreeMap<NodeName, Self> = BTreeMap::new();

@@ -1,7 +1,7 @@
 //! Makes the kernel follow the [`Core`], and says hello.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
 use clustermesh_kvstore::record::IpsecKey;
@@ -53,7 +53,7 @@ impl IpsecSide {
         options: &EncryptionOptions,
         key: NodeKey,
         (cluster, node): (u16, &str),
-        own: Ipv4Addr,
+        own: IpAddr,
         tunnel_port: u16,
     ) -> Result<Self, NetlinkError> {
         let xfrm = Xfrm::open(own, tunnel_port)?;
@@ -99,7 +99,7 @@ impl IpsecSide {
     }
 
     /// WireGuard encrypts to these addresses by now.
-    pub(in super::super) fn set_wireguard(&mut self, encrypted: &BTreeSet<Ipv4Addr>) {
+    pub(in super::super) fn set_wireguard(&mut self, encrypted: &BTreeSet<IpAddr>) {
         self.core.set_wireguard(encrypted);
     }
 
@@ -146,7 +146,7 @@ impl IpsecSide {
     }
 
     /// Waits until somebody asks. Nothing is lost if it is waited for no more.
-    pub(in super::super) async fn asked(&self) -> Vec<Ipv4Addr> {
+    pub(in super::super) async fn asked(&self) -> Vec<IpAddr> {
         loop {
             sleep(LISTEN).await;
             // Fails only if the runtime is about to end.
@@ -155,8 +155,8 @@ impl IpsecSide {
             let mut said = [0; 1];
             for _ in 0..MANY {
                 let Ok((_, from)) = self.socket.try_recv_from(&mut said) else { break };
-                if let (IpAddr::V4(from), [1]) = (from.ip(), said) {
-                    asked.insert(from);
+                if said == [1] {
+                    asked.insert(from.ip());
                 }
             }
             if !asked.is_empty() {
@@ -166,7 +166,7 @@ impl IpsecSide {
     }
 
     /// These have asked.
-    pub(in super::super) fn answer(&mut self, asked: Vec<Ipv4Addr>) {
+    pub(in super::super) fn answer(&mut self, asked: Vec<IpAddr>) {
         asked.into_iter().for_each(|ip| self.core.asked(ip));
     }
 

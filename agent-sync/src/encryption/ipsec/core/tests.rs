@@ -17,9 +17,8 @@ impl Agree for Fake {
         key(self.0)
     }
 
-    fn pair(&self, peer: &IpsecKey, here: Ipv4Addr, there: Ipv4Addr) -> Option<Pair> {
-        let derive = |(sender, source): (IpsecKey, Ipv4Addr),
-                      (receiver, destination): (IpsecKey, Ipv4Addr)| {
+    fn pair(&self, peer: &IpsecKey, here: IpAddr, there: IpAddr) -> Option<Pair> {
+        let derive = |(sender, source): (IpsecKey, IpAddr), (receiver, destination): (IpsecKey, IpAddr)| {
             let mut hasher = DefaultHasher::new();
             (sender, receiver, source, destination).hash(&mut hasher);
             let hash = hasher.finish();
@@ -42,17 +41,17 @@ fn key(byte: u8) -> IpsecKey {
     IpsecKey::new([byte; 32]).unwrap()
 }
 
-fn ip(cluster: u8, node: u8) -> Ipv4Addr {
-    [172, 31, cluster, node].into()
+fn ip(cluster: u8, node: u8) -> IpAddr {
+    [0xfd00, 0, 0, 0, 0, 0, cluster.into(), node.into()].into()
 }
 
-fn end(cluster: u8, node: u8, ipsec: Option<u8>) -> (Ipv4Addr, Option<TunnelEnd>) {
+fn end(cluster: u8, node: u8, ipsec: Option<u8>) -> (IpAddr, Option<TunnelEnd>) {
     let tunnel_ip = Some(ip(cluster, node));
     let known = EndNode { name: format!("node{node}"), tunnel_ip, key: None, ipsec: ipsec.map(key) };
     (ip(cluster, node), Some(TunnelEnd { cluster: cluster.into(), node: Some(known) }))
 }
 
-fn unconfirmed(cluster: u8, node: u8) -> (Ipv4Addr, Option<TunnelEnd>) {
+fn unconfirmed(cluster: u8, node: u8) -> (IpAddr, Option<TunnelEnd>) {
     (ip(cluster, node), Some(TunnelEnd { cluster: cluster.into(), node: None }))
 }
 
@@ -79,7 +78,7 @@ fn carry_out(core: &mut Core) -> Vec<Step> {
 }
 
 /// What node 1 and another one agree on.
-fn pair(core: &Core, peer: u8, there: Ipv4Addr) -> (StateId, StateId) {
+fn pair(core: &Core, peer: u8, there: IpAddr) -> (StateId, StateId) {
     let pair = core.agree.pair(&key(peer), core.own.ip, there).unwrap();
     (pair.out.id, pair.back.id)
 }
@@ -333,7 +332,7 @@ fn at(index: usize) -> (u8, u8) {
     (u8::try_from(index).unwrap() + 1, 1)
 }
 
-fn address(index: usize) -> Ipv4Addr {
+fn address(index: usize) -> IpAddr {
     let (cluster, node) = at(index);
     ip(cluster, node)
 }
