@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(wrong(&[flow(2, TUNNEL, 1)], Clear::All), 0);
         assert_eq!(wrong(&[], Clear::None), 1);
 
-        let over_ipv6 = |flow: Flow, c| Flow {
+        let over_ipv6 = |flow: Flow, c: u16| Flow {
             source: [0xfd00, 0x172, 0x31, 0, 0, 0, 0, 0x0101].into(),
             destination: [0xfd00, 0x172, 0x31, 0, 0, 0, 0, c << 8 | 2].into(),
             ..flow

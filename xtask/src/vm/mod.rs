@@ -28,15 +28,18 @@ use std::time::{Duration, Instant};
 const SCENARIOS: &[&str] = &["global-service-v4", "policy", "agent-sigkill-restart"];
 /// What `cargo xtask test` runs: test programs, and in them the tests that begin so, all if none is named. All programs
 /// are loaded, hooked up, and met by traffic.
+///
+/// Each test has its programs verified anew, which is what takes the time in a guest.
 const QUICK: &[(&str, &[&str])] = &[
     ("ebpf_global_svc", &[]),
-    ("tables", &[]),
-    ("sockets", &["tcp_reaches", "a_datagram_socket", "opening_again"]),
+    ("tables", &["ten_thousand", "programs_stay", "policies_and_address", "what_is_left"]),
+    ("sockets", &["tcp_reaches", "a_datagram_socket"]),
     ("policy_traffic", &["streams_pass", "an_identity_reaches", "a_pod_of_an_older_version"]),
-    ("upgrade", &["other_sizes", "sockets_and_sessions"]),
+    ("upgrade", &["other_sizes"]),
 ];
-/// What a guest may take for the kernel tests, in seconds; ten times what it does.
-const TESTS_LIMIT: u64 = 600;
+/// What a guest may take for the kernel tests, in seconds: ten times what the quick ones do on a machine at rest. They run beside
+/// a build, and the machine may be a slow one.
+const TESTS_LIMIT: u64 = 1200;
 /// And for each scenario.
 const SCENARIO_LIMIT: u64 = 400;
 /// A guest's processor is interpreted. What has to happen in time there has so many times as long.

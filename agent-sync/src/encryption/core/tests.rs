@@ -17,11 +17,9 @@ fn ip(cluster: u8, node: u8) -> IpAddr {
 
 fn end(cluster: u8, node: u8, key: Option<WireguardKey>) -> (IpAddr, Option<TunnelEnd>) {
     let name = format!("node{node}");
-    let node = EndNode { name, tunnel_ip: Some(ip(cluster, node)), key, ipsec: None };
-    (
-        ip(cluster, node.tunnel_ip.unwrap().octets()[3]),
-        Some(TunnelEnd { cluster: cluster.into(), node: Some(node) }),
-    )
+    let ip = ip(cluster, node);
+    let node = EndNode { name, tunnel_ip: Some(ip), key, ipsec: None };
+    (ip, Some(TunnelEnd { cluster: cluster.into(), node: Some(node) }))
 }
 
 fn unconfirmed(cluster: u8, node: u8) -> (IpAddr, Option<TunnelEnd>) {
