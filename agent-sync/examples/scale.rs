@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use agent_sync::engine::{Core, Input};
-use agent_sync::mesh::Tunnels;
 use agent_sync::peers::OwnCluster;
+use agent_sync::tunnels::Tunnels;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{

@@ -23,11 +23,12 @@ use crate::encryption::{
 };
 use crate::engine::{self, Channels, Engine, Query, Setup};
 use crate::liveness::{Board, LivenessOptions, Watch};
-use crate::mesh::{LetIn, Tunnels, UnderlayProtocol};
+use crate::mesh::LetIn;
 use crate::netlink::{self, Netlink, NetlinkError, OverlaySpec, PodLinks, RouteBoard};
 use crate::observe::{self, Hub, Limits, PodNames};
 use crate::peers::{Directory, OwnCluster, Peers};
 use crate::serve::{self, ObserveDesk, ServeError, Source};
+use crate::tunnels::{Tunnels, UnderlayProtocol};
 
 /// Of an underlay whose device is not known.
 const UNDERLAY_MTU: u32 = 1500;

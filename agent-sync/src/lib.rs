@@ -3,7 +3,7 @@
 //! Facts go in one direction: [`peers`] (edge) to [`engine`], which passes each
 //! record through [`import_policy`] into [`mesh`] (plain), whose differences [`reconcile`] (plain)
 //! writes to the tables; [`digest`] (plain) compares both ends. [`netlink`] looks after devices and routes,
-//! [`encryption`] after what of the tunnels is encrypted; [`serve`] answers questions, lets [`trial`] (plain) say what
+//! [`encryption`] after what of the [`tunnels`] is encrypted; [`serve`] answers questions, lets [`trial`] (plain) say what
 //! another import policy would do, and shows what [`observe`] gets to hear from the programs.
 #![forbid(unsafe_code)]
 
@@ -24,4 +24,5 @@ pub mod policy;
 pub mod reconcile;
 pub mod serve;
 pub mod trial;
+pub mod tunnels;
 pub mod wire_key;

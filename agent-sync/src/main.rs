@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use agent_sync::agent::{self, AgentError, KernelOptions, Options};
 use agent_sync::liveness::LivenessOptions;
-use agent_sync::mesh::{Tunnels, UnderlayProtocol};
 use agent_sync::peers::OwnCluster;
+use agent_sync::tunnels::{Tunnels, UnderlayProtocol};
 use anyhow::Context as _;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use agent_sync::encryption::Lane;
 use agent_sync::encryption::ipsec::{Installed, Way};
-use agent_sync::mesh::UnderlayProtocol;
 use agent_sync::netlink::{
     Netlink, NetlinkError, OverlaySpec, RULE_PRIORITY, RouteVia, Steering, TABLE, Xfrm, XfrmCount,
 };
+use agent_sync::tunnels::UnderlayProtocol;
 
 /// A namespace that goes away with the test, also when it panics.
 struct Namespace(String);

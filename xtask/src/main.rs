@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Vm(args) => vm::run(&args),
-        Command::Bench(args) => setup::run().and_then(|()| bench::run(&args)).map(|()| true),
+        Command::Bench(args) => bench::run(&args).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

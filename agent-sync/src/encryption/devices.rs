@@ -3,8 +3,8 @@
 use tracing::warn;
 
 use super::{EncryptionOptions, Installed, Keys, Lane};
-use crate::mesh::UnderlayProtocol;
 use crate::netlink::{Netlink, NetlinkError, PeerChange, Wireguard, WireguardLinks, WireguardSpec};
+use crate::tunnels::UnderlayProtocol;
 
 /// Name of a lane's device.
 pub(crate) fn device_name(prefix: &str, lane: Lane) -> String {

@@ -18,8 +18,8 @@ use super::rotate::Rotate;
 use super::wireguard_side::WireguardSide;
 use super::{EncryptionOptions, KeyError, Keys, Report, RotateError, TunnelBoard, ipsec, leave_quietly};
 use crate::engine::Input;
-use crate::mesh::Tunnels;
 use crate::netlink::{Netlink, NetlinkError, WireguardLinks};
+use crate::tunnels::Tunnels;
 
 /// All is read again this often: others may have changed something, and peers have not answered yet.
 const REPEAT: Duration = Duration::from_secs(30);

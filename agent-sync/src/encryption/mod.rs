@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use clustermesh_kvstore::record::{IpsecKey, WireguardKey};
 
-use crate::mesh::UnderlayProtocol;
+use crate::tunnels::UnderlayProtocol;
 
 pub use self::core::{Awaited, Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;

@@ -13,8 +13,8 @@ use super::rotate::{RotateError, is_due};
 use super::{
     Core, EncryptionOptions, EndChanges, Here, KeyError, Keys, Own, PrivateKey, Step, wireguard_mtu,
 };
-use crate::mesh::UnderlayProtocol;
 use crate::netlink::{Netlink, NetlinkError, PeerChange, WireguardLinks};
+use crate::tunnels::UnderlayProtocol;
 
 /// While peers have not answered that were asked a short time ago.
 const POLL: Duration = Duration::from_millis(100);

@@ -22,10 +22,11 @@ use super::members::Members;
 use crate::encryption::{EndChanges, Scope};
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
-use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges, Tunnels};
+use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges};
 use crate::peers::{OwnCluster, Wish};
 use crate::reconcile::Reconciler;
 use crate::reconcile::drift::{Drift, Scan};
+use crate::tunnels::Tunnels;
 
 /// Refused claims that are remembered to be shown.
 const CONFLICTS: usize = 1000;

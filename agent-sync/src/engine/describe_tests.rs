@@ -8,9 +8,10 @@ use ebpf_global_svc::{MapSizes, Tables};
 
 use super::*;
 use crate::engine::Input;
-use crate::mesh::{Links, Tunnels};
+use crate::mesh::Links;
 use crate::observe::{Kind as FlowKind, Verdict};
 use crate::peers::OwnCluster;
+use crate::tunnels::Tunnels;
 
 /// What the exporter's tests write of a shop: keys and values in turn.
 const SHOP: &str = include_str!("../../../clustermesh-apiserver/testdata/shop.keys");

@@ -33,9 +33,10 @@ use tracing::warn;
 
 use crate::encryption::{Scope, TunnelBoard};
 use crate::histogram::Histogram;
-use crate::mesh::{LetIn, Link, Links, Macs, Tunnels};
+use crate::mesh::{LetIn, Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
+use crate::tunnels::Tunnels;
 use counted::CallCounts;
 use kernel::PodHooks;
 

@@ -38,7 +38,8 @@ mod tests {
 
     use super::*;
     use crate::desired::Changes;
-    use crate::mesh::{Fact, NodeFact, Restored, Tunnels, UnderlayProtocol};
+    use crate::mesh::{Fact, NodeFact, Restored};
+    use crate::tunnels::{Tunnels, UnderlayProtocol};
     use crate::wire_key;
 
     /// Node n2 of cluster 2 has an address of each family, and a key.

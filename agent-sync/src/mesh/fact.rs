@@ -11,7 +11,7 @@ use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::IpValue;
 use ipnet::IpNet;
 
-use super::underlay::UnderlayProtocol;
+use crate::tunnels::UnderlayProtocol;
 
 /// A record that may become state.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -38,6 +38,7 @@ use ebpf_global_svc::abi::{ClusterState, IpKey, IpValue, cluster_state};
 
 use crate::desired::{Changes, Restored};
 use crate::policy::Policies;
+use crate::tunnels::{Tunnels, UnderlayProtocol};
 use crate::wire_key;
 use endpoint::Endpoints;
 use placement::Placement;
@@ -54,7 +55,6 @@ pub use placement::PlacementRules;
 pub use routes::{RouteChanges, Routes};
 pub use service::{LeftOut, LetIn};
 pub use topology::Conflict;
-pub use underlay::{Tunnels, UnderlayProtocol};
 pub use view::Counts;
 
 /// Merged state of all clusters.

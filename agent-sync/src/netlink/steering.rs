@@ -15,7 +15,7 @@ use rtnetlink::IpVersion;
 
 use super::{Netlink, NetlinkError, ROUTE_PROTOCOL, WireguardLinks, errno, host_prefix, libc_errno, request};
 use crate::encryption::Lane;
-use crate::mesh::UnderlayProtocol;
+use crate::tunnels::UnderlayProtocol;
 
 /// The table (`ip route show table 51871`).
 pub const TABLE: u32 = 51_871;

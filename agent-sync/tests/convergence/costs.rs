@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent_sync::mesh::{Fact, FactKey, Links, Mesh, RemoteService, Tunnels};
+use agent_sync::mesh::{Fact, FactKey, Links, Mesh, RemoteService};
 use agent_sync::reconcile::Reconciler;
+use agent_sync::tunnels::Tunnels;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;
 use clustermesh_kvstore::record::{

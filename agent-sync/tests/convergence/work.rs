@@ -4,8 +4,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use agent_sync::desired::{Changes, Restored};
 use agent_sync::mesh::{
-    Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, RouteChanges, Tunnels, Work,
+    Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, RouteChanges, Work,
 };
+use agent_sync::tunnels::Tunnels;
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::key::Kind;

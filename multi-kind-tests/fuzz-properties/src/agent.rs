@@ -7,8 +7,9 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use agent_sync::engine::{Core, Input};
-use agent_sync::mesh::{Links, Tunnels};
+use agent_sync::mesh::Links;
 use agent_sync::peers::{OwnCluster, Wish};
+use agent_sync::tunnels::Tunnels;
 use arbitrary::{Result, Unstructured};
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName, Identity, MaxConnectedClusters};
 use clustermesh_kvstore::import_policy::{PeerPolicy, PolicyFile, Refusal, Rules, admit};

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use agent_sync::engine::{Core as Engine, Input};
-use agent_sync::mesh::{Links, Tunnels, UnderlayProtocol};
+use agent_sync::mesh::Links;
 use agent_sync::peers::core::{Core as Follower, Effect};
 use agent_sync::peers::{Ids, OwnCluster};
+use agent_sync::tunnels::{Tunnels, UnderlayProtocol};
 use agent_sync::wire_key::ip_key;
 use clustermesh_kvstore::cluster::{ClusterId, ClusterName};
 use clustermesh_kvstore::import_policy::Rules;

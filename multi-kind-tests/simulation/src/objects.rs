@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use agent_sync::mesh::UnderlayProtocol;
+use agent_sync::tunnels::UnderlayProtocol;
 use clustermesh_apiserver::objects::{
     Change, IpFamily, Namespace, Node, Object, ObjectKey, ObjectKind, Pod, Policy, Service, ServicePort,
     TargetPort,

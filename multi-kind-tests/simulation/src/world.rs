@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use agent_sync::mesh::UnderlayProtocol;
 use agent_sync::peers::OwnCluster;
+use agent_sync::tunnels::UnderlayProtocol;
 use clustermesh_kvstore::cluster::MaxConnectedClusters;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, data_prefix};
 use rand::rngs::SmallRng;

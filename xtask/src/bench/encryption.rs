@@ -78,6 +78,7 @@ pub(super) fn run(args: &EncryptionArgs) -> anyhow::Result<()> {
         arguments: &format!("{} {}", args.rounds, args.seconds),
         // What it takes when the machine has other things to do as well, four times.
         limit: 600 + u64::from(args.rounds * args.seconds) * 60,
+        needs: vm::Needs::default(),
     };
     vm::measure(&args.kernel, &script, |line| {
         eprintln!("  {line}");

@@ -60,7 +60,11 @@ impl Lab {
             bulk: unspecified,
         };
         let started = Instant::now();
-        lab.cli(&format!("lab up {}/topology.yaml --name {} --wait", lab.folder.display(), lab.name))?;
+        lab.cli(&format!(
+            "lab up {}/topology.yaml --name {} --wait --wait-timeout 600s",
+            lab.folder.display(),
+            lab.name
+        ))?;
         lab.up_seconds = started.elapsed().as_secs_f64();
         lab.pingpong = address(&lab.netns("beta", "bench-pingpong"), "10.2.")?;
         lab.bulk = address(&lab.netns("beta", "bench-bulk"), "10.2.")?;

@@ -1,6 +1,7 @@
 //! What the figures were measured on.
 
 use super::exec::run;
+use super::nat;
 use anyhow::Context as _;
 use serde::Serialize;
 use std::fmt;
@@ -18,6 +19,8 @@ pub(super) struct Machine {
     pub(super) load_before: f64,
     pub(super) nftables: String,
     pub(super) iptables: String,
+    /// None: this kernel has no IPVS, or there is no program for it.
+    pub(super) ipvs: Option<String>,
 }
 
 impl Machine {
@@ -37,6 +40,7 @@ impl Machine {
             load_before: load.split(' ').next().and_then(|one| one.parse().ok()).unwrap_or(0.0),
             nftables: run("nft --version")?.trim().to_owned(),
             iptables: run("iptables --version")?.trim().to_owned(),
+            ipvs: nat::ipvs().inspect_err(|reason| eprintln!("SKIPPED services of IPVS: {reason}")).ok(),
         })
     }
 
@@ -85,8 +89,14 @@ impl fmt::Display for Machine {
         let kind = if self.virtual_machine { "virtual " } else { "" };
         write!(
             f,
-            "Linux {}, {} {kind}CPUs ({}), load before {:.2}\n{}, {}",
-            self.kernel, self.cpus, self.cpu, self.load_before, self.nftables, self.iptables
+            "Linux {}, {} {kind}CPUs ({}), load before {:.2}\n{}, {}, {}",
+            self.kernel,
+            self.cpus,
+            self.cpu,
+            self.load_before,
+            self.nftables,
+            self.iptables,
+            self.ipvs.as_deref().unwrap_or("no IPVS")
         )
     }
 }

@@ -12,6 +12,7 @@ mod control_plane;
 mod datapath;
 mod encryption;
 mod exec;
+mod guest;
 mod interrupt;
 mod kernel_path;
 mod lab;
@@ -21,13 +22,14 @@ mod report;
 mod series;
 mod variant;
 
+use crate::setup;
 use crate::workspace::{self, Profile};
 use anyhow::ensure;
 use kernel_path::KernelPath;
 use lab::Lab;
 use machine::{Machine, Steal};
 use report::{Collected, LabFigures, Report, Settings};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use variant::{Variant, Worlds};
 
 /// TCP and UDP port of the servers that answer round trips.
@@ -55,6 +57,12 @@ pub(crate) struct BenchArgs {
     /// Number of services, in the mesh and in the rule sets; the last one is called.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     services: u16,
+    /// In a virtual machine with this kernel, which has IPVS. Its processors are interpreted: only ratios mean something.
+    #[arg(long, value_parser = ["6.1", "6.12"])]
+    kernel: Option<String>,
+    /// Folder of programs that are built: nothing is built, say because there is no compiler here.
+    #[arg(long, value_name = "FOLDER", hide = true)]
+    programs: Option<PathBuf>,
     /// How the result is printed; progress goes to standard error.
     #[arg(short, long, value_enum, default_value = "text")]
     output: Output,
@@ -79,16 +87,35 @@ enum Output {
     Json,
 }
 
+impl Output {
+    /// As the flag calls it.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
 /// Builds, measures, prints.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    if args.programs.is_none() {
+        setup::run()?;
+    }
     match &args.what {
         Some(What::ControlPlane(args)) => return control_plane::run(args),
         Some(What::Datapath(args)) => return datapath::run(args),
         Some(What::Encryption(args)) => return encryption::run(args),
         None => {}
     }
+    if let Some(kernel) = &args.kernel {
+        return guest::run(kernel, args);
+    }
     let machine = look(args.seconds)?;
-    let executables = workspace::build_programs(Profile::Release)?;
+    let executables = match &args.programs {
+        Some(folder) => folder.clone(),
+        None => workspace::build_programs(Profile::Release)?,
+    };
     interrupt::watch()?;
     // Ctrl-C also reaches the programs that measure; that they failed is then not the news.
     let asked = Paths { rounds: args.rounds, seconds: args.seconds, services: args.services };
@@ -135,10 +162,12 @@ fn measure(args: Paths, machine: Machine, executables: &Path) -> anyhow::Result<
     kernel.serve(&format!("{SERVER_CPU} {server} throughput server --port {BULK_PORT}"))?;
     let worlds = Worlds { kernel: &kernel, lab: &lab, probe: &probe, services: args.services };
     let mut collected = Collected::default();
+    let mut variants = Variant::ALL.to_vec();
+    variants.retain(|variant| *variant != Variant::VxlanIpvs || machine.ipvs.is_some());
     let steal = Steal::start()?;
     for round in 1..=args.rounds {
         eprint!("round {round} of {}:", args.rounds);
-        for variant in in_turn(&Variant::ALL, round) {
+        for variant in in_turn(&variants, round) {
             eprint!(" {}", variant.name());
             collected.add_round_trips(variant, &worlds.round_trips(variant, args.seconds)?);
         }

@@ -3,7 +3,7 @@
 //! Rules are installed for a run and removed after it. Left in place they would make connection
 //! tracking examine the packets of every other variant in the same namespace too.
 
-use super::exec::{inside, run_with_input};
+use super::exec::{inside, run, run_with_input};
 use super::kernel_path::SERVER_VXLAN;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
@@ -20,6 +20,18 @@ pub(super) enum Translator {
     Nftables,
     /// A chain of rules, as kube-proxy's iptables mode writes it.
     Iptables,
+    /// The kernel's own load-balancer, as kube-proxy's IPVS mode sets it up.
+    Ipvs,
+}
+
+/// The version of IPVS, or why there is none here.
+pub(super) fn ipvs() -> Result<String, String> {
+    // Fails where it is built in, too; what counts is whether it answers.
+    let _ = run("modprobe ip_vs");
+    let said = run("ipvsadm --list --numeric").map_err(|error| format!("{error:#}"))?;
+    // IP Virtual Server version 1.2.1 (size=4096)
+    let version = said.lines().next().unwrap_or_default().split(" (").next().unwrap_or_default();
+    Ok(version.to_owned())
 }
 
 /// Rules that are in force until dropped.
@@ -36,6 +48,11 @@ impl Translator {
         let (program, rules) = match self {
             Self::Nftables => ("nft -f -", nft_rules(services, port)),
             Self::Iptables => ("iptables-restore --noflush", iptables_rules(services, port)),
+            Self::Ipvs => {
+                // It takes what is for the node itself; kube-proxy gives a dummy device all addresses.
+                run(&format!("ip -n {netns} route add local {SERVICES} dev lo"))?;
+                ("ipvsadm --restore", ipvs_rules(services, port))
+            }
         };
         run_with_input(&format!("{} {program}", inside(netns)), &rules)?;
         Ok(installed)
@@ -53,10 +70,18 @@ impl Drop for Installed<'_> {
                 let _ = run_with_input(&format!("{inside} iptables-restore"), "*nat\nCOMMIT\n");
                 "delete table ip nat\n".to_owned()
             }
+            Translator::Ipvs => {
+                let _ = run(&format!("{inside} ipvsadm --clear"));
+                let _ = run(&format!("ip -n {} route delete local {SERVICES} dev lo", self.netns));
+                return;
+            }
         };
         let _ = run_with_input(&format!("{inside} nft -f -"), &delete);
     }
 }
+
+/// All addresses of services.
+const SERVICES: &str = "198.19.0.0/16";
 
 /// Address of the service that is called: the last one, the worst place in a list.
 pub(super) fn called(services: u16) -> Ipv4Addr {
@@ -93,6 +118,21 @@ fn nft_rules(services: u16, port: u16) -> String {
 }}
 "
     )
+}
+
+/// In the format of `ipvsadm --save`. It has one endpoint only: it would refuse the same one twice.
+fn ipvs_rules(services: u16, port: u16) -> String {
+    let mut rules = String::new();
+    for service in (0..services).map(address) {
+        for flag in ["-t", "-u"] {
+            let _ = write!(
+                rules,
+                "-A {flag} {service}:{SERVICE_PORT} -s rr\n\
+                 -a {flag} {service}:{SERVICE_PORT} -r {SERVER_VXLAN}:{port} -m -w 1\n"
+            );
+        }
+    }
+    rules
 }
 
 /// Two endpoints for each service port, so that the random choice is paid for; both are the same pod.
@@ -136,6 +176,9 @@ mod tests {
             let iptables = iptables_rules(services, 7);
             assert_eq!(iptables.matches("-A KUBE-SERVICES").count(), 2 * usize::from(services));
             assert!(iptables.contains(&format!("-d {last}/32 -p tcp -m tcp --dport 80")));
+            let ipvs = ipvs_rules(services, 7);
+            assert_eq!(ipvs.lines().count(), 4 * usize::from(services));
+            assert!(ipvs.contains(&format!("-a -u {last}:80 -r 198.18.12.2:7 -m")));
         }
     }
 }

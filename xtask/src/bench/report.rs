@@ -231,6 +231,7 @@ mod tests {
             load_before: 0.0,
             nftables: String::new(),
             iptables: String::new(),
+            ipvs: None,
         };
         let settings = Settings { rounds: 3, seconds_per_run: 1.0, services: 10, steal_percent: 0.0 };
         let lab = LabFigures { up_seconds: 1.0, agents: Vec::new() };

@@ -21,6 +21,8 @@ pub(super) enum Variant {
     VxlanNftables,
     /// The same, service translated by iptables.
     VxlanIptables,
+    /// The same, service translated by IPVS, where the kernel has it.
+    VxlanIpvs,
     /// ClusterMesh, the pod's own address.
     MeshPod,
     /// ClusterMesh, a global service whose only pod is in the other cluster.
@@ -69,11 +71,12 @@ struct Throughput {
 
 impl Variant {
     /// All, in the order of the tables.
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::PlainPod,
         Self::VxlanPod,
         Self::VxlanNftables,
         Self::VxlanIptables,
+        Self::VxlanIpvs,
         Self::MeshPod,
         Self::MeshService,
     ];
@@ -87,6 +90,7 @@ impl Variant {
             Self::VxlanPod => "kernel VXLAN, pod",
             Self::VxlanNftables => "kernel VXLAN, nftables map service",
             Self::VxlanIptables => "kernel VXLAN, iptables service",
+            Self::VxlanIpvs => "kernel VXLAN, IPVS service",
             Self::MeshPod => "ClusterMesh VXLAN, pod",
             Self::MeshService => "ClusterMesh VXLAN, global service",
         }
@@ -99,6 +103,7 @@ impl Variant {
             Self::VxlanPod => "vxlan-pod",
             Self::VxlanNftables => "vxlan-nftables",
             Self::VxlanIptables => "vxlan-iptables",
+            Self::VxlanIpvs => "vxlan-ipvs",
             Self::MeshPod => "mesh-pod",
             Self::MeshService => "mesh-service",
         }
@@ -107,7 +112,7 @@ impl Variant {
     /// The same path to the pod's own address: what is on top of it is the price of the service.
     pub(super) fn without_service(self) -> Self {
         match self {
-            Self::VxlanNftables | Self::VxlanIptables => Self::VxlanPod,
+            Self::VxlanNftables | Self::VxlanIptables | Self::VxlanIpvs => Self::VxlanPod,
             Self::MeshService => Self::MeshPod,
             direct => direct,
         }
@@ -117,6 +122,7 @@ impl Variant {
         match self {
             Self::VxlanNftables => Some(Translator::Nftables),
             Self::VxlanIptables => Some(Translator::Iptables),
+            Self::VxlanIpvs => Some(Translator::Ipvs),
             _ => None,
         }
     }
@@ -151,7 +157,7 @@ impl Worlds<'_> {
         let target = match variant {
             Variant::PlainPod => SocketAddrV4::new(SERVER_PLAIN, PINGPONG_PORT),
             Variant::VxlanPod => SocketAddrV4::new(SERVER_VXLAN, PINGPONG_PORT),
-            Variant::VxlanNftables | Variant::VxlanIptables => {
+            Variant::VxlanNftables | Variant::VxlanIptables | Variant::VxlanIpvs => {
                 SocketAddrV4::new(nat::called(self.services), nat::SERVICE_PORT)
             }
             Variant::MeshPod => SocketAddrV4::new(self.lab.pingpong(), PINGPONG_PORT),

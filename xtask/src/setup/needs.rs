@@ -55,6 +55,7 @@ pub(super) const PACKAGES: &[Package] = &[
     package("procps", Some("sysctl"), "sets the kernel's network options in them"),
     package("nftables", Some("nft"), "the bench compares with it"),
     package("iptables", Some("iptables"), "the bench compares with it"),
+    package("ipvsadm", Some("ipvsadm"), "the bench compares with it where the kernel can"),
     package("tcpdump", Some("tcpdump"), "for looking at what a lab sends"),
 ];
 

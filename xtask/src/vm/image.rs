@@ -52,7 +52,7 @@ impl Image {
     }
 
     /// A program of this machine.
-    fn tool(&mut self, name: &str, place: &str) -> anyhow::Result<()> {
+    pub(super) fn tool(&mut self, name: &str, place: &str) -> anyhow::Result<()> {
         let path = find_program(name).with_context(|| format!("there is no {name} on this machine"))?;
         self.program(&path, place, name)
     }
@@ -72,20 +72,12 @@ impl Image {
 
     /// A folder with everything in it, below the one that programs run in.
     pub(super) fn source(&self, from: &Path, name: &str) -> anyhow::Result<()> {
-        let (target, mut folders) = (self.root.join("src").join(name), vec![PathBuf::new()]);
-        while let Some(folder) = folders.pop() {
-            fs::create_dir_all(target.join(&folder))?;
-            for entry in
-                fs::read_dir(from.join(&folder)).with_context(|| format!("cannot read {}", from.display()))?
-            {
-                let inside = folder.join(entry?.file_name());
-                match from.join(&inside).is_dir() {
-                    true => folders.push(inside),
-                    false => copy(&from.join(&inside), &target.join(&inside))?,
-                }
-            }
-        }
-        Ok(())
+        copy_all(from, &self.root.join("src").join(name))
+    }
+
+    /// A folder of this machine with everything in it, where it is here.
+    pub(super) fn folder(&self, path: &Path) -> anyhow::Result<()> {
+        copy_all(path, &self.root.join(path.strip_prefix("/")?))
     }
 
     /// Where kernel modules go.
@@ -157,6 +149,23 @@ fn list(root: &Path, folder: &Path, names: &mut Vec<u8>) -> anyhow::Result<()> {
         names.push(0);
         if root.join(&entry).symlink_metadata()?.is_dir() {
             list(root, &entry, names)?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_all(from: &Path, target: &Path) -> anyhow::Result<()> {
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        fs::create_dir_all(target.join(&folder))?;
+        for entry in
+            fs::read_dir(from.join(&folder)).with_context(|| format!("cannot read {}", from.display()))?
+        {
+            let inside = folder.join(entry?.file_name());
+            match from.join(&inside).is_dir() {
+                true => folders.push(inside),
+                false => copy(&from.join(&inside), &target.join(&inside))?,
+            }
         }
     }
     Ok(())

@@ -21,7 +21,7 @@ use kernels::{Installed, Kernel};
 use programs::Programs;
 use report::Report;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Run if nothing is said: a service across clusters, policies, and agents that come and go.
@@ -98,6 +98,20 @@ pub(crate) struct Script<'a> {
     pub(crate) arguments: &'a str,
     /// In seconds.
     pub(crate) limit: u64,
+    pub(crate) needs: Needs<'a>,
+}
+
+/// What a script needs besides what every guest has.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Needs<'a> {
+    /// Of the kernel.
+    pub(crate) modules: &'a [&'a str],
+    /// Programs of this machine.
+    pub(crate) tools: &'a [&'a str],
+    /// Of this machine, with all that is in them.
+    pub(crate) folders: &'a [&'a str],
+    /// The program that runs now.
+    pub(crate) itself: bool,
 }
 
 /// Runs a script in a guest with this kernel, and gives each line that it says.
@@ -109,9 +123,15 @@ pub(crate) fn measure(series: &str, script: &Script<'_>, line: impl FnMut(&str))
     let programs = Programs::build(true, false)?;
     let kernel = kernels::ALL.into_iter().find(|kernel| kernel.series == series);
     let kernel = kernel.with_context(|| format!("no kernel {series} is known"))?;
-    let guest = Guest::with(kernel, fetch(kernel)?, script.limit, |image| {
+    let Needs { modules, tools, folders, itself } = script.needs;
+    let guest = Guest::with(kernel, fetch(kernel)?, script.limit, modules, |image| {
         programs.lab(image, &[])?;
         programs::wg(image, &folder())?;
+        tools.iter().try_for_each(|tool| image.tool(tool, "usr/bin"))?;
+        folders.iter().try_for_each(|folder| image.folder(Path::new(folder)))?;
+        if itself {
+            image.built(&std::env::current_exe()?, "xtask")?;
+        }
         image.script(&format!("opt/clustermesh/bin/{}", script.name), script.text)?;
         let command = format!("{} {} || {}", script.name, script.arguments, programs::TELL);
         Ok(vec![guest::Suite { name: script.name.to_owned(), kind: guest::Kind::Scenarios, command }])
@@ -193,7 +213,7 @@ impl Guest {
         scenarios: &[String],
     ) -> anyhow::Result<Self> {
         let limit = TESTS_LIMIT + SCENARIO_LIMIT * u64::try_from(scenarios.len())?;
-        Self::with(kernel, installed, limit, |image| {
+        Self::with(kernel, installed, limit, &[], |image| {
             let mut suites = programs.tests(image, tests)?;
             if !scenarios.is_empty() {
                 suites.extend(programs.lab(image, scenarios)?);
@@ -203,17 +223,19 @@ impl Guest {
         })
     }
 
-    /// With what `fill` puts in, and wants to have run within `limit` seconds.
+    /// With these modules of the kernel besides the usual ones, and with what `fill` puts in and wants to have run within
+    /// `limit` seconds.
     fn with(
         kernel: Kernel,
         installed: Installed,
         limit: u64,
+        modules: &[&str],
         fill: impl FnOnce(&mut Image) -> anyhow::Result<Vec<guest::Suite>>,
     ) -> anyhow::Result<Self> {
         let begin = Instant::now();
         let folder = folder().join(format!("guest-{}", kernel.series));
         let mut image = Image::new(&folder.join("root"))?;
-        let modules = modules::copy(&installed.modules, &image.modules())?;
+        let modules = modules::copy(&installed.modules, modules, &image.modules())?;
         let suites = fill(&mut image)?;
         image.script("init", &guest::init(&modules, &suites, limit))?;
         let size = image.pack(&folder.join("initrd"))?;

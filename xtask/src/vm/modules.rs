@@ -44,18 +44,18 @@ struct Module {
     depends: Vec<String>,
 }
 
-/// Writes the modules into `target`; gives the names of the files in the order in which they load.
+/// Writes the modules, and `more` of them, into `target`; gives the names of the files in the order in which they load.
 ///
 /// # Errors
 /// If the kernel has one neither as a module nor built in.
-pub(super) fn copy(modules: &Path, target: &Path) -> anyhow::Result<Vec<String>> {
+pub(super) fn copy(modules: &Path, more: &[&str], target: &Path) -> anyhow::Result<Vec<String>> {
     fs::create_dir_all(target)?;
     let known = read(modules)?;
     let builtin =
         fs::read_to_string(modules.join("modules.builtin")).context("no list of built-in modules")?;
     let builtin: BTreeSet<String> = builtin.lines().map(name).collect();
     let depends = |module: &str| known.get(module).map(|module| module.depends.as_slice());
-    let order = order(WANTED, depends, &|module| builtin.contains(module))?;
+    let order = order(&[WANTED, more].concat(), depends, &|module| builtin.contains(module))?;
     let mut files = Vec::new();
     for module in order {
         let file = format!("{module}.ko");

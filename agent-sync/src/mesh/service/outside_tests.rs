@@ -11,7 +11,8 @@ use clustermesh_kvstore::virtual_cidrs::VirtualCidrs;
 use ebpf_global_svc::abi::{ServiceKey, scope};
 
 use crate::desired::{Restored, ServicePlan};
-use crate::mesh::{Fact, LetIn, Mesh, NodeFact, Tunnels};
+use crate::mesh::{Fact, LetIn, Mesh, NodeFact};
+use crate::tunnels::Tunnels;
 use crate::wire_key::service_key;
 
 const TCP: u8 = 6;

@@ -19,7 +19,8 @@ use rand::{Rng as _, SeedableRng as _};
 use super::super::Reconciler;
 use super::Scan;
 use crate::desired::{BackendKey, Changes, GroupPlan, Restored, ServicePlan};
-use crate::mesh::{Fact, FactKey, Links, Mesh, NodeFact, Tunnels, UnderlayProtocol};
+use crate::mesh::{Fact, FactKey, Links, Mesh, NodeFact};
+use crate::tunnels::{Tunnels, UnderlayProtocol};
 use crate::wire_key::{TCP, ip_key, node_key, prefix_key, service_key};
 
 const INTERVAL: Duration = Duration::from_secs(1);
