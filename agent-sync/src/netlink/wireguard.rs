@@ -309,7 +309,7 @@ impl PeerChange {
         };
         match self {
             Self::Set { key, endpoint, allowed } => {
-                let endpoint = endpoint.map(|at| WireguardPeerAttribute::Endpoint(at));
+                let endpoint = endpoint.map(WireguardPeerAttribute::Endpoint);
                 let allowed = allowed.iter().map(|ip| allowed_ip(*ip)).collect();
                 let allowed = WireguardPeerAttribute::AllowedIps(allowed);
                 let more = endpoint.into_iter().chain([allowed]).collect();

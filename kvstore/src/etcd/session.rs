@@ -9,7 +9,7 @@ use etcd_client::{
 };
 use rand::seq::SliceRandom;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::diagnose;
 use super::watch::WatchStream;
@@ -21,6 +21,13 @@ const MAX_REPLY: usize = 64 << 20;
 
 /// What etcd says about what a user may not do.
 const PERMISSION_DENIED: &str = "permission denied";
+
+/// What etcd says when its users and roles have changed between a request's arrival and its turn. It has done nothing then
+/// (`ErrGRPCAuthOldRevision` of etcd's rpctypes).
+const RIGHTS_CHANGED: &str = "revision of auth store is old";
+/// How often such a request is made again, and the time between.
+const REPEATS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Deadlines of a session.
 #[derive(Clone, Copy, Debug)]
@@ -239,10 +246,12 @@ impl Session {
             .with_limit(limit)
             .with_revision(revision)
             .with_sort(SortTarget::Key, SortOrder::Ascend);
-        let mut client = self.client.kv_client().max_decoding_message_size(MAX_REPLY);
-        let mut reply = self
-            .call(range.start(), client.get(from, Some(options)), |reply| reply.header().cloned())
-            .await?;
+        let client = self.client.kv_client().max_decoding_message_size(MAX_REPLY);
+        let get = || {
+            let (mut client, from, options) = (client.clone(), from.clone(), options.clone());
+            async move { client.get(from, Some(options)).await }
+        };
+        let mut reply = self.call(range.start(), settled(get), |reply| reply.header().cloned()).await?;
         let revision = reply.header().map_or(0, ResponseHeader::revision);
         let more = reply.more();
         let kvs = reply.take_kvs().into_iter().map(KeyValue::from).collect();
@@ -256,9 +265,12 @@ impl Session {
             None => return Ok(self.shared.revision),
         };
         let ops: Vec<_> = ops.into_iter().map(TxnOp::from).collect();
-        let mut client = self.client.kv_client();
-        let txn = client.txn(Txn::new().and_then(ops));
-        let reply = self.call(&what, txn, |reply| reply.header().cloned()).await?;
+        let txn = Txn::new().and_then(ops);
+        let call = || {
+            let (mut client, txn) = (self.client.kv_client(), txn.clone());
+            async move { client.txn(txn).await }
+        };
+        let reply = self.call(&what, settled(call), |reply| reply.header().cloned()).await?;
         Ok(reply.header().map_or(0, ResponseHeader::revision))
     }
 
@@ -383,7 +395,11 @@ impl From<WriteOp> for TxnOp {
 /// Asked for is the one key that every role of a mesh may read. etcd's status is no substitute: some refuse
 /// it to all but root, whatever the method of authentication.
 async fn greet(client: &mut Client) -> Result<(ResponseHeader, Option<String>), EtcdError> {
-    let heartbeat = client.get(HEARTBEAT, Some(GetOptions::new().with_keys_only())).await;
+    let heartbeat = settled(|| {
+        let mut client = client.clone();
+        async move { client.get(HEARTBEAT, Some(GetOptions::new().with_keys_only())).await }
+    });
+    let heartbeat = heartbeat.await;
     let status = client.status().await;
     let version = status.as_ref().ok().map(|status| status.version().to_owned());
     let header = match heartbeat {
@@ -398,7 +414,22 @@ async fn greet(client: &mut Client) -> Result<(ResponseHeader, Option<String>), 
 }
 
 fn is_denied(error: &EtcdError) -> bool {
-    matches!(error, EtcdError::GRpcStatus(status) if status.message().contains(PERMISSION_DENIED))
+    says(error, PERMISSION_DENIED)
+}
+
+fn says(error: &EtcdError, text: &str) -> bool {
+    matches!(error, EtcdError::GRpcStatus(status) if status.message().contains(text))
+}
+
+/// The answer of a call that is made again when etcd's users and roles have changed under it.
+async fn settled<T, F: Future<Output = Result<T, EtcdError>>>(call: impl Fn() -> F) -> Result<T, EtcdError> {
+    for _ in 0..REPEATS {
+        match call().await {
+            Err(error) if says(&error, RIGHTS_CHANGED) => sleep(PAUSE).await,
+            other => return other,
+        }
+    }
+    call().await
 }
 
 fn classify(what: &str, error: EtcdError) -> SessionError {
@@ -432,5 +463,38 @@ fn classify(what: &str, error: EtcdError) -> SessionError {
         }
     } else {
         SessionError::Lost(if message.is_empty() { status.code().to_string() } else { message })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// As often as it is called: etcd says so many times that rights have changed, then `last`.
+    async fn calls(refusals: u32, last: &str) -> (u32, Result<(), SessionError>) {
+        let called = Cell::new(0);
+        let outcome = settled(|| {
+            called.set(called.get() + 1);
+            let said = match called.get() {
+                n if n <= refusals => "etcdserver: revision of auth store is old",
+                _ => last,
+            };
+            let refused = |said: &str| EtcdError::GRpcStatus(tonic::Status::invalid_argument(said));
+            std::future::ready(if said.is_empty() { Ok(()) } else { Err(refused(said)) })
+        });
+        let outcome = outcome.await.map_err(|error| classify("key", error));
+        (called.get(), outcome)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_rights_have_changed_under_is_asked_again_and_nothing_else_is() {
+        assert_eq!(calls(0, "").await, (1, Ok(())));
+        assert_eq!(calls(3, "").await, (4, Ok(())));
+        let full = "etcdserver: mvcc: database space exceeded";
+        assert_eq!(calls(1, full).await, (2, Err(SessionError::Unavailable(full.into()))));
+        let (called, outcome) = calls(u32::MAX, "").await;
+        assert!(called == REPEATS + 1 && matches!(outcome, Err(SessionError::Unavailable(_))), "{outcome:?}");
     }
 }

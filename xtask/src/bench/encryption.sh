@@ -42,8 +42,8 @@ quietly tunnel $a 1 2 a b "$b_ip" && quietly tunnel $b 2 1 b a "$a_ip" || fail "
 esp() { # node, what to do
     for way in "$a_ip $b_ip 1 2 0x2001" "$b_ip $a_ip 2 1 0x2002"; do
         set -- "$1" "$2" $way
-        ip -n "$1" xfrm state "$2" src "$3" dst "$4" proto esp spi "$7" mode tunnel reqid 99 \
-            $([ "$2" = add ] && echo "replay-window 32 aead rfc4106(gcm(aes)) 0x$(printf %072d "${7#0x}") 128") || return 1
+        ip -n "$1" xfrm state "$2" src "$3" dst "$4" proto esp spi "$7" \
+            $([ "$2" = add ] && echo "mode tunnel reqid 99 replay-window 32 aead rfc4106(gcm(aes)) 0x$(printf %072d "${7#0x}") 128") || return 1
         for dir in out in fwd; do
             case "$dir $1 $3" in "out $a $b_ip"|"out $b $a_ip"|"in $a $a_ip"|"in $b $b_ip"|"fwd $a $a_ip"|"fwd $b $b_ip") continue;; esac
             ip -n "$1" xfrm policy "$2" src "198.18.$5.0/24" dst "198.18.$6.0/24" dir $dir \
@@ -69,12 +69,12 @@ measure() { # encryption, way, what to run a client in, address for streams and 
         printf 'figure\t%s\t%s\t%s\n' "$what" "$way" "$said"
     done
 }
+total() { awk '{ sum += $1 } END { printf "%.0f\n", sum }'; }
 # Encrypted packets and bytes that alpha's node has sent by the mesh's own means.
 sent() {
     case $1 in
-        wireguard) in_ns $a wg show all transfer | sed -n '/^cm_wg/p' | cut -f4 | paste -sd+ - | { read -r sum; echo $((sum)); } ;;
-        ipsec) ip -n $a -s xfrm state list reqid 1129136535 | sed -n 's/^ *\([0-9]*\)(bytes).*/\1/p' | paste -sd+ - |
-            { read -r sum; echo $((sum)); } ;;
+        wireguard) in_ns $a wg show all transfer | sed -n '/^cm_wg/p' | cut -f4 | total ;;
+        ipsec) ip -n $a -s xfrm state list reqid 1129136535 | sed -n 's/^[[:space:]]*\([0-9]*\)(bytes).*/\1/p' | total ;;
         *) echo 0 ;;
     esac
 }
@@ -101,7 +101,7 @@ for what in none wireguard ipsec; do
     for round in $(seq "$rounds"); do
         routes $what || fail "no route"
         if [ $what = ipsec ]; then quietly esp $a add && quietly esp $b add || fail "no ESP tunnel"; fi
-        measure $what bare "ip netns exec bare-a" 198.18.2.2 198.18.2.2
+        measure $what bare "/usr/bin/ip netns exec bare-a" 198.18.2.2 198.18.2.2
         if [ $what = ipsec ]; then quietly esp $a delete && quietly esp $b delete || fail "the ESP tunnel stays"; fi
         before=$(sent $what)
         measure $what mesh "clustermesh lab exec --lab $lab alpha/bench/client --" "$server" "$pong"

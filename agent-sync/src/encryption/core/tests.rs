@@ -180,7 +180,7 @@ fn strict_nodes_speak_in_clear_to_nobody_in_scope() {
 #[test]
 fn what_an_earlier_life_installed_stays_until_it_is_confirmed_or_denied() {
     let state = WireguardState {
-        endpoint: Some(at(ip(2, 1), key(21)).into()),
+        endpoint: Some(at(ip(2, 1), key(21))),
         allowed: [ip(2, 1)].into(),
         handshake: 7,
         ..WireguardState::default()
@@ -257,7 +257,7 @@ fn a_peer_may_roam_among_its_own_addresses_only() {
     let other_port = SocketAddr::new(ip(2, 1), 9);
     for (at, resets) in [(home, false), (elsewhere, true), (other_port, true)] {
         let mut installed = core.installed().clone();
-        installed.peers.get_mut(&peer(key(21))).unwrap().endpoint = Some(at.into());
+        installed.peers.get_mut(&peer(key(21))).unwrap().endpoint = Some(at);
         core.observe(installed, Duration::ZERO);
         assert_eq!(!core.plan().is_empty(), resets, "{at}");
     }
