@@ -50,12 +50,13 @@ struct Module {
 /// If the kernel has one neither as a module nor built in.
 pub(super) fn copy(modules: &Path, more: &[&str], target: &Path) -> anyhow::Result<Vec<String>> {
     fs::create_dir_all(target)?;
-    let known = read(modules)?;
+    let wanted = [WANTED, more].concat();
+    let known = read(modules, &wanted)?;
     let builtin =
         fs::read_to_string(modules.join("modules.builtin")).context("no list of built-in modules")?;
     let builtin: BTreeSet<String> = builtin.lines().map(name).collect();
     let depends = |module: &str| known.get(module).map(|module| module.depends.as_slice());
-    let order = order(&[WANTED, more].concat(), depends, &|module| builtin.contains(module))?;
+    let order = order(&wanted, depends, &|module| builtin.contains(module))?;
     let mut files = Vec::new();
     for module in order {
         let file = format!("{module}.ko");
@@ -91,7 +92,7 @@ fn order<'a>(
 }
 
 /// All modules of a kernel, by name. What they depend on is read only of those that are asked for.
-fn read(modules: &Path) -> anyhow::Result<BTreeMap<String, Module>> {
+fn read(modules: &Path, wanted: &[&str]) -> anyhow::Result<BTreeMap<String, Module>> {
     let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
     let mut folders = vec![modules.join("kernel")];
     while let Some(folder) = folders.pop() {
@@ -105,7 +106,7 @@ fn read(modules: &Path) -> anyhow::Result<BTreeMap<String, Module>> {
         }
     }
     let mut modules = BTreeMap::new();
-    let mut next: Vec<String> = WANTED.iter().map(|module| (*module).to_owned()).collect();
+    let mut next: Vec<String> = wanted.iter().map(|module| (*module).to_owned()).collect();
     while let Some(module) = next.pop() {
         let Some(file) = found.remove(&module) else { continue };
         let depends = depends(&contents(&file)?);
