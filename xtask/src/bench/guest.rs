@@ -16,7 +16,7 @@ const MARK: &str = "figure:";
 /// Services as others make them, which labs do without.
 const MODULES: &[&str] =
     &["nft_chain_nat", "nft_nat", "nft_compat", "xt_nat", "xt_statistic", "xt_tcpudp", "ip_vs", "ip_vs_rr"];
-const TOOLS: &[&str] = &["nft", "iptables", "iptables-restore", "ipvsadm"];
+const TOOLS: &[&str] = &["bridge", "nft", "iptables", "iptables-restore", "ipvsadm"];
 /// Extensions of iptables.
 const FOLDERS: &[&str] = &["/usr/lib/x86_64-linux-gnu/xtables"];
 
