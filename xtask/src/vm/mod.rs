@@ -35,7 +35,7 @@ const QUICK: &[(&str, &[&str])] = &[
     ("tables", &["ten_thousand", "programs_stay", "policies_and_address", "what_is_left"]),
     ("sockets", &["tcp_reaches", "a_datagram_socket"]),
     ("policy_traffic", &["streams_pass", "an_identity_reaches", "a_pod_of_an_older_version"]),
-    ("upgrade", &["other_sizes"]),
+    ("upgrade", &["other_sizes_lose"]),
 ];
 /// What a guest may take for the kernel tests, in seconds: ten times what the quick ones do on a machine at rest. They run beside
 /// a build, and the machine may be a slow one.
