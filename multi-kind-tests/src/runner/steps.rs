@@ -153,6 +153,9 @@ impl<'a> Stage<'a> {
     /// Does one step; gives what it measured, if it measures.
     pub(super) fn step(&mut self, step: &Step) -> anyhow::Result<Option<String>> {
         if is_change(step) {
+            // Up to here loads have to go on as they had settled. The step may move them before it has ended.
+            let until = now()?;
+            self.loads.values_mut().try_for_each(|load| check_settled(load, until))?;
             self.change = title(step);
         }
         match step {
@@ -404,7 +407,6 @@ impl<'a> Stage<'a> {
         let changed = self.changed;
         let interrupt = self.options.interrupt.clone();
         let load = self.running(&shift.load)?;
-        check_settled(load, changed)?;
         let deadline = Instant::now() + shift.within.0 + pace::slowed(GRACE);
         let shifted = interrupt.retry_until(deadline, PAUSE, || {
             load.alive()?;
@@ -532,7 +534,7 @@ fn is_change(step: &Step) -> bool {
     )
 }
 
-/// Whether a load went on as it had settled, up to the next change.
+/// Whether a load went on as it had settled, up to a change.
 fn check_settled(load: &mut RunningLoad, until: u64) -> anyhow::Result<()> {
     if let Some((clusters, since)) = load.settled.take()
         && let Some(stray) = load.timeline().strayed(&clusters, since, until)
