@@ -52,7 +52,7 @@ pub use rotate::{Rotate, RotateDesk, RotateError};
 
 /// WireGuard adds UDP's header of 8 bytes, its own of 16, and a tag of 16 to the underlay's IP header.
 const WIREGUARD_OVERHEAD: u32 = 40;
-/// VXLAN adds headers of 8, 8 and 14 bytes to that.
+/// VXLAN adds UDP's header of 8 bytes, its own of 8, and the frame's of 14 to the underlay's IP header.
 const VXLAN_OVERHEAD: u32 = 30;
 /// ESP adds a header of 8 bytes, 8 of the counter, and behind the packet a tag of 16.
 const ESP_OVERHEAD: u32 = 32;

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 /// Programs of this machine that the guest gets, with their libraries. Everything else is busybox's.
 const TOOLS: &[&str] = &["ip", "tc", "setpriv", "nsenter", "unshare"];
 /// Those that only scenarios need.
-const LAB_TOOLS: &[&str] = &["etcd", "etcdctl", "nice"];
+const LAB_TOOLS: &[&str] = &["etcd", "etcdctl"];
 
 /// A file system that is being put together in a folder.
 pub(super) struct Image {
