@@ -18,6 +18,8 @@ pub(super) struct Endpoints {
     own: u16,
     /// This node, as tables call it.
     node_ip: Option<[u8; 4]>,
+    /// And as records may call it.
+    here: BTreeSet<[u8; 4]>,
     /// Pods that should have a link.
     local: BTreeSet<IpAddr>,
     links: Links,
@@ -33,7 +35,7 @@ impl Endpoints {
         node_ip: Option<[u8; 4]>,
         restored: Vec<(IpKey, EndpointValue)>,
     ) -> (Self, Vec<(IpKey, Option<EndpointValue>)>) {
-        let mut endpoints = Self { own, node_ip, ..Self::default() };
+        let mut endpoints = Self { own, node_ip, here: node_ip.into_iter().collect(), ..Self::default() };
         let mut foreign = Vec::new();
         for (key, value) in restored {
             match wire_key::address(key.family, key.ip) {
@@ -47,10 +49,16 @@ impl Endpoints {
         (endpoints, foreign)
     }
 
-    /// The own node's record says where its tunnels end.
-    pub(super) fn set_node_ip(&mut self, node_ip: [u8; 4], own: &Records) {
-        if self.node_ip != Some(node_ip) {
+    /// Before anything is known: an earlier life knew these names of this node too.
+    pub(super) fn also_here(&mut self, names: impl Iterator<Item = [u8; 4]>) {
+        self.here.extend(names);
+    }
+
+    /// The own node's record says where its tunnels end, and by which names it may be called.
+    pub(super) fn set_here(&mut self, node_ip: [u8; 4], names: BTreeSet<[u8; 4]>, own: &Records) {
+        if (self.node_ip, &self.here) != (Some(node_ip), &names) {
             self.node_ip = Some(node_ip);
+            self.here = names;
             self.dirty.extend(own.addresses().map(|(ip, _)| ip));
             self.dirty.extend(self.installed.keys());
         }
@@ -134,7 +142,7 @@ impl Endpoints {
     }
 
     fn is_here(&self, value: &IpValue) -> bool {
-        self.node_ip == Some(value.node_ip)
+        self.here.contains(&value.node_ip)
     }
 
     /// Identity of the pod that is behind an address on this node. Until it is known who is here, a pod that

@@ -60,14 +60,10 @@ impl Mesh {
         self.clusters.get(&cluster.get())?.address(&ip)
     }
 
-    /// The node of a cluster whose tunnels end at an address.
-    pub fn node_at(&self, cluster: ClusterId, tunnel_ip: IpAddr) -> Option<&str> {
-        let protocol = self.topology.underlay.protocol();
+    /// The node of a cluster that has an underlay address.
+    pub fn node_at(&self, cluster: ClusterId, ip: IpAddr) -> Option<&str> {
         let nodes = self.clusters.get(&cluster.get())?.nodes.iter();
-        nodes
-            .filter(|(_, node)| node.tunnel_ip(protocol) == Some(tunnel_ip))
-            .map(|(name, _)| name.as_str())
-            .min()
+        nodes.filter(|(_, node)| node.internal_ips.contains(&ip)).map(|(name, _)| name.as_str()).min()
     }
 
     /// The node of a cluster that has an address: of the underlay, or its own out of its pod CIDRs.

@@ -137,6 +137,14 @@ impl Mesh {
                 false => mesh.foreign.node.push((key, None)),
             }
         }
+        // Until this node's record comes.
+        if let Some(node_ip) = node_ip {
+            let ips =
+                mesh.topology.beside(node_ip).filter(|ip| mesh.topology.address_holder(*ip) == Some(own));
+            let ips: Vec<IpAddr> = ips.collect();
+            mesh.endpoints.also_here(ips.iter().filter_map(|ip| mesh.topology.underlay.find(*ip)));
+            mesh.services.set_node_ips(ips.into_iter(), &Records::default());
+        }
         for cluster in mesh.services.restored_clusters() {
             mesh.clusters.entry(cluster).or_default();
         }
@@ -439,7 +447,7 @@ impl Mesh {
     fn address_changed(&mut self, cluster: u16, ip: IpAddr, value: Option<IpValue>) {
         let value = match value {
             Some(value) if cluster != self.own => self.placement.place(&self.topology, cluster, ip, value),
-            Some(value) => Some(value),
+            Some(value) => Some(self.place_own(value)),
             None => {
                 self.placement.forget(cluster, ip);
                 None
@@ -451,12 +459,24 @@ impl Mesh {
         }
     }
 
+    /// What is to be installed for an address of the own cluster: its records are taken at their word.
+    fn place_own(&self, value: IpValue) -> IpValue {
+        IpValue { node_ip: self.topology.tunnel_name(value.node_ip).unwrap_or_default(), ..value }
+    }
+
     fn compute_topology(&mut self, changes: &mut Changes) {
         self.topology.resolve(self.own, changes);
         if self.own_node_changed {
             let node_ip = self.own_node().and_then(|node| self.topology.node_ip_of(node));
+            let ips = self.own_node().into_iter().flat_map(|node| &node.internal_ips);
+            let names = ips.filter_map(|ip| self.topology.underlay.find(*ip)).collect();
             if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
-                self.endpoints.set_node_ip(node_ip, own);
+                self.endpoints.set_here(node_ip, names, own);
+            }
+            if let Some(own) = self.clusters.get(&self.own)
+                && let Some(node) = own.nodes.get(&self.node_name)
+            {
+                self.services.set_node_ips(node.internal_ips.iter().copied(), own);
             }
             let zone = self.own_node().and_then(|node| node.zone.clone());
             if zone != self.zone {

@@ -3,6 +3,9 @@
 //! Each costs what leans on it: the addresses behind a node, those inside a prefix, the frontends with a
 //! backend there.
 
+#[cfg(test)]
+mod tests;
+
 use std::net::IpAddr;
 
 use ebpf_global_svc::abi::IpValue;
@@ -32,15 +35,11 @@ impl Mesh {
         }
         let mut again: Vec<(u16, IpAddr)> = Vec::new();
         for (key, value) in &changes.node {
-            if let (Some(value), Some(ip)) = (value, wire_key::address(key.family, key.ip))
-                && let Some(node_ip) = self.topology.underlay.find(ip)
-            {
-                let ips = self.placement.awaiting_node(value.cluster, node_ip);
-                // A pod in its host's network.
-                if self.placement.is_misplaced(value.cluster, ip) {
-                    again.push((value.cluster, ip));
-                }
-                again.extend(ips.into_iter().map(|ip| (value.cluster, ip)));
+            let Some(ip) = wire_key::address(key.family, key.ip) else { continue };
+            let cluster = value.map_or(self.own, |value| value.cluster);
+            again.extend(self.behind_another_name(cluster, ip).map(|ip| (cluster, ip)));
+            if value.is_some() {
+                again.extend(self.awaiting(cluster, ip).into_iter().map(|ip| (cluster, ip)));
             }
         }
         for (key, value) in &changes.prefix {
@@ -50,7 +49,7 @@ impl Mesh {
             }
         }
         for (cluster, ip) in again {
-            let value = self.clusters.get(&cluster).and_then(|records| records.ips.get(&ip));
+            let value = self.clusters.get(&cluster).and_then(|records| records.address(&ip));
             self.address_changed(cluster, ip, value);
         }
         for (cluster, lost) in self.topology.take_lost() {
@@ -62,6 +61,35 @@ impl Mesh {
         let hosts = changes.node.iter().filter_map(|(key, _)| wire_key::address(key.family, key.ip));
         let nets = IpNet::aggregate(&nets.chain(hosts.map(IpNet::from)).collect());
         self.work.frontends += nets.iter().map(|net| self.services.holders_changed(*net) as u64).sum::<u64>();
+    }
+
+    /// Addresses of a cluster whose records call their node by an address at which no tunnel ends: it may be another
+    /// one, or its tunnels end elsewhere.
+    fn behind_another_name(&self, cluster: u16, host: IpAddr) -> impl Iterator<Item = IpAddr> {
+        let name = self.topology.underlay.find(host);
+        let name = name.filter(|_| !self.topology.underlay.protocol().takes(host));
+        let records = name.and_then(|name| Some((name, self.clusters.get(&cluster)?)));
+        let ips = records
+            .into_iter()
+            .flat_map(|(name, records)| records.ips.behind(name).chain(records.local_ips.behind(name)));
+        ips.map(|(ip, _)| ip)
+    }
+
+    /// Misplaced addresses of a cluster that may be right now that it holds this address.
+    fn awaiting(&self, cluster: u16, host: IpAddr) -> Vec<IpAddr> {
+        let Some(node_ip) = self.topology.underlay.find(host) else { return Vec::new() };
+        let mut ips = self.placement.awaiting_node(cluster, node_ip);
+        for name in self.names_beside(node_ip) {
+            ips.extend(self.placement.awaiting_node(cluster, name));
+        }
+        // A pod in its host's network.
+        ips.extend(Some(host).filter(|ip| self.placement.is_misplaced(cluster, *ip)));
+        ips
+    }
+
+    /// By which other names records may call a node.
+    fn names_beside(&self, node_ip: [u8; 4]) -> impl Iterator<Item = [u8; 4]> {
+        self.topology.beside(node_ip).filter_map(|ip| self.topology.underlay.find(ip))
     }
 
     /// Addresses of a cluster that may be installed because it held this.
@@ -77,7 +105,8 @@ impl Mesh {
                 let Some(node_ip) = self.topology.underlay.find(host) else { return Vec::new() };
                 // A pod in its host's network.
                 let host = records.ips.get(&host).filter(|_| needs_prefix).map(|value| (host, value));
-                records.ips.behind(node_ip).chain(host).collect()
+                let beside = self.names_beside(node_ip).flat_map(|name| records.ips.behind(name));
+                records.ips.behind(node_ip).chain(beside).chain(host).collect()
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Whether an address is where its cluster says it is.
 //!
-//! A pod's record names the node that carries it. Packets are sent there only if that is a node which the
-//! same cluster holds, or lies in the operator's CIDRs for its nodes; otherwise the pod's prefix says
+//! A pod's record names the node that carries it, by any of its addresses. Packets are sent there only if that is a
+//! node which the same cluster holds, or lies in the operator's CIDRs for its nodes; otherwise the pod's prefix says
 //! where to go, which only the prefix's holder decides. With [`PlacementRules::at_own_nodes`], a pod
 //! outside of the prefixes of its own cluster is not installed at all.
 //!
@@ -59,7 +59,7 @@ impl Placement {
     ) -> Option<IpValue> {
         let placed = self.judge(topology, cluster, ip, value);
         self.forget(cluster, ip);
-        if placed != Some(value) {
+        if placed.is_none_or(|placed| placed.node_ip == NOWHERE && value.node_ip != NOWHERE) {
             self.misplaced.entry(cluster).or_default().insert(ip, value.node_ip);
             self.awaiting.insert((cluster, value.node_ip, ip));
         }
@@ -131,14 +131,15 @@ impl Placement {
         if self.at_own_nodes(cluster) && topology.holder(ip) != Some(cluster) {
             return None;
         }
-        let is_its = |host| {
-            let listed = || self.rules.get(&cluster).is_some_and(|rules| contains(&rules.hosts, host));
-            topology.address_holder(host) == Some(cluster) || listed()
+        let is_its = |name: &[u8; 4]| {
+            topology.underlay.address(*name).is_some_and(|host| {
+                let listed = || self.rules.get(&cluster).is_some_and(|rules| contains(&rules.hosts, host));
+                topology.address_holder(host) == Some(cluster) || listed()
+            })
         };
-        if value.node_ip == NOWHERE || topology.underlay.address(value.node_ip).is_some_and(is_its) {
-            return Some(value);
-        }
-        Some(IpValue { node_ip: NOWHERE, ..value })
+        let named = Some(value.node_ip).filter(is_its);
+        let node_ip = named.and_then(|name| topology.tunnel_name(name)).filter(is_its);
+        Some(IpValue { node_ip: node_ip.unwrap_or(NOWHERE), ..value })
     }
 
     /// Whether pods and backends of a cluster must lie in prefixes of its nodes.

@@ -80,7 +80,7 @@ impl Topology {
 
     /// An address that was installed before; false if it is none that we would install.
     pub(super) fn restore_address(&mut self, key: NodeKey, value: NodeValue) -> bool {
-        self.speakers.restore(key, value)
+        self.speakers.restore(key, value, &self.underlay)
     }
 
     /// The cluster's nodes are all known: what was restored of it counts no more.
@@ -109,7 +109,7 @@ impl Topology {
                 let carrier = Carrier { node_ip, is_virtual: after.virtual_cidrs.is_virtual(net) };
                 self.prefixes.claims.claim(net, claimant.clone(), carrier);
             }
-            let speaker = Speaker { is_virtual: !after.virtual_cidrs.is_empty() };
+            let speaker = Speaker { is_virtual: !after.virtual_cidrs.is_empty(), node_ip };
             for ip in &after.internal_ips {
                 self.underlay.name(*ip);
                 self.speakers.claims.claim(*ip, claimant.clone(), speaker);
@@ -154,8 +154,24 @@ impl Topology {
     /// Nodes that claims name, as tables call them: those of prefixes, and of addresses.
     pub(super) fn named(&self) -> impl Iterator<Item = [u8; 4]> {
         let carriers = self.prefixes.claims.iter().map(|(_, carrier)| carrier.node_ip);
-        let speakers = self.speakers.claims.iter().filter_map(|(ip, _)| self.underlay.find(*ip));
+        let speakers = self.speakers.claims.iter();
+        let speakers =
+            speakers.flat_map(|(ip, speaker)| self.underlay.find(*ip).into_iter().chain([speaker.node_ip]));
         carriers.chain(speakers)
+    }
+
+    /// What tables call the node with this name: that of the address where its tunnels end. None if it has no record,
+    /// or no tunnel.
+    pub(super) fn tunnel_name(&self, name: [u8; 4]) -> Option<[u8; 4]> {
+        match self.underlay.is_tunnel_end(name) {
+            true => Some(name),
+            false => self.speakers.node_beside(self.underlay.address(name)?),
+        }
+    }
+
+    /// Addresses of the node that tables call so, at which no tunnel ends.
+    pub(super) fn beside(&self, node_ip: [u8; 4]) -> impl Iterator<Item = IpAddr> {
+        self.speakers.beside(node_ip)
     }
 
     /// Accepted pod prefixes, with the cluster and the node, as tables call it.

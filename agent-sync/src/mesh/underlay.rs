@@ -1,8 +1,11 @@
-//! What the tables call nodes: on an IPv4 underlay by their address, on an IPv6 one by a number that stands for it.
+//! What the tables call nodes: by their IPv4 address, or by a number that stands for their IPv6 address.
 //!
 //! An address of a pod names its node in four bytes, here and in the kernel, so that an IPv6 underlay costs no memory and
 //! no look-up where there is an IPv4 one. A number is this node's own affair. It is never given to another address while
 //! somebody may still name it: they go round, and whoever starts again goes on behind those that it finds installed.
+//!
+//! A node of both families has two names. Records may use either; what is installed uses that of the address where its
+//! tunnels end.
 //!
 //! Records of other clusters name what they like. So a number is installed only once something that is installed names it,
 //! and those that no record names any more go with a sweep once there are some: also after a start, which by itself
@@ -71,11 +74,11 @@ impl Underlay {
         self.protocol
     }
 
-    /// What tables call the node at an address, perhaps from now on; nowhere if no tunnel can end there.
+    /// The name of a node's address, perhaps from now on; nowhere if no node can be there.
     pub(super) fn name(&mut self, ip: IpAddr) -> [u8; 4] {
         let ip = match ip {
-            _ if !self.protocol.takes(ip) => return NOWHERE,
-            IpAddr::V4(ip) => return ip.octets(),
+            IpAddr::V4(ip) => return v4_name(ip).unwrap_or(NOWHERE),
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => return NOWHERE,
             IpAddr::V6(ip) => ip,
         };
         if let Some(number) = self.numbers.get(&ip) {
@@ -87,22 +90,25 @@ impl Underlay {
         number
     }
 
-    /// What tables call the node at an address, if they do.
+    /// The name of a node's address, if it has one.
     pub(super) fn find(&self, ip: IpAddr) -> Option<[u8; 4]> {
         match ip {
-            _ if !self.protocol.takes(ip) => None,
-            IpAddr::V4(ip) => Some(ip.octets()),
+            IpAddr::V4(ip) => v4_name(ip),
             IpAddr::V6(ip) => self.numbers.get(&ip).copied(),
         }
     }
 
-    /// The address of a node; none: it is nowhere, or nobody's number.
-    pub(super) fn address(&self, node_ip: [u8; 4]) -> Option<IpAddr> {
-        match self.protocol {
-            _ if node_ip == NOWHERE => None,
-            UnderlayProtocol::Ipv4 => Some(Ipv4Addr::from(node_ip).into()),
-            UnderlayProtocol::Ipv6 => self.entries.get(&node_ip).map(|entry| entry.ip.into()),
+    /// The address that a name stands for; none: it is nowhere, or nobody's number.
+    pub(super) fn address(&self, name: [u8; 4]) -> Option<IpAddr> {
+        match place(name) {
+            Some(_) => self.entries.get(&name).map(|entry| entry.ip.into()),
+            None => Some(name).filter(|name| *name != NOWHERE).map(|name| Ipv4Addr::from(name).into()),
         }
+    }
+
+    /// Whether tunnels can end at the address that a name stands for: tables may use it.
+    pub(super) fn is_tunnel_end(&self, name: [u8; 4]) -> bool {
+        self.address(name).is_some_and(|ip| self.protocol.takes(ip))
     }
 
     /// Something that is to be installed names this node.
@@ -172,6 +178,11 @@ impl Underlay {
     }
 }
 
+/// An IPv4 address names itself, unless it looks like a number: no host has one of 0.0.0.0/8.
+fn v4_name(ip: Ipv4Addr) -> Option<[u8; 4]> {
+    Some(ip.octets()).filter(|octets| octets[0] != 0)
+}
+
 /// Where a number stands in their order; none if it is none.
 fn place(number: [u8; 4]) -> Option<u32> {
     Some(u32::from_be_bytes(number)).filter(|place| (1..=NUMBERS).contains(place))
@@ -214,12 +225,20 @@ mod tests {
         assert_eq!(underlay.name(v4), [192, 0, 2, 1]);
         assert_eq!(underlay.find(v4), Some([192, 0, 2, 1]));
         assert_eq!(underlay.address([192, 0, 2, 1]), Some(v4));
-        assert_eq!(
-            (underlay.name(ip(1)), underlay.find(ip(1)), underlay.address(NOWHERE)),
-            (NOWHERE, None, None)
-        );
+        assert_eq!((underlay.find(ip(1)), underlay.address(NOWHERE)), (None, None));
+        let other = underlay.name(ip(1));
+        assert_eq!((underlay.address(other), underlay.is_tunnel_end(other)), (Some(ip(1)), false));
         underlay.install([192, 0, 2, 1]);
+        underlay.install(other);
         assert_eq!(underlay.take_changes(), []);
+    }
+
+    #[test]
+    fn no_address_passes_for_a_number() {
+        let mut underlay = over_ipv6(vec![entry([0, 0, 0, 5], 5)], &[]);
+        let number = IpAddr::from([0, 0, 0, 5]);
+        assert_eq!((underlay.name(number), underlay.find(number)), (NOWHERE, None));
+        assert_eq!(underlay.address([0, 0, 0, 6]), None);
     }
 
     #[test]
@@ -233,9 +252,9 @@ mod tests {
             let number = underlay.name(ip(n));
             assert_eq!((underlay.address(number), underlay.find(ip(n))), (Some(ip(n)), Some(number)));
         }
-        for foreign in ["192.0.2.1", "fe80::1"] {
-            assert_eq!(underlay.name(foreign.parse().unwrap()), NOWHERE);
-        }
+        assert_eq!(underlay.name("fe80::1".parse().unwrap()), NOWHERE);
+        let v4 = underlay.name([192, 0, 2, 1].into());
+        assert!(!underlay.is_tunnel_end(v4) && underlay.is_tunnel_end(underlay.find(ip(7)).unwrap()));
         follow(&mut underlay, &mut installed);
         assert!(installed.is_empty(), "nobody names them");
         underlay.install(underlay.find(ip(7)).unwrap());

@@ -51,12 +51,12 @@ impl Mesh {
         Some((node_ip, self.tunnel_end(node_ip)?))
     }
 
-    /// The underlay address of a node that tables name; none: it is nowhere, or not known.
+    /// The underlay address of a node that tables or records name; none: it is nowhere, or not known.
     pub fn tunnel_end(&self, node_ip: [u8; 4]) -> Option<IpAddr> {
         self.topology.underlay.address(node_ip)
     }
 
-    /// What tables call the node at an underlay address; zero: no tunnel can end there.
+    /// What records call the node at an underlay address; zero: no node can be there.
     pub fn name_node(&mut self, ip: IpAddr) -> [u8; 4] {
         self.topology.underlay.name(ip)
     }

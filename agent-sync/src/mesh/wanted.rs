@@ -15,9 +15,14 @@ impl Mesh {
         let ip =
             wire_key::address(key.family, key.ip).filter(|ip| wire_key::ip_key(key.cluster, *ip) == *key)?;
         let value = self.clusters.get(&key.cluster)?.address(&ip)?;
-        match self.placement.is_misplaced(key.cluster, ip) {
-            true => self.placement.judge(&self.topology, key.cluster, ip, value),
-            false => Some(value),
+        match value.node_ip {
+            _ if key.cluster == self.own => Some(self.place_own(value)),
+            name if self.placement.is_misplaced(key.cluster, ip)
+                || !self.topology.underlay.is_tunnel_end(name) =>
+            {
+                self.placement.judge(&self.topology, key.cluster, ip, value)
+            }
+            _ => Some(value),
         }
     }
 

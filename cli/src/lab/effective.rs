@@ -231,10 +231,12 @@ fn kube_node(node: &Node) -> KubeNode {
             ..NodeSpec::default()
         }),
         status: Some(NodeStatus {
-            addresses: Some(vec![
-                address("InternalIP", node.address.to_string()),
-                address("Hostname", node.name.clone()),
-            ]),
+            addresses: Some(
+                node.underlay_ips()
+                    .map(|ip| address("InternalIP", ip.to_string()))
+                    .chain([address("Hostname", node.name.clone())])
+                    .collect(),
+            ),
             conditions: Some(vec![NodeCondition {
                 type_: "Ready".to_owned(),
                 status: "True".to_owned(),
@@ -280,7 +282,7 @@ fn kube_pod(pod: &PodState, host: Option<&Node>) -> Pod {
         }),
         ..ContainerStatus::default()
     });
-    let host_ip = host.map(|node| node.address.to_string());
+    let host_ips = host.map(|node| node.underlay_ips().map(|ip| HostIP { ip: ip.to_string() }).collect());
     Pod {
         metadata: ObjectMeta {
             name: Some(pod.name.name.clone()),
@@ -304,8 +306,8 @@ fn kube_pod(pod: &PodState, host: Option<&Node>) -> Pod {
                 condition("Ready", ready),
             ]),
             container_statuses: Some(containers.collect()),
-            host_ip: host_ip.clone(),
-            host_ips: host_ip.map(|ip| vec![HostIP { ip }]),
+            host_ip: host.map(|node| node.address.to_string()),
+            host_ips,
             pod_ip: pod.ips.first().map(ToString::to_string),
             pod_ips: Some(pod.ips.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()),
             start_time: Some(Time(pod.created)),

@@ -49,8 +49,9 @@ pub(crate) async fn create(layout: &Layout, topology: &Topology) -> anyhow::Resu
         "link set lo up\nlink add core type bridge stp_state 0 mcast_snooping 0\nlink set core up\n",
     );
     let mut ports = String::new();
-    let (outside, length) = (topology.outside_address(), topology.underlay.prefix_len());
-    let _ = writeln!(fabric, "addr add {outside}/{length} dev core{}", at_once(outside));
+    for (outside, net) in topology.outside_addresses() {
+        let _ = writeln!(fabric, "addr add {outside}/{} dev core{}", net.prefix_len(), at_once(outside));
+    }
     for cluster in &topology.clusters {
         let (switch, up, core) = (cluster_switch(cluster), cluster_uplink(cluster), core_port(cluster));
         let _ = writeln!(fabric, "link add {switch} type bridge stp_state 0 mcast_snooping 0");
@@ -176,8 +177,9 @@ fn node_commands(topology: &Topology, node: &Node) -> String {
     for ip in node.internal_ips() {
         let _ = writeln!(batch, "addr add {}", own_address(ip, "lo"));
     }
-    let (address, length) = (node.address, topology.underlay.prefix_len());
-    let _ = writeln!(batch, "addr add {address}/{length} dev eth0{}", at_once(address));
+    for (address, net) in node.underlay_ips().zip(topology.underlays()) {
+        let _ = writeln!(batch, "addr add {address}/{} dev eth0{}", net.prefix_len(), at_once(address));
+    }
     batch.push_str("link set eth0 up\n");
     batch
 }

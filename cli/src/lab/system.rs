@@ -326,7 +326,7 @@ impl<'a> SystemProcess<'a> {
             argv.extend([flag.to_owned(), path.display().to_string()]);
         }
         argv.extend(["--node-name", node, "--datapath", "ebpf", "--enable-node-port"].map(str::to_owned));
-        argv.extend(["--node-ip".to_owned(), self.node.address.to_string()]);
+        argv.extend(["--node-ip".to_owned(), self.node.tunnel_end().to_string()]);
         // A lab's tables are small, and somebody who breaks them is watching.
         argv.extend(["--kernel-scan-interval", "5"].map(str::to_owned));
         argv.extend(["--http-addr".to_owned(), format!("0.0.0.0:{AGENT_PORT}")]);

@@ -30,6 +30,9 @@ pub(crate) struct TopologyFile {
     pub(crate) name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     underlay: Option<String>,
+    /// A prefix of the other family, if tunnels do not run between the nodes' first addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tunnels: Option<String>,
     clusters: Vec<ClusterEntry>,
     #[serde(default)]
     images: Vec<ImageCommand>,
@@ -83,15 +86,22 @@ pub(crate) struct ImageCommand {
 #[derive(Clone, Debug)]
 pub(crate) struct Topology {
     pub(crate) underlay: IpNet,
+    /// Where tunnels run, unless that is the underlay.
+    pub(crate) tunnels: Option<IpNet>,
     pub(crate) clusters: Vec<Cluster>,
     pub(crate) images: Vec<ImageCommand>,
     pub(crate) connect: Vec<(ClusterName, ClusterName)>,
 }
 
 impl Topology {
-    /// The address of a host on the underlay that is no node: the last one there.
-    pub(crate) fn outside_address(&self) -> IpAddr {
-        last_of_underlay(self.underlay)
+    /// Where nodes have addresses.
+    pub(crate) fn underlays(&self) -> impl Iterator<Item = IpNet> {
+        std::iter::once(self.underlay).chain(self.tunnels)
+    }
+
+    /// The addresses of a host on the underlays that is no node: the last ones there.
+    pub(crate) fn outside_addresses(&self) -> impl Iterator<Item = (IpAddr, IpNet)> {
+        self.underlays().map(|net| (last_of_underlay(net), net))
     }
 }
 
@@ -116,8 +126,10 @@ pub(crate) struct Cluster {
 pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
-    /// The node's address on the underlay, and its Kubernetes InternalIP.
+    /// The node's address on the underlay, and its first Kubernetes InternalIP.
     pub(crate) address: IpAddr,
+    /// The second one, if tunnels do not end at the first.
+    pub(crate) tunnel_address: Option<IpAddr>,
     pub(crate) pod_cidrs: Cidrs,
 }
 
@@ -142,16 +154,15 @@ impl Topology {
     pub(crate) fn check(file: &TopologyFile) -> Result<Self, Mistakes> {
         let mut mistakes = Mistakes::default();
         mistakes.expect("name", lab_name(&file.name));
-        let underlay = match file.underlay.as_deref().map(str::parse::<IpNet>) {
-            None => DEFAULT_UNDERLAY,
-            Some(Ok(net)) if net.max_prefix_len() - net.prefix_len() >= 8 => net.trunc(),
-            Some(_) => {
-                let hint = "write an IPv4 prefix of /24 or larger, or an IPv6 prefix of /120 or larger, for example \
-                            172.31.0.0/16 or fd00:172:31::/48";
-                mistakes.add("underlay", hint);
-                DEFAULT_UNDERLAY
-            }
-        };
+        let underlay = check_underlay("underlay", file.underlay.as_deref(), &mut mistakes);
+        let underlay = underlay.unwrap_or(DEFAULT_UNDERLAY);
+        let tunnels = check_underlay("tunnels", file.tunnels.as_deref(), &mut mistakes);
+        if tunnels.is_some_and(|net| net.addr().is_ipv4() == underlay.addr().is_ipv4()) {
+            mistakes.add(
+                "tunnels",
+                format!("write a prefix of the other family than that of the underlay, {underlay}"),
+            );
+        }
         if file.clusters.is_empty() {
             mistakes.add("clusters", "a lab needs at least one cluster");
         }
@@ -160,7 +171,7 @@ impl Topology {
             .iter()
             .enumerate()
             .filter_map(|(index, entry)| {
-                let shape = Shape { index, clusters: file.clusters.len(), underlay };
+                let shape = Shape { index, clusters: file.clusters.len(), underlay, tunnels };
                 check_cluster(entry, shape, &mut mistakes)
             })
             .collect();
@@ -171,7 +182,7 @@ impl Topology {
             }
         }
         let connect = check_connect(file, &mut mistakes);
-        mistakes.into_result(Self { underlay, clusters, images: file.images.clone(), connect })
+        mistakes.into_result(Self { underlay, tunnels, clusters, images: file.images.clone(), connect })
     }
 
     /// The cluster called `name`.
@@ -190,6 +201,16 @@ impl Node {
     /// Where the node's own processes appear to pods: the first address of each pod CIDR.
     pub(crate) fn internal_ips(&self) -> Vec<IpAddr> {
         self.pod_cidrs.nth(1)
+    }
+
+    /// Its addresses on the underlay, the first one first.
+    pub(crate) fn underlay_ips(&self) -> impl Iterator<Item = IpAddr> {
+        std::iter::once(self.address).chain(self.tunnel_address)
+    }
+
+    /// Where its tunnels end.
+    pub(crate) fn tunnel_end(&self) -> IpAddr {
+        self.tunnel_address.unwrap_or(self.address)
     }
 }
 
@@ -289,6 +310,20 @@ struct Shape {
     index: usize,
     clusters: usize,
     underlay: IpNet,
+    tunnels: Option<IpNet>,
+}
+
+/// An underlay as written, if it is.
+fn check_underlay(field: &str, text: Option<&str>, mistakes: &mut Mistakes) -> Option<IpNet> {
+    match text?.parse::<IpNet>() {
+        Ok(net) if net.max_prefix_len() - net.prefix_len() >= 8 => Some(net.trunc()),
+        _ => {
+            let hint = "write an IPv4 prefix of /24 or larger, or an IPv6 prefix of /120 or larger, for example \
+                        172.31.0.0/16 or fd00:172:31::/48";
+            mistakes.add(field, hint);
+            None
+        }
+    }
 }
 
 fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) -> Option<Cluster> {
@@ -310,11 +345,13 @@ fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) ->
     if service_cidrs.families() != pod_cidrs.families() {
         mistakes.add(format!("{at}.serviceCIDRs"), "give the same address families as in podCIDRs");
     }
-    for (field, net, other_field, other) in [
-        ("serviceCIDRs", &service_cidrs, "podCIDRs", &pod_cidrs),
-        ("podCIDRs", &pod_cidrs, "underlay", &Cidrs::from(shape.underlay)),
-        ("serviceCIDRs", &service_cidrs, "underlay", &Cidrs::from(shape.underlay)),
-    ] {
+    let mut others = vec![("underlay", Cidrs::from(shape.underlay))];
+    others.extend(shape.tunnels.map(|net| ("tunnels", Cidrs::from(net))));
+    let pairs = others.iter().flat_map(|(other_field, other)| {
+        [("podCIDRs", &pod_cidrs, *other_field, other), ("serviceCIDRs", &service_cidrs, *other_field, other)]
+    });
+    let first = ("serviceCIDRs", &service_cidrs, "podCIDRs", &pod_cidrs);
+    for (field, net, other_field, other) in std::iter::once(first).chain(pairs) {
         if net.overlaps(other) {
             mistakes.add(format!("{at}.{field}"), format!("{net} overlaps {other_field} {other}"));
         }
@@ -324,9 +361,18 @@ fn check_cluster(entry: &ClusterEntry, shape: Shape, mistakes: &mut Mistakes) ->
     for (index, node) in named.into_iter().enumerate() {
         let place = (index, count);
         let pods = mistakes.expect(format!("{at}.podCIDRs"), node_cidrs(&pod_cidrs, place));
-        let address = mistakes
-            .expect("underlay", underlay_address(shape.underlay, (shape.index, shape.clusters), index));
-        nodes.push(Node { name: node.name, labels: node.labels, address: address?, pod_cidrs: pods? });
+        let mut address =
+            |field, net| mistakes.expect(field, underlay_address(net, (shape.index, shape.clusters), index));
+        nodes.push(Node {
+            address: address("underlay", shape.underlay)?,
+            tunnel_address: match shape.tunnels {
+                Some(net) => Some(address("tunnels", net)?),
+                None => None,
+            },
+            name: node.name,
+            labels: node.labels,
+            pod_cidrs: pods?,
+        });
     }
     Some(Cluster {
         index: shape.index,

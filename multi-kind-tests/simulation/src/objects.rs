@@ -28,8 +28,8 @@ pub const PORTS: (u16, u16) = (80, 8080);
 pub struct Truth {
     /// Its part of the address plan.
     net: u8,
-    /// The family of the addresses that its nodes have.
-    pub underlay: UnderlayProtocol,
+    /// The addresses that its nodes have.
+    pub underlay: Underlay,
     /// Nodes by number.
     pub nodes: BTreeMap<u8, NodeTruth>,
     /// Pods by number.
@@ -38,6 +38,15 @@ pub struct Truth {
     pub services: BTreeMap<u8, ServiceTruth>,
     /// Policies by number.
     pub policies: BTreeMap<u8, PolicyTruth>,
+}
+
+/// Which addresses nodes have.
+#[derive(Clone, Copy, Debug)]
+pub struct Underlay {
+    /// The family of those between which tunnels run.
+    pub tunnels: UnderlayProtocol,
+    /// They have one of the other family too, which comes first: records of pods name their nodes by it.
+    pub dual_stack: bool,
 }
 
 /// A node.
@@ -125,7 +134,7 @@ impl PeersTruth {
 
 impl Truth {
     /// Two nodes, some pods and services.
-    pub fn new(net: u8, underlay: UnderlayProtocol, rng: &mut SmallRng) -> Self {
+    pub fn new(net: u8, underlay: Underlay, rng: &mut SmallRng) -> Self {
         let mut truth = Self {
             net,
             underlay,
@@ -234,13 +243,29 @@ impl Truth {
         !denied && policies().any(|policy| takes(policy.allow))
     }
 
-    /// Underlay address of a node.
+    /// Where a node's tunnels end.
     pub fn node_ip(&self, node: u8) -> IpAddr {
+        let [v4, v6] = self.underlay_ips(node);
+        if self.underlay.tunnels == UnderlayProtocol::Ipv4 { v4 } else { v6 }
+    }
+
+    /// What pods' records call a node.
+    pub fn host_ip(&self, node: u8) -> IpAddr {
+        self.internal_ips(node)[0]
+    }
+
+    /// Underlay addresses of a node, the first one first.
+    pub fn internal_ips(&self, node: u8) -> Vec<IpAddr> {
+        let tunnel_end = self.node_ip(node);
+        let other = self.underlay_ips(node).into_iter().find(|ip| *ip != tunnel_end);
+        other.filter(|_| self.underlay.dual_stack).into_iter().chain([tunnel_end]).collect()
+    }
+
+    /// The addresses that a node has, or would have, of each family.
+    fn underlay_ips(&self, node: u8) -> [IpAddr; 2] {
         let last = self.net * 10 + node;
-        match self.underlay {
-            UnderlayProtocol::Ipv4 => Ipv4Addr::new(192, 0, 2, last).into(),
-            UnderlayProtocol::Ipv6 => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last.into()).into(),
-        }
+        let v6 = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last.into());
+        [Ipv4Addr::new(192, 0, 2, last).into(), v6.into()]
     }
 
     /// Address of a node in the pod network.
@@ -295,7 +320,7 @@ impl Truth {
             name: node_name(node),
             labels: zone.into_iter().collect(),
             annotations: BTreeMap::new(),
-            internal_ips: vec![self.node_ip(node)],
+            internal_ips: self.internal_ips(node),
             external_ips: Vec::new(),
             cilium_internal_ips: truth.has_mesh_ip.then(|| self.mesh_ip(node)).into_iter().collect(),
             ipv4_health_ip: None,
@@ -319,7 +344,7 @@ impl Truth {
             subdomain: None,
             ports: Vec::new(),
             ips: vec![self.pod_ip(pod)],
-            host_ip: Some(self.node_ip(pod.node)),
+            host_ip: Some(self.host_ip(pod.node)),
             finished: false,
             ready: pod.ready,
             terminating: false,

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use agent_sync::tunnels::UnderlayProtocol;
 use agent_sync::wire_key;
 use clustermesh_kvstore::key::{Kind, Layout, canary_key, cluster_config_key, data_prefix};
 use clustermesh_kvstore::record::{Affinity, IpRecord, Nearness, Record as _};
@@ -109,14 +110,19 @@ fn followed<'a>(world: &'a World, agent: &'a Agent) -> impl Iterator<Item = (usi
 
 fn check_addresses(world: &World, agent: &Agent) -> Result<(), String> {
     let mut wanted: BTreeMap<IpKey, u32> = BTreeMap::new();
+    let mut ends: BTreeMap<IpKey, IpAddr> = BTreeMap::new();
     for (place, exporter) in followed(world, agent) {
-        let virtual_cidrs = agent.virtual_cidrs(place);
+        let (truth, virtual_cidrs) = (&world.truths[place], agent.virtual_cidrs(place));
         for (ip, record) in ip_records(exporter) {
             let ip = virtual_cidrs.known_by(ip).unwrap_or(ip);
             // A host is "the host" only at home.
             let is_foreign_host = record.identity.0 == 1 && place != agent.home;
             let identity = if is_foreign_host { 6 } else { record.identity.0 };
-            wanted.insert(wire_key::ip_key(exporter.id().get(), ip), identity);
+            let key = wire_key::ip_key(exporter.id().get(), ip);
+            wanted.insert(key, identity);
+            let is_host =
+                |node: &&u8| record.host_ip.is_some_and(|ip| truth.internal_ips(**node).contains(&ip));
+            ends.extend(truth.nodes.keys().find(is_host).map(|node| (key, truth.node_ip(*node))));
         }
     }
     let kernel = agent.kernel();
@@ -126,9 +132,21 @@ fn check_addresses(world: &World, agent: &Agent) -> Result<(), String> {
             found => return Err(format!("I1: address {key:?} is {found:?}, not identity {identity}")),
         }
     }
-    match kernel.ipcache.keys().find(|key| !wanted.contains_key(key)) {
-        Some(key) => Err(format!("I1: address {key:?} is nobody's")),
+    if let Some(key) = kernel.ipcache.keys().find(|key| !wanted.contains_key(key)) {
+        return Err(format!("I1: address {key:?} is nobody's"));
+    }
+    let leads_to = |key: &IpKey| tunnel_end(&kernel, kernel.ipcache.get(key)?.node_ip);
+    match ends.iter().find(|(key, end)| leads_to(key) != Some(**end)) {
+        Some((key, end)) => Err(format!("I1: {key:?} leads to {:?}, not to {end}", leads_to(key))),
         None => Ok(()),
+    }
+}
+
+/// The address of a node, as tables call it.
+fn tunnel_end(kernel: &Kernel, node_ip: [u8; 4]) -> Option<IpAddr> {
+    match kernel.underlay.get(&UnderlayKey { number: node_ip }) {
+        Some(value) => Some(Ipv6Addr::from(value.ip).into()),
+        None => Some(Ipv4Addr::from(node_ip).into()).filter(|_| node_ip[0] != 0),
     }
 }
 
@@ -140,7 +158,9 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
         let is_virtual = !virtual_cidrs.is_empty();
         translations.extend(virtual_cidrs.iter().flat_map(|(a, b)| wire_key::translations(id, a, b)));
         for node in truth.nodes.keys() {
-            nodes.insert(wire_key::node_key(truth.node_ip(*node)), (id, is_virtual));
+            for ip in truth.internal_ips(*node) {
+                nodes.insert(wire_key::node_key(ip), (id, is_virtual));
+            }
             let IpAddr::V4(ip) = truth.mesh_ip(*node) else { continue };
             let net =
                 ipnet::Ipv4Net::new(ip, 24).map(|net| net.trunc()).map_err(|error| error.to_string())?;
@@ -154,7 +174,7 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
     if found != nodes {
         return Err(format!("I1: nodes are {found:?}, not {nodes:?}"));
     }
-    check_numbers(&kernel)?;
+    check_numbers(&kernel, world.truths[agent.home].underlay.tunnels)?;
     let found =
         kernel.prefixes.iter().map(|(key, value)| (*key, (value.cluster, value.flags == PREFIX_VIRTUAL)));
     let found: BTreeMap<_, _> = found.collect();
@@ -168,16 +188,15 @@ fn check_topology(world: &World, agent: &Agent) -> Result<(), String> {
 }
 
 /// Over IPv6 each number that is named stands for a node, and each node is the one that its number stands for.
-fn check_numbers(kernel: &Kernel) -> Result<(), String> {
-    let is_v6 = kernel.nodes.keys().any(|key| key.family == FAMILY_V6);
-    if !is_v6 {
+fn check_numbers(kernel: &Kernel, tunnels: UnderlayProtocol) -> Result<(), String> {
+    if tunnels == UnderlayProtocol::Ipv4 {
         return match kernel.underlay.is_empty() {
             true => Ok(()),
             false => Err(format!("I1: numbers of nodes without IPv6: {:?}", kernel.underlay)),
         };
     }
     let stands_for = |number: [u8; 4]| kernel.underlay.get(&UnderlayKey { number }).map(|value| value.ip);
-    for (key, value) in &kernel.nodes {
+    for (key, value) in kernel.nodes.iter().filter(|(key, _)| key.family == FAMILY_V6) {
         if stands_for(value.number.to_ne_bytes()) != Some(key.ip) {
             return Err(format!("I1: node {key:?} has number {}, of {:?}", value.number, kernel.underlay));
         }

@@ -15,7 +15,7 @@ use crate::agent::{Agent, cluster_id};
 use crate::etcd::Etcd;
 use crate::exporter::{ExporterProcess, TTL};
 use crate::faults::{Fault, Faults};
-use crate::objects::{NAMES, Truth};
+use crate::objects::{NAMES, Truth, Underlay};
 use crate::place::Place;
 use crate::step::{Action, Step};
 use crate::{hostile, outcome};
@@ -26,7 +26,7 @@ const RESTART: Duration = Duration::from_millis(100);
 /// Clusters, their etcds and exporters, and some nodes with agents.
 pub struct World {
     pub(crate) now: Instant,
-    underlay: UnderlayProtocol,
+    underlay: Underlay,
     pub(crate) places: Vec<Place>,
     pub(crate) truths: Vec<Truth>,
     pub(crate) exporters: Vec<Option<ExporterProcess>>,
@@ -50,7 +50,8 @@ impl World {
         let now = Instant::now();
         let clusters = *[2, 2, 2, 3, 3, 4].choose(&mut rng).unwrap_or(&2);
         // By the seed alone, so that schedules stay what they were.
-        let underlay = if seed % 3 == 1 { UnderlayProtocol::Ipv6 } else { UnderlayProtocol::Ipv4 };
+        let tunnels = if seed % 3 == 1 { UnderlayProtocol::Ipv6 } else { UnderlayProtocol::Ipv4 };
+        let underlay = Underlay { tunnels, dual_stack: seed % 5 == 2 };
         let mut world = Self {
             now,
             underlay,
@@ -479,7 +480,7 @@ impl World {
         let max = MaxConnectedClusters::C255;
         if let Some(id) = cluster_id(self.ids[home]) {
             let own = OwnCluster { name: self.places[home].name.clone(), id, max };
-            self.agents.push(Agent::new(own, home, node, self.underlay, self.now));
+            self.agents.push(Agent::new(own, home, node, self.underlay.tunnels, self.now));
         }
     }
 

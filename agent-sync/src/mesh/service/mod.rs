@@ -26,7 +26,7 @@ pub(super) use plan::{Contested, Here, Standing};
 /// How calls from outside of the mesh are let in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LetIn {
-    /// The node's own addresses, whose ports can be services'.
+    /// Addresses of this node whose ports can be services', besides those that its record has.
     pub addresses: Vec<IpAddr>,
     /// How backends are chosen, if the service does not say.
     pub algorithm: Algorithm,
@@ -45,6 +45,8 @@ pub(super) struct Services {
     own: u16,
     /// None: nobody is let in from outside.
     outside: Option<LetIn>,
+    /// Addresses of this node.
+    node_ips: BTreeSet<IpAddr>,
     /// Services that have a frontend; the first by name holds it.
     owners: HashMap<ServiceKey, BTreeSet<NamespacedName>>,
     /// Last computed, or restored.
@@ -68,6 +70,7 @@ impl Services {
         let mut services = Self {
             own,
             outside: None,
+            node_ips: BTreeSet::new(),
             owners: HashMap::new(),
             plans: mine.clone(),
             restored: mine,
@@ -88,7 +91,21 @@ impl Services {
 
     /// See [`super::Mesh::let_in`].
     pub(super) fn let_in(&mut self, how: LetIn) {
+        self.node_ips.extend(&how.addresses);
         self.outside = Some(how);
+    }
+
+    /// This node has these addresses, at which services of the `own` cluster have node ports.
+    pub(super) fn set_node_ips(&mut self, ips: impl Iterator<Item = IpAddr>, own: &Records) {
+        let given = self.outside.iter().flat_map(|outside| &outside.addresses).copied();
+        let ips: BTreeSet<IpAddr> = ips.chain(given).collect();
+        if ips != self.node_ips {
+            let services = || own.local_services.iter().map(|(_, service)| service);
+            let with_ports = || services().filter(|service| !service.external.node_ports.is_empty());
+            with_ports().for_each(|service| self.local_changed(Some(service), None));
+            self.node_ips = ips;
+            with_ports().for_each(|service| self.local_changed(None, Some(service)));
+        }
     }
 
     /// The own cluster's service changed.
@@ -212,10 +229,11 @@ impl Services {
             .flat_map(|(ip, ports)| ports.values().map(move |port| key(*ip, port.port, port.protocol)));
         let mut keys: Vec<ServiceKey> = inner.collect();
         // All of a service's addresses have the same ports.
-        let (Some(LetIn { addresses, .. }), Some(ports)) = (&self.outside, service.frontends.values().next())
-        else {
+        let (Some(_), Some(ports)) = (&self.outside, service.frontends.values().next()) else {
             return keys;
         };
+        let has_family =
+            |node_ip: &&IpAddr| service.frontends.keys().any(|ip| ip.is_ipv4() == node_ip.is_ipv4());
         let at_ips = service
             .external
             .ips
@@ -223,7 +241,7 @@ impl Services {
             .flat_map(|ip| ports.values().map(move |port| key(*ip, port.port, port.protocol)));
         let at_nodes = service.external.node_ports.iter().filter_map(|(name, number)| {
             let protocol = ports.get(name)?.protocol;
-            Some(addresses.iter().map(move |ip| key(*ip, *number, protocol)))
+            Some(self.node_ips.iter().filter(has_family).map(move |ip| key(*ip, *number, protocol)))
         });
         let outer: Vec<ServiceKey> = at_ips.chain(at_nodes.flatten()).collect();
         keys.extend(&outer);

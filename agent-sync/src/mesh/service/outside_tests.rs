@@ -1,6 +1,7 @@
 //! Which frontends a service has for the outside, and what stands behind them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};
 use clustermesh_kvstore::record::{
@@ -13,9 +14,11 @@ use ebpf_global_svc::abi::{ServiceKey, scope};
 use crate::desired::{Restored, ServicePlan};
 use crate::mesh::{Fact, LetIn, Mesh, NodeFact};
 use crate::tunnels::Tunnels;
-use crate::wire_key::service_key;
+use crate::wire_key::{self, service_key};
 
 const TCP: u8 = 6;
+/// In network order.
+const NODE_PORT: u16 = 30080_u16.to_be();
 
 fn ports(port: u16) -> PortMap {
     [("http".to_owned(), Port { protocol: Protocol::Tcp, port })].into()
@@ -149,4 +152,38 @@ fn backends_in_the_network_of_a_node_are_left_to_others() {
     };
     assert_eq!(by_scope(mixed), [vec![2; 3], vec![1; 2]]);
     assert_eq!(by_scope(hosts), [vec![1; 3], vec![]]);
+}
+
+#[test]
+fn node_ports_are_at_all_addresses_of_the_node_whose_family_the_service_has() {
+    let own = ClusterId::new(1, MaxConnectedClusters::C255).unwrap();
+    let mut mesh = Mesh::new(own, MaxConnectedClusters::C255, "n1", Tunnels::default(), Restored::default());
+    mesh.let_in(let_in(Algorithm::Random));
+    let mut installed = BTreeMap::new();
+    let mut ports_at = |mesh: &mut Mesh| -> BTreeSet<IpAddr> {
+        for (key, plan) in mesh.compute().service {
+            match plan {
+                Some(plan) => drop(installed.insert(key, plan)),
+                None => drop(installed.remove(&key)),
+            }
+        }
+        let ports = installed.keys().filter(|key| key.port == NODE_PORT && key.scope == scope::OUTSIDE);
+        ports.filter_map(|key| wire_key::address(key.family, key.ip)).collect()
+    };
+    let node = |ips: &[IpAddr]| NodeFact {
+        internal_ips: ips.to_vec(),
+        pod_cidrs: vec!["10.1.0.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        ..NodeFact::default()
+    };
+    let [given, second]: [IpAddr; 2] = [[192, 0, 2, 1].into(), [198, 51, 100, 1].into()];
+    let sixth: IpAddr = "fd00::1".parse().unwrap();
+    let mut both = service(external(), Nearness::Any);
+    mesh.upsert(own, Fact::LocalService(Box::new(both.clone())), 0);
+    mesh.upsert(own, Fact::Node("n1".to_owned(), node(&[second, sixth])), 0);
+    assert_eq!(ports_at(&mut mesh), [given, second].into());
+    both.frontends.insert("fd00:96::1".parse().unwrap(), ports(80));
+    mesh.upsert(own, Fact::LocalService(Box::new(both)), 1);
+    assert_eq!(ports_at(&mut mesh), [given, second, sixth].into());
+    mesh.upsert(own, Fact::Node("n1".to_owned(), node(&[given])), 1);
+    assert_eq!(ports_at(&mut mesh), [given].into());
 }

@@ -1,7 +1,7 @@
 //! Who may speak from which underlay address, and what has to be encrypted there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ebpf_global_svc::abi::{NODE_CLEAR, NODE_ENCRYPTED, NODE_VIRTUAL, NodeKey, NodeValue};
 
@@ -19,6 +19,8 @@ pub(super) struct Speakers {
     encryption: Encryption,
     /// Addresses whose node may be another one, or say something else.
     ends: BTreeSet<IpAddr>,
+    /// Accepted addresses at which no tunnel ends, by the name of where their node's do.
+    beside: BTreeSet<([u8; 4], IpAddr)>,
 }
 
 /// Who speaks from an underlay address.
@@ -26,6 +28,8 @@ pub(super) struct Speakers {
 pub(super) struct Speaker {
     /// Pods of its cluster are known by virtual addresses.
     pub(super) is_virtual: bool,
+    /// What tables call the node; nowhere if it has no tunnel.
+    pub(super) node_ip: [u8; 4],
 }
 
 /// What has to be encrypted, and is.
@@ -38,15 +42,16 @@ struct Encryption {
 
 impl Speakers {
     /// An address that was installed before; false if it is none that we would install.
-    pub(super) fn restore(&mut self, key: NodeKey, value: NodeValue) -> bool {
+    pub(super) fn restore(&mut self, key: NodeKey, value: NodeValue, underlay: &Underlay) -> bool {
         let Some(ip) = wire_key::address(key.family, key.ip).filter(|ip| wire_key::node_key(*ip) == key)
         else {
             return false;
         };
-        let speaker = Speaker { is_virtual: value.flags & NODE_VIRTUAL != 0 };
+        let speaker =
+            Speaker { is_virtual: value.flags & NODE_VIRTUAL != 0, node_ip: value.number.to_ne_bytes() };
         self.claims.restore(ip, value.cluster, speaker);
         // Whatever it says: what is there is corrected, or removed, by what is claimed.
-        self.accepted.insert(ip, value);
+        self.accept(ip, Some(value), underlay);
         true
     }
 
@@ -90,6 +95,18 @@ impl Speakers {
         self.accepted.get(&ip).map(|value| value.cluster)
     }
 
+    /// What tables call the node that has an address at which no tunnel ends.
+    pub(super) fn node_beside(&self, ip: IpAddr) -> Option<[u8; 4]> {
+        let number = self.accepted.get(&ip)?.number;
+        Some(number.to_ne_bytes()).filter(|node_ip| *node_ip != [0; 4])
+    }
+
+    /// Further addresses of the node that tables call so.
+    pub(super) fn beside(&self, node_ip: [u8; 4]) -> impl Iterator<Item = IpAddr> {
+        let first = (node_ip, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        self.beside.range(first..).take_while(move |(node, _)| *node == node_ip).map(|(_, ip)| *ip)
+    }
+
     /// Accepted ones, and what is to be installed for them.
     pub(super) fn accepted(&self) -> &BTreeMap<IpAddr, NodeValue> {
         &self.accepted
@@ -112,19 +129,30 @@ impl Speakers {
         let wanted = holder.map(|(cluster, speaker)| NodeValue {
             cluster,
             flags: speaker.flags() | self.encryption.flags(ruling.own, cluster, ip),
-            number: number(underlay, ip),
+            number: number(underlay, ip, speaker),
         });
         if wanted != value {
-            match wanted {
-                Some(wanted) => self.accepted.insert(ip, wanted),
-                None => self.accepted.remove(&ip),
-            };
+            self.accept(ip, wanted, underlay);
             ruling.changes.node.push((wire_key::node_key(ip), wanted));
         }
         for cluster in claimants.into_keys() {
             if let Some((holder, _)) = holder.filter(|(holder, _)| *holder != cluster) {
                 self.claims.refuse(ip, cluster, holder);
             }
+        }
+    }
+
+    fn accept(&mut self, ip: IpAddr, value: Option<NodeValue>, underlay: &Underlay) {
+        let before = match value {
+            Some(value) => self.accepted.insert(ip, value),
+            None => self.accepted.remove(&ip),
+        };
+        if !underlay.protocol().takes(ip) {
+            let beside = |value: NodeValue| (value.number.to_ne_bytes(), ip);
+            if let Some(before) = before {
+                self.beside.remove(&beside(before));
+            }
+            self.beside.extend(value.map(beside));
         }
     }
 }
@@ -145,10 +173,12 @@ impl Encryption {
     }
 }
 
-/// What tables call a node whose address does not name it.
-fn number(underlay: &Underlay, ip: IpAddr) -> u32 {
-    match ip {
-        IpAddr::V4(_) => 0,
-        IpAddr::V6(_) => underlay.find(ip).map_or(0, u32::from_ne_bytes),
-    }
+/// What tables call the node that has an address, unless the address says that itself.
+fn number(underlay: &Underlay, ip: IpAddr, speaker: Speaker) -> u32 {
+    let node_ip = match ip {
+        _ if !underlay.protocol().takes(ip) => speaker.node_ip,
+        IpAddr::V4(_) => return 0,
+        IpAddr::V6(_) => underlay.find(ip).unwrap_or_default(),
+    };
+    u32::from_ne_bytes(node_ip)
 }
