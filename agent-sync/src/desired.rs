@@ -1,6 +1,7 @@
 //! What the mesh wants in the kernel: the values that pass from [`crate::mesh`] to
-//! [`crate::reconcile`].
+//! [`crate::reconcile`], and to those who look after routes and encryption.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ebpf_global_svc::abi::{
@@ -8,9 +9,9 @@ use ebpf_global_svc::abi::{
     PolicyKey, PolicyValue, PrefixKey, PrefixValue, ServiceKey, TranslateKey, TranslateValue, UnderlayKey,
     UnderlayValue, backend_state,
 };
+use ipnet::IpNet;
 
-use crate::encryption::EndChanges;
-use crate::mesh::RouteChanges;
+use crate::tunnels::EndChanges;
 use crate::wire_key;
 
 /// Everything that identifies a backend. Its entry in the kernel never changes: another state is
@@ -82,6 +83,33 @@ pub struct ServicePlan {
     pub table: u32,
     /// Own cluster first, then ascending by cluster; at most [`ebpf_global_svc::abi::MAX_GROUPS`].
     pub groups: Vec<GroupPlan>,
+}
+
+/// Sizes that [`ServicePlan::table`] can have: primes, so that each step through it reaches every place. Cilium's.
+pub const TABLE_SIZES: [u32; 10] = [251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071];
+
+/// All routes of a node into the mesh.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// Pod prefixes that other nodes carry.
+    pub prefixes: BTreeSet<IpNet>,
+    /// This node's addresses inside the mesh, by preference.
+    pub sources: Vec<IpAddr>,
+}
+
+/// How the routes differ from before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouteChanges {
+    /// In these prefixes: whether there is a route.
+    Some(Vec<(IpNet, bool)>),
+    /// This node is another one, or known for the first time: these are all.
+    All(Routes),
+}
+
+impl Default for RouteChanges {
+    fn default() -> Self {
+        Self::Some(Vec::new())
+    }
 }
 
 /// Differences of desired state; `None` removes a key.

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_sync::encryption::EncryptionOptions;
 use agent_sync::encryption::ipsec::HELLO_PORT;
-use agent_sync::encryption::{EncryptionOptions, Scope};
+use agent_sync::tunnels::Scope;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 

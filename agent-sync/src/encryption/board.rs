@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::{EndChanges, TunnelEnd};
+use crate::tunnels::{EndChanges, TunnelEnd};
 
 /// Shared between both. What changes again before it was looked at is told once: it holds no more than there are
 /// nodes.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use clustermesh_kvstore::record::WireguardKey;
 
-use super::TunnelEnd;
+use crate::tunnels::TunnelEnd;
 
 /// A node, by cluster and name.
 pub(super) type NodeName = (u16, String);

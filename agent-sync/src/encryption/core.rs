@@ -15,8 +15,9 @@ use std::time::Duration;
 use clustermesh_kvstore::record::WireguardKey;
 
 use super::claims::{Claims, NodeName};
-use super::{EndChanges, Lane, Refused, Scope, Slot, TunnelEnd, merge};
+use super::{Lane, Refused, Slot, merge};
 use crate::netlink::{PeerChange, Steering, WireguardState};
+use crate::tunnels::{EndChanges, Scope, TunnelEnd};
 
 /// An old peer goes when nothing has come from it for so long: the other end has moved, too.
 const QUIET: Duration = Duration::from_secs(30);

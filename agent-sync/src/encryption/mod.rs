@@ -34,9 +34,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clustermesh_kvstore::record::{IpsecKey, WireguardKey};
-
-use crate::tunnels::UnderlayProtocol;
+use crate::tunnels::{EndChanges, Scope, TunnelEnd, UnderlayProtocol};
 
 pub use self::core::{Awaited, Core, Installed, Own, PeerId, Step};
 pub use board::TunnelBoard;
@@ -59,15 +57,6 @@ const ESP_OVERHEAD: u32 = 32;
 /// And, encrypted, two bytes of what was in there, before which it fills up to this (RFC 4303, section 2.4).
 const ESP_TRAILER: u32 = 2;
 const ESP_ALIGNMENT: u32 = 4;
-
-/// Between which nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// Those of different clusters.
-    Clusters,
-    /// All.
-    Nodes,
-}
 
 /// Ends as they are after changes.
 fn merge(ends: &mut BTreeMap<IpAddr, TunnelEnd>, changes: EndChanges) {
@@ -127,31 +116,6 @@ pub struct EncryptionOptions {
     /// The age at which a key is replaced; none: when somebody asks for it.
     pub rotation: Option<Duration>,
 }
-
-/// The node at an underlay address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TunnelEnd {
-    /// Its cluster.
-    pub cluster: u16,
-    /// Its name, and what its record says; none: an earlier life knew the address, and nobody has confirmed it.
-    pub node: Option<EndNode>,
-}
-
-/// What a node's record says about tunnels to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EndNode {
-    /// Its name.
-    pub name: String,
-    /// Where its tunnels end.
-    pub tunnel_ip: Option<IpAddr>,
-    /// Its public key for WireGuard, if it has one.
-    pub key: Option<WireguardKey>,
-    /// And for IPsec.
-    pub ipsec: Option<IpsecKey>,
-}
-
-/// Addresses with another end than before; none: no node has it any more.
-pub type EndChanges = Vec<(IpAddr, Option<TunnelEnd>)>;
 
 #[cfg(test)]
 mod tests {

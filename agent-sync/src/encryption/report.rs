@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ipsec::{self, Way};
-use super::{Core, Keys, Refused, TunnelEnd};
+use super::{Core, Keys, Refused};
 use crate::netlink::{Steering, WireguardState};
+use crate::tunnels::TunnelEnd;
 
 /// What encrypts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -10,10 +10,9 @@ use tracing::{info, warn};
 
 use super::devices::Devices;
 use super::rotate::{RotateError, is_due};
-use super::{
-    Core, EncryptionOptions, EndChanges, Here, KeyError, Keys, Own, PrivateKey, Step, wireguard_mtu,
-};
+use super::{Core, EncryptionOptions, Here, KeyError, Keys, Own, PrivateKey, Step, wireguard_mtu};
 use crate::netlink::{Netlink, NetlinkError, PeerChange, WireguardLinks};
+use crate::tunnels::EndChanges;
 use crate::tunnels::UnderlayProtocol;
 
 /// While peers have not answered that were asked a short time ago.

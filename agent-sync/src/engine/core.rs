@@ -19,14 +19,14 @@ use tracing::{debug, info, warn};
 use super::Input;
 use super::intake::Intake;
 use super::members::Members;
-use crate::encryption::{EndChanges, Scope};
+use crate::desired::RouteChanges;
 use crate::liveness::core::Member;
 use crate::liveness::nodes::candidates;
-use crate::mesh::{Conflict, LetIn, Links, Mesh, RouteChanges};
+use crate::mesh::{Conflict, LetIn, Links, Mesh};
 use crate::peers::{OwnCluster, Wish};
 use crate::reconcile::Reconciler;
 use crate::reconcile::drift::{Drift, Scan};
-use crate::tunnels::Tunnels;
+use crate::tunnels::{EndChanges, Scope, Tunnels};
 
 /// Refused claims that are remembered to be shown.
 const CONFLICTS: usize = 1000;

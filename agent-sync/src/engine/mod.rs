@@ -31,12 +31,12 @@ use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::encryption::{Scope, TunnelBoard};
+use crate::encryption::TunnelBoard;
 use crate::histogram::Histogram;
 use crate::mesh::{LetIn, Link, Links, Macs};
 use crate::netlink::{PodLink, PodLinks, RouteBoard};
 use crate::peers::{Directory, OwnCluster};
-use crate::tunnels::Tunnels;
+use crate::tunnels::{Scope, Tunnels};
 use counted::CallCounts;
 use kernel::PodHooks;
 

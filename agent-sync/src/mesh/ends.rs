@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::Mesh;
-use crate::encryption::{EndChanges, EndNode, Scope, TunnelEnd};
+use crate::tunnels::{EndChanges, EndNode, Scope, TunnelEnd};
 
 impl Mesh {
     /// What goes between nodes in `scope` has to be encrypted, as it is to `encrypted`: told to the programs with the

@@ -52,7 +52,6 @@ pub use fact::{Fact, FactKey, Link, Links, Macs, NodeFact, RemoteService};
 pub use lookup::InUse;
 pub use moves::Work;
 pub use placement::PlacementRules;
-pub use routes::{RouteChanges, Routes};
 pub use service::{LeftOut, LetIn};
 pub use topology::Conflict;
 pub use view::Counts;

@@ -1,38 +1,9 @@
 //! Routes that processes on this node need to reach pods of other nodes: one for each pod prefix that another
 //! node carries.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
-
-use ipnet::IpNet;
-
 use super::Mesh;
-use crate::desired::Changes;
+use crate::desired::{Changes, RouteChanges, Routes};
 use crate::wire_key;
-
-/// All routes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Routes {
-    /// Pod prefixes that other nodes carry.
-    pub prefixes: BTreeSet<IpNet>,
-    /// This node's addresses inside the mesh, by preference.
-    pub sources: Vec<IpAddr>,
-}
-
-/// How the routes differ from before.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RouteChanges {
-    /// In these prefixes: whether there is a route.
-    Some(Vec<(IpNet, bool)>),
-    /// This node is another one, or known for the first time: these are all.
-    All(Routes),
-}
-
-impl Default for RouteChanges {
-    fn default() -> Self {
-        Self::Some(Vec::new())
-    }
-}
 
 impl Mesh {
     /// Routes that this node needs for its own processes; none while its own node record, and with it

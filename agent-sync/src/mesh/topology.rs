@@ -26,7 +26,7 @@ use self::speakers::{Speaker, Speakers};
 use super::fact::NodeFact;
 use super::underlay::Underlay;
 use crate::desired::Changes;
-use crate::encryption::Scope;
+use crate::tunnels::Scope;
 
 /// All claims, and who holds what.
 #[derive(Clone, Debug, Default)]

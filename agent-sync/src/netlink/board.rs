@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ipnet::IpNet;
 use tokio::sync::Notify;
 
-use crate::mesh::{RouteChanges, Routes};
+use crate::desired::{RouteChanges, Routes};
 
 /// Shared between both. What changes again before it was looked at is looked at once.
 #[derive(Clone, Debug, Default)]

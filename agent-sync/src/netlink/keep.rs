@@ -11,7 +11,7 @@ use tracing::{debug, warn};
 
 use super::board::{News, RouteBoard};
 use super::{Netlink, RouteVia};
-use crate::mesh::Routes;
+use crate::desired::Routes;
 
 /// First pause after a failure.
 const RETRY_FIRST: Duration = Duration::from_millis(200);

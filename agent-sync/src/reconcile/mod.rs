@@ -16,8 +16,6 @@ mod policy;
 mod services;
 mod write;
 
-pub use services::maglev::SIZES as TABLE_SIZES;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 

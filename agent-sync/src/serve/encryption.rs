@@ -9,8 +9,9 @@ use tonic::Status;
 
 use super::Source;
 use crate::agent::Options;
-use crate::encryption::{By, Report, ReportedPeer, RotateDesk, RotateError, Scope};
+use crate::encryption::{By, Report, ReportedPeer, RotateDesk, RotateError};
 use crate::engine::Overview;
+use crate::tunnels::Scope;
 
 /// What is asked for, and how far it is.
 #[derive(Clone, Debug)]

@@ -2,10 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use agent_sync::desired::{Changes, Restored};
-use agent_sync::mesh::{
-    Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, RouteChanges, Work,
-};
+use agent_sync::desired::{Changes, Restored, RouteChanges};
+use agent_sync::mesh::{Fact, FactKey, Links, Mesh, NodeFact, PlacementRules, RemoteService, Work};
 use agent_sync::tunnels::Tunnels;
 use agent_sync::wire_key;
 use clustermesh_kvstore::cluster::{ClusterId, MaxConnectedClusters, NamespacedName};

@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::super::EndNode;
 use super::*;
+use crate::tunnels::EndNode;
 
 const PORT: u16 = 51_871;
 

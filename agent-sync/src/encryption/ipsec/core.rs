@@ -11,10 +11,11 @@ use std::time::Duration;
 use clustermesh_kvstore::record::IpsecKey;
 
 use super::super::claims::NodeName;
-use super::super::{EndChanges, EndNode, Scope, TunnelEnd, merge};
+use super::super::merge;
 use super::old::{OldStates, QUIET};
 use super::peer::Peer;
 use super::{Agree, Association, Hello, Installed, Own, Pair, StateId, StateUse, Step, Way};
+use crate::tunnels::{EndChanges, EndNode, Scope, TunnelEnd};
 
 /// A node that does not announce a key for IPsec any more is sent to by it for so long, if WireGuard can take over.
 pub(super) const HANDOVER: Duration = Duration::from_secs(20);

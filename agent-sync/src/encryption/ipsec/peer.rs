@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use clustermesh_kvstore::record::IpsecKey;
 
-use super::super::TunnelEnd;
 use super::super::claims::NodeName;
+use crate::tunnels::TunnelEnd;
 
 /// A node with a key, at the address where its tunnels end.
 #[derive(Clone, Debug, PartialEq, Eq)]

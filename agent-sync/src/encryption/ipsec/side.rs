@@ -9,11 +9,12 @@ use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
-use super::super::{EncryptionOptions, EndChanges, KeyError, RotateError};
+use super::super::{EncryptionOptions, KeyError, RotateError};
 use super::core::EAGER;
 use super::old::QUIET;
 use super::{Agree as _, Core, HELLO_PORT, Hello, NodeKey, Own, Step};
 use crate::netlink::{NetlinkError, Xfrm};
+use crate::tunnels::EndChanges;
 
 /// While others have not been heard that were asked a short time ago.
 const POLL: Duration = Duration::from_millis(100);

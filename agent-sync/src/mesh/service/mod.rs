@@ -36,7 +36,7 @@ pub struct LetIn {
 
 impl LetIn {
     /// What [`LetIn::table_size`] can be.
-    pub const TABLE_SIZES: [u32; 10] = crate::reconcile::TABLE_SIZES;
+    pub const TABLE_SIZES: [u32; 10] = crate::desired::TABLE_SIZES;
 }
 
 /// Plans of all frontends; recomputes those whose inputs changed.

@@ -7,8 +7,8 @@ use ebpf_global_svc::abi::{NODE_CLEAR, NODE_ENCRYPTED, NODE_VIRTUAL, NodeKey, No
 
 use super::claims::{Claimant, Claims};
 use super::{Lost, Ruling};
-use crate::encryption::Scope;
 use crate::mesh::underlay::Underlay;
+use crate::tunnels::Scope;
 use crate::wire_key;
 
 /// Claims to underlay addresses, and who holds them.

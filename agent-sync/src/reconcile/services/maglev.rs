@@ -8,10 +8,7 @@ use std::net::IpAddr;
 
 use twox_hash::XxHash3_64;
 
-use crate::desired::BackendKey;
-
-/// Sizes that a table can have: primes, so that each step through it reaches every place. Cilium's.
-pub const SIZES: [u32; 10] = [251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071];
+use crate::desired::{BackendKey, TABLE_SIZES};
 
 /// For each place the index of a backend in `backends`, which has at least one. `size`: a prime larger than 1.
 ///
@@ -59,7 +56,7 @@ fn hash(key: &BackendKey, seed: u64) -> u64 {
 
 /// Whether slots look like a table of backends.
 pub(super) fn is_table(count: u32, distinct: usize) -> bool {
-    SIZES.contains(&count) && distinct < count as usize
+    TABLE_SIZES.contains(&count) && distinct < count as usize
 }
 
 /// Backends that a table is made of: those that are active, or all if none is.

@@ -5,9 +5,9 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use proptest::prelude::*;
 
-use super::super::super::TunnelEnd;
 use super::super::old::{MAX, QUIET};
 use super::*;
+use crate::tunnels::TunnelEnd;
 
 /// Agrees without computing anything; as one-sided as the real one.
 struct Fake(u8);
