@@ -17,25 +17,13 @@ use ebpf_global_svc::{
 use support::{
     metric, node_at,
     pair::{
-        ECHO, Node, PATIENCE, address, call, number, pod, pod_identity, router, send, stream, underlay,
-        underlay6,
+        ECHO, Node, PATIENCE, address, call, number, pod, pod_identity, refused, router, send, stream,
+        underlay, underlay6,
     },
     prefix_key, prefix_value, wait_until,
 };
 
 const UDP: i32 = libc::IPPROTO_UDP;
-
-/// A datagram from pod b to pod a is dropped by node 1 for `reason`, in both families.
-#[track_caller]
-fn refused(nodes: &[Node; 2], reason: u8) {
-    for family in [4, 6] {
-        let node = nodes[0].datapath();
-        let before = (metric(node, reason), metric(node, reason::DECAPSULATED));
-        send(&nodes[1].pod, pod(1, family));
-        wait_until("the drop is counted", || metric(node, reason) == before.0 + 1);
-        assert_eq!(metric(node, reason::DECAPSULATED), before.1);
-    }
-}
 
 #[test]
 fn pods_of_two_clusters_talk_and_carry_their_identity() {

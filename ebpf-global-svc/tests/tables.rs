@@ -4,10 +4,11 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ebpf_global_svc::{
-    Datapath, DatapathError, Tables,
+    Datapath, DatapathError, ProgramInfo, Tables,
     abi::{ClusterState, POLICY_PEER_BITS, POLICY_PORT_BITS, PolicyKey, PolicyValue, direction},
     table::Table,
 };
@@ -190,6 +191,29 @@ fn programs_stay_far_below_the_verifiers_limit() {
             program.name, program.verified_instructions, program.instructions
         );
         assert!((1..100_000).contains(&program.verified_instructions), "{program:?}");
+    }
+}
+
+#[test]
+fn the_documentation_shows_every_program_and_every_map() {
+    let root = Root::new();
+    let datapath = Datapath::open(&root.options(1)).unwrap();
+    let text = include_str!("../../docs/datapath.md");
+    let (_, rest) = text.split_once("## In one picture").unwrap();
+    let (picture, tables) = rest.split_once("## Hooks").unwrap();
+    let words = |text: &'static str| -> HashSet<&str> {
+        text.split(|c: char| !c.is_ascii_alphanumeric() && !"_/".contains(c)).collect()
+    };
+    let (shown, listed) = (words(picture), words(tables));
+    for ProgramInfo { name, .. } in datapath.programs().unwrap() {
+        let pair = format!("{}4/6", name.trim_end_matches(['4', '6']));
+        assert!(shown.contains(&*name) || shown.contains(&*pair), "{name} is not in the picture");
+        assert!(listed.contains(&*name), "{name} is in no table");
+    }
+    for map in std::fs::read_dir(root.path().join("maps")).unwrap() {
+        let map = map.unwrap().file_name().into_string().unwrap();
+        assert!(shown.contains(map.trim_start_matches("cm_")), "{map} is not in the picture");
+        assert!(listed.contains(&*map), "{map} is in no table");
     }
 }
 

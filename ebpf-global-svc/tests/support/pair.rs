@@ -16,11 +16,14 @@ use ebpf_global_svc::{
     Datapath, DatapathOptions, Tables,
     abi::{
         EndpointValue, NODE_VIRTUAL, NodeValue, OverlayKey, POLICY_PEER_BITS, PREFIX_VIRTUAL, PolicyKey,
-        PolicyValue, PrefixValue, UnderlayKey, UnderlayValue,
+        PolicyValue, PrefixValue, UnderlayKey, UnderlayValue, reason,
     },
 };
 
-use super::{Netns, Root, endpoint, ip_key, ip_value, node_at, prefix_key, prefix_value, translation};
+use super::{
+    Netns, Root, endpoint, ip_key, ip_value, metric, node_at, prefix_key, prefix_value, translation,
+    wait_until,
+};
 
 pub const PATIENCE: Duration = Duration::from_secs(5);
 pub const ECHO: u16 = 7;
@@ -294,6 +297,18 @@ pub fn send(netns: &Netns, to: IpAddr) {
         let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
         socket.send_to(b"hello", (to, ECHO)).unwrap();
     });
+}
+
+/// A datagram from pod b to pod a is dropped by node 1 for `reason`, in both families.
+#[track_caller]
+pub fn refused(nodes: &[Node; 2], reason: u8) {
+    for family in [4, 6] {
+        let node = nodes[0].datapath();
+        let before = (metric(node, reason), metric(node, reason::DECAPSULATED));
+        send(&nodes[1].pod, pod(1, family));
+        wait_until("the drop is counted", || metric(node, reason) == before.0 + 1);
+        assert_eq!(metric(node, reason::DECAPSULATED), before.1);
+    }
 }
 
 /// A stream larger than any packet to `to`, which comes back whole.
