@@ -466,16 +466,15 @@ impl Mesh {
     fn compute_topology(&mut self, changes: &mut Changes) {
         self.topology.resolve(self.own, changes);
         if self.own_node_changed {
-            let node_ip = self.own_node().and_then(|node| self.topology.node_ip_of(node));
-            let ips = self.own_node().into_iter().flat_map(|node| &node.internal_ips);
-            let names = ips.filter_map(|ip| self.topology.underlay.find(*ip)).collect();
-            if let (Some(node_ip), Some(own)) = (node_ip, self.clusters.get(&self.own)) {
-                self.endpoints.set_here(node_ip, names, own);
-            }
             if let Some(own) = self.clusters.get(&self.own)
                 && let Some(node) = own.nodes.get(&self.node_name)
             {
-                self.services.set_node_ips(node.internal_ips.iter().copied(), own);
+                let ips = node.internal_ips.iter().copied();
+                if let Some(node_ip) = self.topology.node_ip_of(node) {
+                    let names = ips.clone().filter_map(|ip| self.topology.underlay.find(ip)).collect();
+                    self.endpoints.set_here(node_ip, names, own);
+                }
+                self.services.set_node_ips(ips, own);
             }
             let zone = self.own_node().and_then(|node| node.zone.clone());
             if zone != self.zone {

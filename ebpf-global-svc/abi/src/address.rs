@@ -144,8 +144,8 @@ pub struct NodeValue {
     pub cluster: u16,
     /// [`NODE_CLEAR`] and [`NODE_ENCRYPTED`], which count while [`CONFIG_STRICT`](crate::CONFIG_STRICT) is set, and [`NODE_VIRTUAL`].
     pub flags: u16,
-    /// Of an address of an IPv6 underlay: the [number](UnderlayValue) that stands for it, its bytes in memory order;
-    /// else zero.
+    /// What tables call the node, unless the key says it: on an IPv6 underlay its [number](UnderlayValue); of an address
+    /// at which no tunnel ends that of the one where they do. Its bytes in memory order; zero: none.
     pub number: u32,
 }
 /// [`NodeValue::flags`]: tunnel packets to and from it need not be encrypted.
